@@ -1,0 +1,122 @@
+"""What an attack maximises: a table of per-sample objectives, and whether each knows of runtime recovery.
+
+A blind objective reads the logits as they are, and its attacker counts a sample as fooled once argmax leaves y, be it
+for y's own dummy class. A recovery-aware one works on the classifier that is deployed, and its attacker counts a sample
+as fooled once the recovered prediction is wrong. For a network without dummy classes only the blind ones apply.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ducat import losses
+from ducat.dummy import recover
+
+Logits = Float[Tensor, "batch outputs"]
+Labels = Int[Tensor, " batch"]
+PerSample = Float[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A row of the table.
+
+    Attributes:
+        value: `(logits, y, reference)` to a value per sample, which the attack raises. `reference` is what
+            `reference` below computed for the sample before the attack, or None.
+        knows_recovery: whether the attacker knows that predictions are recovered.
+        reference: `(clean_logits, y)` to a tensor with a row per sample that stays fixed during the attack, for
+            objectives that compare with the benign image; None for the others.
+    """
+
+    value: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    knows_recovery: bool = False
+    reference: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def fooled(self, logits: Logits, y: Labels) -> Bool[Tensor, " batch"]:
+        """Tell which samples this attacker believes to be misclassified."""
+        return (recover(logits) if self.knows_recovery else logits).argmax(1) != y
+
+
+def dlr(logits: Logits, y: Labels) -> PerSample:
+    """Difference of logits ratio, invariant to shift and scale; needs 3 outputs (Croce & Hein 2020, arXiv 2003.01690)."""
+    ordered = logits.sort(dim=1, descending=True).values
+    return losses.margin(logits, y) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+
+
+def weighted_pair(logits: Logits, y: Labels) -> PerSample:
+    """The recovered margin with both members of the pair of y pushed down.
+
+    max_{k not in {y, y+C}} z_k - (a z_y + (1 - a) z_{y+C}), where a = softmax(z_y, z_{y+C})_1 follows whichever
+    is larger and passes no gradient itself. The plain recovered margin sends gradient to one member only, and
+    oscillates between the two.
+    """
+    real, dummy = logits.chunk(2, dim=1)
+    pair = torch.stack([half.gather(1, y[:, None]).squeeze(1) for half in (real, dummy)])
+    weight = pair.detach().softmax(dim=0)
+    others = recover(logits).scatter(1, y[:, None], -torch.inf).amax(1)
+    return others - (weight * pair).sum(0)
+
+
+def runner_up(rank: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a reference that picks each sample's `rank`-th strongest wrong recovered class, counted from 0."""
+
+    def target(clean_logits: Tensor, y: Tensor) -> Tensor:
+        wrong = recover(clean_logits).scatter(1, y[:, None], -torch.inf)
+        return wrong.argsort(dim=1, descending=True)[:, min(rank, wrong.shape[1] - 2)]
+
+    return target
+
+
+def targeted_pair(logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+    """max(z_k, z_{k+C}) - max(z_y, z_{y+C}) for one wrong class k, given as `target`."""
+    assert target is not None
+    recovered = recover(logits)
+    return (recovered.gather(1, target[:, None]) - recovered.gather(1, y[:, None])).squeeze(1)
+
+
+def _clean(clean_logits: Tensor, y: Tensor) -> Tensor:
+    return clean_logits
+
+
+def _blind(value: Callable[[Tensor, Tensor], Tensor]) -> Objective:
+    return Objective(lambda logits, y, reference: value(logits, y))
+
+
+def _recovered(value: Callable[[Tensor, Tensor], Tensor], how: str) -> Objective:
+    return Objective(lambda logits, y, reference: value(recover(logits, how), y), knows_recovery=True)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "cross-entropy": _blind(losses.cross_entropy),
+    "margin": _blind(losses.margin),
+    "dlr": _blind(dlr),
+    "kl": Objective(lambda logits, y, clean: losses.kl(clean, logits), reference=_clean),
+    "recovered-cross-entropy": _recovered(losses.cross_entropy, "logsumexp"),
+    "recovered-max-cross-entropy": _recovered(losses.cross_entropy, "max"),
+    "recovered-margin": _recovered(losses.margin, "max"),
+    "recovered-dlr": _recovered(dlr, "max"),
+    "recovered-kl": Objective(
+        lambda logits, y, clean: losses.kl(recover(clean, "logsumexp"), recover(logits, "logsumexp")),
+        knows_recovery=True,
+        reference=_clean,
+    ),
+    "weighted-pair": Objective(lambda logits, y, reference: weighted_pair(logits, y), knows_recovery=True),
+    **{f"targeted-pair-{rank + 1}": Objective(targeted_pair, True, runner_up(rank)) for rank in range(9)},
+}
+
+
+def find(objective: str | Objective) -> Objective:
+    """Return the objective of that name, or the objective itself.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r} is unknown: choose from {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[objective]

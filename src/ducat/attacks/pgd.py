@@ -1,0 +1,265 @@
+"""The one engine of gradient ascent in a ball, from FGSM in training to a step-halving attack in evaluation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ducat.attacks.objectives import Objective, find
+from ducat.threat import ThreatModel
+
+Images = Float[Tensor, "batch channels height width"]
+Labels = Int[Tensor, " batch"]
+Keep = Literal["best", "first", "last"]
+
+MOMENTUM = 0.75  # these three: Croce & Hein 2020, section 3 (arXiv 2003.01690)
+PROGRESS = 0.75
+FIRST_CHECKPOINT, SHRINK, SHORTEST = 0.22, 0.03, 0.06
+
+
+@contextmanager
+def attackable(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode without parameter gradients, and undo both at the end.
+
+    Each module gets back the mode that it had, also where a part of the model was in another mode than the rest.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def pgd(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    threat: ThreatModel,
+    objective: str | Objective = "cross-entropy",
+    restarts: int = 1,
+    generator: torch.Generator | None = None,
+    *,
+    start: Images | None = None,
+    keep: Keep = "best",
+    adaptive_steps: bool = False,
+) -> Images:
+    """Projected gradient ascent (Madry et al. 2018, arXiv 1706.06083).
+
+    Each image moves `threat.steps` times by `threat.step_size` along the steepest ascent direction of the norm, and is
+    projected back into the ball and into [0, 1]. Only the gradient of the input is computed. The model is attacked in
+    evaluation mode; the mode of each of its modules is restored.
+
+    Args:
+        model: maps images in [0, 1], shape (B, channels, H, W), to logits, shape (B, K).
+        x: benign images.
+        y: labels, shape (B,); for an objective that knows recovery they are of the C = K / 2 real classes.
+        threat: ball, step size (in the units of eps, on images in [0, 1]) and number of steps.
+        objective: a name in `objectives.OBJECTIVES`, or an `Objective`. It also says whether a sample counts as
+            fooled by its raw or by its recovered prediction.
+        restarts: independent starts, at least 1; later ones attack only the samples that survived the earlier ones.
+        generator: source of the random starts; PyTorch's global one by default.
+        start: where the first start begins, inside the ball, instead of at random in it.
+        keep: which iterate to return for a sample. "best": one that fools the model if any does, and the one with the
+            highest objective among equals; the first and the last iterate count too. "first": stop a sample at the
+            first iterate that fools the model, which is faster, and otherwise as "best". "last": the last one,
+            whatever it does, without the extra pass that looks at it; what adversarial training uses.
+        adaptive_steps: begin with steps of 2 eps, add momentum, and halve a sample's step, going back to its best
+            iterate, when its progress stalls, as Auto-PGD does (Croce & Hein 2020, arXiv 2003.01690);
+            `threat.step_size` is then not used.
+
+    Returns:
+        Images inside the ball and inside [0, 1], of x's shape and dtype.
+
+    Raises:
+        ValueError: if an argument is out of its range, or labels and images differ in number.
+    """
+    if restarts < 1:
+        raise ValueError(f"restarts={restarts} must be at least 1")
+    if keep not in get_args(Keep):
+        raise ValueError(f"keep={keep!r} is unknown: choose from {', '.join(get_args(Keep))}")
+    if keep == "last" and (restarts > 1 or adaptive_steps):
+        raise ValueError("keep='last' looks at no iterate: it takes neither restarts nor adaptive_steps")
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} images but {len(y)} labels")
+    goal = find(objective)
+    with attackable(model):
+        reference = None
+        if goal.reference is not None:
+            with torch.no_grad():
+                reference = goal.reference(model(x).to(x.dtype), y)
+        if keep == "last":
+            start = threat.random_start(x, generator) if start is None else start
+            return _last_iterate(model, x, y, threat, goal, reference, start)
+        best = x.clone()
+        best_value = x.new_full((len(x),), -torch.inf)
+        alive = torch.arange(len(x), device=x.device)
+        for restart in range(restarts):
+            if not len(alive):
+                break
+            begin = threat.random_start(x[alive], generator) if start is None or restart else start[alive]
+            chosen = reference[alive] if reference is not None else None
+            found, value, fooled = _best_iterate(
+                model, x[alive], y[alive], threat, goal, chosen, begin, stop=keep == "first", adaptive=adaptive_steps
+            )
+            better = fooled | (value > best_value[alive])
+            best[alive[better]] = found[better]
+            best_value[alive[better]] = value[better]
+            alive = alive[~fooled]
+    return best
+
+
+def _gradient(
+    model: nn.Module, adversarial: Tensor, y: Tensor, goal: Objective, reference: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits, objective and gradient of the input."""
+    with torch.enable_grad():
+        adversarial = adversarial.detach().requires_grad_()
+        logits = model(adversarial).to(adversarial.dtype)
+        value = goal.value(logits, y, reference)
+        (gradient,) = torch.autograd.grad(value.sum(), adversarial)
+    return logits.detach(), value.detach(), gradient
+
+
+def _last_iterate(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    goal: Objective,
+    reference: Tensor | None,
+    start: Tensor,
+) -> Tensor:
+    adversarial = start
+    for _ in range(threat.steps):
+        _, _, gradient = _gradient(model, adversarial, y, goal, reference)
+        adversarial = threat.project(adversarial + threat.stride * threat.direction(gradient), x)
+    return adversarial
+
+
+@dataclass
+class _Search:
+    """The state of an ascent: a row per sample that is still attacked."""
+
+    row: Tensor  # its place in the batch
+    x: Tensor
+    y: Tensor
+    reference: Tensor | None
+    now: Tensor
+    before: Tensor
+    stride: Tensor
+    best: Tensor
+    best_value: Tensor
+    best_gradient: Tensor
+    fooled: Tensor  # whether `best` fools the model
+    value: Tensor  # of `now`
+    rises: Tensor  # steps since the last checkpoint that raised the value
+    checkpoint_value: Tensor  # `best_value` at the last checkpoint
+    halved: Tensor  # whether the last checkpoint halved the step
+
+    def select(self, mask: Tensor) -> "_Search":
+        chosen = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _Search(**{name: None if tensor is None else tensor[mask] for name, tensor in chosen.items()})
+
+
+def _checkpoints(steps: int) -> set[int]:
+    """Return the steps after which Auto-PGD looks whether to halve (Croce & Hein 2020, section 3.2)."""
+    places, gap, place = set(), FIRST_CHECKPOINT, FIRST_CHECKPOINT
+    while place < 1:
+        places.add(max(1, round(place * steps)))
+        gap = max(gap - SHRINK, SHORTEST)
+        place += gap
+    return places
+
+
+def _columns(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def _best_iterate(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    goal: Objective,
+    reference: Tensor | None,
+    start: Tensor,
+    *,
+    stop: bool,
+    adaptive: bool,
+) -> tuple[Tensor, Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """Return the best iterate of each sample, its objective, and whether it fools the model."""
+    size = len(x)
+    unset = x.new_full((size,), -torch.inf)
+    no = torch.zeros(size, dtype=torch.bool, device=x.device)
+    search = _Search(
+        row=torch.arange(size, device=x.device),
+        x=x,
+        y=y,
+        reference=reference,
+        now=start,
+        before=start,
+        stride=x.new_full((size,), 2 * threat.radius if adaptive else threat.stride),
+        best=start.clone(),
+        best_value=unset.clone(),
+        best_gradient=torch.zeros_like(x),
+        fooled=no.clone(),
+        value=unset.clone(),
+        rises=torch.zeros(size, device=x.device),
+        checkpoint_value=unset.clone(),
+        halved=no.clone(),
+    )
+    best, best_value, fooled = start.clone(), unset.clone(), no.clone()
+    checkpoints = _checkpoints(threat.steps) if adaptive else set()
+    last_checkpoint = 0
+    for step in range(threat.steps + 1):
+        if step < threat.steps:
+            logits, value, gradient = _gradient(model, search.now, search.y, goal, search.reference)
+        else:
+            with torch.no_grad():
+                logits = model(search.now).to(x.dtype)
+                value, gradient = goal.value(logits, search.y, search.reference), search.best_gradient
+        hit = goal.fooled(logits, search.y)
+        better = (hit & ~search.fooled) | ((hit == search.fooled) & (value > search.best_value))
+        search.rises += value > search.value
+        search.value = value
+        search.fooled |= hit
+        search.best_value = torch.where(better, value, search.best_value)
+        columns = _columns(better, x)
+        search.best = torch.where(columns, search.now, search.best)
+        search.best_gradient = torch.where(columns, gradient, search.best_gradient)
+        if step == threat.steps or stop:
+            best[search.row], best_value[search.row] = search.best, search.best_value
+            fooled[search.row] = search.fooled
+        if step == threat.steps:
+            break
+        if step in checkpoints:
+            stalled = search.rises < PROGRESS * (step - last_checkpoint)
+            stalled |= ~search.halved & (search.best_value <= search.checkpoint_value)
+            search.stride = torch.where(stalled, search.stride / 2, search.stride)
+            columns = _columns(stalled, x)
+            search.now = torch.where(columns, search.best, search.now)
+            gradient = torch.where(columns, search.best_gradient, gradient)
+            search.checkpoint_value, search.halved = search.best_value.clone(), stalled
+            search.rises, last_checkpoint = torch.zeros_like(search.rises), step
+        ahead = threat.project(search.now + _columns(search.stride, x) * threat.direction(gradient), search.x)
+        if adaptive and step:
+            drift = search.now - search.before
+            ahead = search.now + MOMENTUM * (ahead - search.now) + (1 - MOMENTUM) * drift
+            ahead = threat.project(ahead, search.x)
+        search.before, search.now = search.now, ahead
+        if stop and bool(search.fooled.any()):
+            search = search.select(~search.fooled)
+            if not len(search.row):
+                break
+    return best, best_value, fooled

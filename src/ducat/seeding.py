@@ -1,0 +1,19 @@
+"""Randomness as a pure function of named keys, so that nothing random has a state to save, resume or synchronise."""
+
+import hashlib
+
+import torch
+
+
+def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return a generator whose stream depends on the key alone.
+
+    The same key gives the same numbers in any process, at any time: `generator(seed, "attack", epoch, step)` makes a
+    run that is stopped in the middle of an epoch continue as if it had not been.
+
+    Args:
+        key: integers and strings that name the use, for example `(0, "attack", 3, 17)`.
+        device: where the numbers are drawn; a CPU and a GPU generator of one key draw different numbers.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)
