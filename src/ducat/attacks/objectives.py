@@ -42,7 +42,10 @@ class Objective:
 
 
 def dlr(logits: Logits, y: Labels) -> PerSample:
-    """Difference of logits ratio, invariant to shift and scale; needs 3 outputs (Croce & Hein 2020, arXiv 2003.01690)."""
+    """Difference of logits ratio, invariant to shift and scale of the logits (Croce & Hein 2020, arXiv 2003.01690).
+
+    Needs at least 3 outputs.
+    """
     ordered = logits.sort(dim=1, descending=True).values
     return losses.margin(logits, y) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
 

@@ -1,0 +1,164 @@
+"""The training methods as one table: an inner objective, a start of the attack, and an outer loss.
+
+Dummy classes plug into every row by the same three rules, so that no method is written twice:
+
+| kind | before `start_epoch` | from `start_epoch` on |
+| --- | --- | --- |
+| off | the method on C logits | the same |
+| published | the method on all 2C logits, with one-hot targets | blind inner attack; two-hot targets; the rest of the
+  loss on 2C logits |
+| recovery-aware | the method on the real C logits alone | inner attack on recovered logits; two-hot targets; the rest of
+  the loss on recovered logits, where a pair is one class |
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ducat import losses
+from ducat.attacks.pgd import pgd
+from ducat.dummy import dummy_head, recover, two_hot
+from ducat.threat import ThreatModel
+
+Images = Float[Tensor, "batch channels height width"]
+Labels = Int[Tensor, " batch"]
+Reading = Literal["all", "real", "recovered"]
+
+GAUSSIAN_START = 0.001  # standard deviation, on images in [0, 1] (Zhang et al. 2019)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        title: how tables and plots call it.
+        objective: what the inner attack maximises, a blind name in `attacks.objectives.OBJECTIVES`; None for no attack.
+            Its recovery-aware counterpart is called "recovered-" and this name.
+        gaussian_start: begin the attack at x + 0.001 N(0, 1) instead of uniformly in the ball.
+        target: the half of the batch that the cross-entropy is on, without dummy classes.
+        regulariser: `(clean_logits, adversarial_logits, y, weight)` to one value per sample, added to the
+            cross-entropy; None for none.
+        weight: the regulariser's default weight: beta or lambda of the method's paper.
+    """
+
+    title: str
+    objective: str | None = "cross-entropy"
+    gaussian_start: bool = False
+    target: Literal["benign", "adversarial"] = "adversarial"
+    regulariser: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
+    weight: float = 0.0
+
+
+METHODS: dict[str, Method] = {
+    "natural": Method("natural", objective=None, target="benign"),
+    "pgd-at": Method("PGD-AT"),
+}
+
+
+def find(name: str) -> Method:
+    """Return the method of that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in METHODS:
+        close = get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(METHODS)}"
+        raise ValueError(f"method {name!r} is unknown: {hint}")
+    return METHODS[name]
+
+
+@dataclass(frozen=True)
+class TwoHot:
+    """Weights of the two-hot targets: the dummy class's share for benign and for adversarial images, each in [0, 1]."""
+
+    benign: float = 0.25
+    adversarial: float = 1.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one epoch minimises: a method, and how it uses the dummy classes at that time.
+
+    Attributes:
+        method: the row of the table.
+        reading: which logits the attack and the regulariser see: "all" outputs, the "real" ones, or the "recovered"
+            ones.
+        targets: weights of the two-hot targets, or None while dummy classes are not in use.
+        weight: of the regulariser.
+    """
+
+    method: Method
+    reading: Reading = "all"
+    targets: TwoHot | None = None
+    weight: float = 0.0
+
+    @property
+    def needs_benign(self) -> bool:
+        """Whether the loss looks at benign images too."""
+        method = self.method
+        return self.targets is not None or method.target == "benign" or method.regulariser is not None
+
+    def attack(
+        self, model: nn.Module, x: Images, y: Labels, threat: ThreatModel, generator: torch.Generator | None = None
+    ) -> Images:
+        """Solve the inner problem: return the adversarial images to train on (the benign ones for natural training)."""
+        if self.method.objective is None:
+            return x
+        start = None
+        if self.method.gaussian_start:
+            device = generator.device if generator is not None else x.device
+            noise = torch.randn(x.shape, generator=generator, device=device).to(x)
+            start = threat.project(x + GAUSSIAN_START * noise, x)
+        name = f"recovered-{self.method.objective}" if self.reading == "recovered" else self.method.objective
+        network = _RealHalf(model) if self.reading == "real" else model
+        return pgd(network, x, y, threat, name, generator=generator, start=start, keep="last")
+
+    def loss(self, model: nn.Module, x: Images, adversarial: Images, y: Labels) -> Float[Tensor, ""]:
+        """Return the outer loss, a mean over the batch, from one forward pass.
+
+        Args:
+            model: in training mode; maps images to logits.
+            x: benign images.
+            adversarial: what `attack` returned for them.
+            y: labels.
+        """
+        if self.method.objective is None:
+            return losses.cross_entropy(model(x), y).mean()
+        if not self.needs_benign:
+            return losses.cross_entropy(self._read(model(adversarial)), y).mean()
+        clean_logits, adversarial_logits = model(torch.cat([x, adversarial])).chunk(2)
+        if self.targets is None:
+            chosen = clean_logits if self.method.target == "benign" else adversarial_logits
+            loss = losses.cross_entropy(self._read(chosen), y).mean()
+        else:
+            halves = (clean_logits, self.targets.benign), (adversarial_logits, self.targets.adversarial)
+            loss = torch.stack([_two_hot_loss(logits, y, weight) for logits, weight in halves]).mean()
+        if self.method.regulariser is not None:
+            pair = self._read(clean_logits), self._read(adversarial_logits)
+            loss = loss + self.method.regulariser(*pair, y, self.weight).mean()
+        return loss
+
+    def _read(self, logits: Tensor) -> Tensor:
+        if self.reading == "real":
+            return logits.chunk(2, dim=1)[0]
+        return recover(logits, "logsumexp") if self.reading == "recovered" else logits
+
+
+def _two_hot_loss(logits: Tensor, y: Tensor, dummy_weight: float) -> Tensor:
+    return losses.soft_cross_entropy(logits, two_hot(y, logits.shape[1] // 2, dummy_weight)).mean()
+
+
+class _RealHalf(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).chunk(2, dim=1)[0]
