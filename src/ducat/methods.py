@@ -1,14 +1,12 @@
 """The training methods as one table: an inner objective, a start of the attack, and an outer loss.
 
-Dummy classes plug into every row by the same three rules, so that no method is written twice:
+Dummy classes plug into every row by the same rules, so that no method is written twice:
 
-| kind | before `start_epoch` | from `start_epoch` on |
-| --- | --- | --- |
-| off | the method on C logits | the same |
-| published | the method on all 2C logits, with one-hot targets | blind inner attack; two-hot targets; the rest of the
-  loss on 2C logits |
-| recovery-aware | the method on the real C logits alone | inner attack on recovered logits; two-hot targets; the rest of
-  the loss on recovered logits, where a pair is one class |
+- off: the method on C logits.
+- published: before `start_epoch` the method on all 2C logits with one-hot targets; then two-hot targets, while the
+  inner attack and the regulariser go on reading the 2C logits and so are blind to recovery.
+- recovery-aware: before `start_epoch` the method on the C real logits; then two-hot targets, while the inner attack and
+  the regulariser read recovered logits, where a pair is one class.
 """
 
 from collections.abc import Callable
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 
 from ducat import losses
 from ducat.attacks.pgd import pgd
-from ducat.dummy import dummy_head, recover, two_hot
+from ducat.dummy import recover, two_hot
 from ducat.threat import ThreatModel
 
 Images = Float[Tensor, "batch channels height width"]
@@ -130,10 +128,10 @@ class Objective:
             y: labels.
         """
         if self.method.objective is None:
-            return losses.cross_entropy(model(x), y).mean()
+            return losses.cross_entropy(model(x).to(x.dtype), y).mean()
         if not self.needs_benign:
-            return losses.cross_entropy(self._read(model(adversarial)), y).mean()
-        clean_logits, adversarial_logits = model(torch.cat([x, adversarial])).chunk(2)
+            return losses.cross_entropy(self._read(model(adversarial).to(x.dtype)), y).mean()
+        clean_logits, adversarial_logits = model(torch.cat([x, adversarial])).to(x.dtype).chunk(2)
         if self.targets is None:
             chosen = clean_logits if self.method.target == "benign" else adversarial_logits
             loss = losses.cross_entropy(self._read(chosen), y).mean()

@@ -1,0 +1,259 @@
+"""The settings of a training run: frozen dataclasses, validated when they are made, saved as YAML with the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import ArgumentError
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from ducat import methods
+from ducat.data.specs import DataSpec
+from ducat.threat import Norm, ThreatModel
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+Kind = Literal["off", "published", "recovery-aware"]
+
+
+def _at_least(name: str, value: float | None, low: float) -> None:
+    if value is not None and not value >= low:
+        raise ValueError(f"{name}={value} must be at least {low:g}")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} is outside [{low:g}, {high:g}]")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on."""
+
+    name: str = "cifar10"
+    """Name of a data set; `ducat data list` shows them."""
+    samples: int | None = None
+    """Number of training images, a fixed stratified subset; all of them by default."""
+    root: Path | None = None
+    """Folder of the prepared data sets; DUCAT_DATA or the user's cache by default."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.samples", self.samples, 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network to train."""
+
+    name: str | None = None
+    """Name of a network, for example small, resnet20, resnet18, wrn-28-10; by default the one usual for the data."""
+    width: int | None = None
+    """Channels of the first stage, instead of the network's own."""
+
+    def __post_init__(self) -> None:
+        _at_least("model.width", self.width, 1)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """How to train it."""
+
+    name: str = "pgd-at"
+    """natural, or a method of adversarial training, for example pgd-at, trades, mart, consistency."""
+    weight: float | None = None
+    """Weight of the method's regulariser (beta or lambda of its paper); the paper's value by default."""
+
+    def __post_init__(self) -> None:
+        methods.find(self.name)
+        _at_least("method.weight", self.weight, 0)
+
+
+@dataclass(frozen=True)
+class DummyConfig:
+    """Whether and how to use dummy classes."""
+
+    kind: Kind = "off"
+    """off; published: as in the paper, the inner attack is blind to recovery; recovery-aware: it knows recovery."""
+    start_epoch: float = 0.8
+    """First epoch with two-hot targets, counted from 0; below 1 a fraction of all epochs."""
+    benign_weight: float = 0.25
+    """Share of the target that the dummy class gets for benign images, in [0, 1]."""
+    adversarial_weight: float = 1.0
+    """Share of the target that the dummy class gets for adversarial images, in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("off", "published", "recovery-aware"):
+            raise ValueError(f"dummy.kind={self.kind!r} is unknown: choose from off, published, recovery-aware")
+        _at_least("dummy.start_epoch", self.start_epoch, 0)
+        _within("dummy.benign_weight", self.benign_weight, 0, 1)
+        _within("dummy.adversarial_weight", self.adversarial_weight, 0, 1)
+
+
+@dataclass(frozen=True)
+class ThreatConfig:
+    """What the attacker may do, in training and evaluation."""
+
+    norm: Norm = "linf"
+    """linf or l2."""
+    eps: float | str | None = None
+    """Radius of the ball, on images in [0, 1]: a number or a fraction such as 8/255. By default usual for the data."""
+    step_size: float | str | None = None
+    """Length of an attack step, in the units of eps; eps / 4 by default."""
+    steps: int = 10
+    """Attack steps in training."""
+
+    def __post_init__(self) -> None:
+        self.build(None)
+
+    def build(self, spec: DataSpec | None) -> ThreatModel:
+        """Return the threat model, with the data set's usual eps where none was given for linf."""
+        eps = self.eps
+        if eps is None and spec is not None and self.norm == "linf":
+            eps = spec.eps
+        return ThreatModel(self.norm, eps, self.step_size, self.steps)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation."""
+
+    epochs: int = 130
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images a step, over all processes."""
+    learning_rate: float = 0.1
+    """Highest learning rate of SGD."""
+    momentum: float = 0.9
+    """Momentum of SGD, in [0, 1)."""
+    weight_decay: float = 5e-4
+    """Weight decay of SGD."""
+    schedule: str = "multi-step"
+    """Learning rate over time: multi-step, cosine, one-cycle or constant."""
+    milestones: tuple[float, ...] = (0.77, 0.81)
+    """For multi-step: epochs at which the learning rate falls to a tenth; below 1 fractions of all epochs."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up before the schedule."""
+    seed: int = 0
+    """Seed of everything random in the run."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Number format of the network's passes; auto is bf16 where the processor computes in it, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto is a GPU if there is one."""
+    validate_every: int = 1
+    """Epochs between validations; the last epoch is always validated."""
+
+    def __post_init__(self) -> None:
+        _at_least("train.epochs", self.epochs, 1)
+        _at_least("train.batch_size", self.batch_size, 2)
+        _at_least("train.learning_rate", self.learning_rate, 0)
+        _within("train.momentum", self.momentum, 0, 1)
+        _at_least("train.weight_decay", self.weight_decay, 0)
+        _at_least("train.seed", self.seed, 0)
+        _at_least("train.warmup_epochs", self.warmup_epochs, 0)
+        _at_least("train.validate_every", self.validate_every, 1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a training run depends on."""
+
+    name: str | None = None
+    """Name of the run folder; made from the settings by default."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    dummy: DummyConfig = field(default_factory=DummyConfig)
+    threat: ThreatConfig = field(default_factory=ThreatConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.method.name == "natural" and self.dummy.kind != "off":
+            raise ValueError(
+                f"dummy.kind={self.dummy.kind} needs adversarial images, which method.name=natural has none of: "
+                "choose an adversarial method"
+            )
+        if self.dummy.kind != "off" and self.dummy.start_epoch >= self.train.epochs:
+            raise ValueError(
+                f"dummy.start_epoch={self.dummy.start_epoch:g} must be before the end, train.epochs={self.train.epochs}"
+            )
+
+    def resolve(self, spec: DataSpec) -> Config:
+        """Return the config with every default that depends on the data set written out."""
+        threat = self.threat.build(spec)
+        weight = methods.find(self.method.name).weight if self.method.weight is None else self.method.weight
+        resolved = dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, name=self.model.name or spec.model),
+            method=dataclasses.replace(self.method, weight=weight),
+            threat=ThreatConfig(threat.norm, threat.eps, threat.step_size, threat.steps),
+        )
+        return dataclasses.replace(resolved, name=self.name or resolved.run_name)
+
+    @property
+    def run_name(self) -> str:
+        """Name made from the settings, for example digits-small-pgd-at-recovery-aware-s0."""
+        parts = [self.data.name, self.model.name or "default", self.method.name]
+        if self.dummy.kind != "off":
+            parts.append(self.dummy.kind)
+        return "-".join([*parts, f"s{self.train.seed}"])
+
+    @property
+    def start_epoch(self) -> int:
+        """First epoch with two-hot targets; `train.epochs`, which never comes, without dummy classes."""
+        if self.dummy.kind == "off":
+            return self.train.epochs
+        value = self.dummy.start_epoch
+        return round(value * self.train.epochs) if 0 < value < 1 else int(value)
+
+    def objective(self, epoch: int) -> methods.Objective:
+        """Return what the given epoch, counted from 0, minimises."""
+        method = methods.find(self.method.name)
+        weight = method.weight if self.method.weight is None else self.method.weight
+        active = epoch >= self.start_epoch
+        reading: methods.Reading = "all"
+        if self.dummy.kind == "recovery-aware":
+            reading = "recovered" if active else "real"
+        targets = methods.TwoHot(self.dummy.benign_weight, self.dummy.adversarial_weight) if active else None
+        return methods.Objective(method, reading, targets, weight)
+
+    def to_yaml(self) -> str:
+        """Return the config as YAML that `from_yaml` and `ducat train --config` read back."""
+        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Config:
+        """Read the config of a run folder, or any YAML that `ducat train --config` takes.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not such a config; the message names the file and the key at fault.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        parser = config_parser()
+        try:
+            return cls(**vars(parser.instantiate(parser.parse_path(str(path)))))
+        except (ArgumentError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def config_parser(**kwargs: Any) -> ArgumentParser:
+    """Return a parser of the settings, for the command line and for YAML files; `kwargs` go to `ArgumentParser`."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **kwargs)
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
