@@ -106,6 +106,11 @@ class RunFolder:
                 break
         return rows
 
+    def drop_metrics(self, from_epoch: int) -> None:
+        """Take back the lines of epochs that will be run again."""
+        kept = [json.dumps(row) + "\n" for row in self.metrics if row["epoch"] < from_epoch]
+        checkpoint.write_text(self.path / "metrics.jsonl", "".join(kept))
+
     def load(self, which: Which = "best") -> nn.Module:
         """Return the trained network as it is, with 2C outputs if it has dummy classes, in evaluation mode.
 
