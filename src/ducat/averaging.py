@@ -32,7 +32,7 @@ class WeightAverage(nn.Module):
     `state_dict()` holds it and the number of updates, all tensors, and resumes the average bit by bit.
 
     Args:
-        model: the model to follow; it is copied, not kept.
+        model: the model to follow, not wrapped for distributed training; it is copied, not kept.
         decay: weight of the past in the exponential average, in [0, 1); None for stochastic weight averaging.
 
     Raises:
@@ -65,14 +65,12 @@ class WeightAverage(nn.Module):
         if [tensor.shape for tensor in averaged] != [tensor.shape for tensor in current]:
             raise ValueError("the model no longer has the shape of its weight average: change both, or start a new one")
         count = int(self.updates)
-        if count == 0:
-            weight = 1.0
-        elif self.decay is None:
+        if self.decay is None or count == 0:
             weight = 1 / (count + 1)
         else:
             weight = 1 - min(self.decay, (1 + count) / (10 + count))
         for average, value in zip(averaged, current, strict=True):
-            if average.is_floating_point() and weight < 1:
+            if average.is_floating_point():
                 average.lerp_(value.detach(), weight)
             else:
                 average.copy_(value)
