@@ -93,7 +93,8 @@ def part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimiser's state into tensors by name and the rest; `join_optimizer` undoes it."""
     whole = optimizer.state_dict()
-    tensors, rest = {}, {}
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
     for index, values in whole["state"].items():
         for name, value in values.items():
             (tensors if isinstance(value, Tensor) else rest)[f"{index}.{name}"] = value

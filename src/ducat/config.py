@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 Kind = Literal["off", "published", "recovery-aware"]
 
 
-def _at_least(name: str, value: float | None, low: float) -> None:
+def _at_least(name: str, value: float | int | None, low: float | int) -> None:
     if value is not None and not value >= low:
         raise ValueError(f"{name}={value} must be at least {low:g}")
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
+def _within(name: str, value: float | int, low: float | int, high: float | int) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name}={value} is outside [{low:g}, {high:g}]")
 
@@ -64,7 +64,7 @@ class MethodConfig:
 
     name: str = "pgd-at"
     """natural, or a method of adversarial training, for example pgd-at, trades, mart, consistency."""
-    weight: float | None = None
+    weight: float | int | None = None
     """Weight of the method's regulariser (beta or lambda of its paper); the paper's value by default."""
 
     def __post_init__(self) -> None:
@@ -78,11 +78,11 @@ class DummyConfig:
 
     kind: Kind = "off"
     """off; published: as in the paper, the inner attack is blind to recovery; recovery-aware: it knows recovery."""
-    start_epoch: float = 0.8
+    start_epoch: float | int = 0.8
     """First epoch with two-hot targets, counted from 0; below 1 a fraction of all epochs."""
-    benign_weight: float = 0.25
+    benign_weight: float | int = 0.25
     """Share of the target that the dummy class gets for benign images, in [0, 1]."""
-    adversarial_weight: float = 1.0
+    adversarial_weight: float | int = 1.0
     """Share of the target that the dummy class gets for adversarial images, in [0, 1]."""
 
     def __post_init__(self) -> None:
@@ -99,9 +99,9 @@ class ThreatConfig:
 
     norm: Norm = "linf"
     """linf or l2."""
-    eps: float | str | None = None
+    eps: float | int | str | None = None
     """Radius of the ball, on images in [0, 1]: a number or a fraction such as 8/255. By default usual for the data."""
-    step_size: float | str | None = None
+    step_size: float | int | str | None = None
     """Length of an attack step, in the units of eps; eps / 4 by default."""
     steps: int = 10
     """Attack steps in training."""
@@ -125,17 +125,17 @@ class TrainConfig:
     """Passes over the training images."""
     batch_size: int = 128
     """Images a step, over all processes."""
-    learning_rate: float = 0.1
+    learning_rate: float | int = 0.1
     """Highest learning rate of SGD."""
-    momentum: float = 0.9
+    momentum: float | int = 0.9
     """Momentum of SGD, in [0, 1)."""
-    weight_decay: float = 5e-4
+    weight_decay: float | int = 5e-4
     """Weight decay of SGD."""
     schedule: str = "multi-step"
     """Learning rate over time: multi-step, cosine, one-cycle or constant."""
-    milestones: tuple[float, ...] = (0.77, 0.81)
+    milestones: tuple[float | int, ...] = (0.77, 0.81)
     """For multi-step: epochs at which the learning rate falls to a tenth; below 1 fractions of all epochs."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: float | int = 0.0
     """Epochs of linear warm-up before the schedule."""
     seed: int = 0
     """Seed of everything random in the run."""
@@ -189,7 +189,7 @@ class Config:
             self,
             model=dataclasses.replace(self.model, name=self.model.name or spec.model),
             method=dataclasses.replace(self.method, weight=weight),
-            threat=ThreatConfig(threat.norm, threat.eps, threat.step_size, threat.steps),
+            threat=ThreatConfig(self.threat.norm, threat.eps, threat.step_size, threat.steps),
         )
         return dataclasses.replace(resolved, name=self.name or resolved.run_name)
 

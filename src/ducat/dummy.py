@@ -3,17 +3,15 @@
 With C real classes the network has 2C outputs: output c < C is real class c, output c + C is its dummy class.
 """
 
-from typing import Literal, get_args
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-Recovery = Literal["max", "logsumexp"]
-Initialisation = Literal["copy", "random"]
+RECOVERIES = ("max", "logsumexp")
+INITIALISATIONS = ("copy", "random")
 
 
-def two_hot(y: Int[Tensor, " batch"], num_classes: int, dummy_weight: float) -> Float[Tensor, "batch outputs"]:
+def two_hot(y: Int[Tensor, " batch"], num_classes: int, dummy_weight: float | int) -> Float[Tensor, "batch outputs"]:
     """Two-hot targets t(y, w) = (1 - w) e_y + w e_{y+C} (arXiv 2410.12671, section 3).
 
     Args:
@@ -37,7 +35,7 @@ def two_hot(y: Int[Tensor, " batch"], num_classes: int, dummy_weight: float) -> 
     return targets
 
 
-def recover(logits: Float[Tensor, "batch outputs"], how: Recovery = "max") -> Float[Tensor, "batch classes"]:
+def recover(logits: Float[Tensor, "batch outputs"], how: str = "max") -> Float[Tensor, "batch classes"]:
     """Recover C-class logits from 2C logits: each class is the better, or the sum, of its real and its dummy half.
 
     `max` gives the paper's decision, argmax(z) mod C. `logsumexp` gives log(p_c + p_{c+C}) up to a constant per
@@ -60,7 +58,7 @@ def recover(logits: Float[Tensor, "batch outputs"], how: Recovery = "max") -> Fl
         return torch.maximum(real, dummy)
     if how == "logsumexp":
         return torch.logaddexp(real, dummy)
-    raise ValueError(f"recovery {how!r} is unknown: choose from {', '.join(get_args(Recovery))}")
+    raise ValueError(f"recovery {how!r} is unknown: choose from {', '.join(RECOVERIES)}")
 
 
 class RecoveredClassifier(nn.Module):
@@ -73,12 +71,12 @@ class RecoveredClassifier(nn.Module):
     The module maps images to C logits, shape (B, C), so any attack or tool for plain classifiers can run on it.
     """
 
-    def __init__(self, model: nn.Module, how: Recovery = "max") -> None:
+    def __init__(self, model: nn.Module, how: str = "max") -> None:
         super().__init__()
-        if how not in get_args(Recovery):
-            raise ValueError(f"recovery {how!r} is unknown: choose from {', '.join(get_args(Recovery))}")
+        if how not in RECOVERIES:
+            raise ValueError(f"recovery {how!r} is unknown: choose from {', '.join(RECOVERIES)}")
         self.model = model
-        self.how: Recovery = how
+        self.how = how
 
     def forward(self, x: Tensor) -> Tensor:
         return recover(self.model(x), self.how)
@@ -108,9 +106,7 @@ def dummy_head(model: nn.Module) -> DummyLinear | None:
     return next((module for module in model.modules() if isinstance(module, DummyLinear)), None)
 
 
-def add_dummy_classes(
-    model: nn.Module, init: Initialisation = "copy", *, generator: torch.Generator | None = None
-) -> nn.Module:
+def add_dummy_classes(model: nn.Module, init: str = "copy", *, generator: torch.Generator | None = None) -> nn.Module:
     """Double the last linear layer of a C-class classifier, so that it has a dummy class for every class.
 
     Args:
@@ -126,8 +122,8 @@ def add_dummy_classes(
     Raises:
         ValueError: if the model has no linear layer, already has dummy classes, or `init` is unknown.
     """
-    if init not in get_args(Initialisation):
-        raise ValueError(f"init {init!r} is unknown: choose from {', '.join(get_args(Initialisation))}")
+    if init not in INITIALISATIONS:
+        raise ValueError(f"init {init!r} is unknown: choose from {', '.join(INITIALISATIONS)}")
     if dummy_head(model) is not None:
         raise ValueError("the model already has dummy classes")
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]

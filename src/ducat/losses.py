@@ -42,7 +42,7 @@ def kl(clean_logits: Logits, adversarial_logits: Logits) -> PerSample:
     return (clean.exp() * (clean - F.log_softmax(adversarial_logits, dim=1))).sum(1)
 
 
-def js(logits1: Logits, logits2: Logits, temperature: float = 1.0) -> PerSample:
+def js(logits1: Logits, logits2: Logits, temperature: float | int = 1.0) -> PerSample:
     """Jensen-Shannon divergence of two sharpened predictions, softmax(z / T) (Tack et al. 2022, arXiv 2103.04623).
 
     Args:

@@ -30,7 +30,7 @@ def trade_off(evaluations: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.plot(robust, clean, mark, markersize=8, color=colour, zorder=3, label=name)
     axes.set_xlabel("accuracy under attack (%)")
     axes.set_ylabel("clean accuracy (%)")
-    axes.set_title("Filled: the attacker knows recovery (robust). Hollow: it does not (blind).", fontsize=10, loc="left")
+    axes.set_title("Filled: attackers know recovery (robust). Hollow: they do not (blind).", fontsize=10, loc="left")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.08, y=0.2)

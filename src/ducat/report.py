@@ -55,8 +55,8 @@ def setting(evaluation: Mapping[str, Any]) -> str:
     """Return in one line what an evaluation measured: data, samples, budget, suite, seed."""
     threat = evaluation["threat"]
     return (
-        f"{evaluation['data']}, {evaluation['samples']} test images, {threat['norm']} eps {threat['eps']:.4g} on images "
-        f"in [0, 1], suite {evaluation['suite']}, seed {evaluation['seed']}"
+        f"{evaluation['data']}, {evaluation['samples']} test images, {threat['norm']} eps {threat['eps']:.4g} on "
+        f"images in [0, 1], suite {evaluation['suite']}, seed {evaluation['seed']}"
     )
 
 
@@ -84,16 +84,20 @@ def page(
 
     template = resources.files("ducat").joinpath("report.html.jinja").read_text(encoding="utf-8")
     svg = figure.read_text(encoding="utf-8") if figure is not None else ""
-    html = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
-        title=title,
-        text=text,
-        headers=HEADERS,
-        rows=rows(evaluations),
-        caption=CAPTION,
-        evaluations=evaluations,
-        settings={name: setting(evaluation) for name, evaluation in evaluations.items()},
-        # Ours, from matplotlib; the XML declaration before <svg> has no place inside HTML.
-        figure=Markup(svg[svg.index("<svg") :]) if svg else "",
-        command=command,
+    html = (
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        .from_string(template)
+        .render(
+            title=title,
+            text=text,
+            headers=HEADERS,
+            rows=rows(evaluations),
+            caption=CAPTION,
+            evaluations=evaluations,
+            settings={name: setting(evaluation) for name, evaluation in evaluations.items()},
+            # Ours, from matplotlib; the XML declaration before <svg> has no place inside HTML.
+            figure=Markup(svg[svg.index("<svg") :]) if svg else "",
+            command=command,
+        )
     )
     checkpoint.write_text(path, html)

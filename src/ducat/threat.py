@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 Norm = Literal["linf", "l2"]
-DEFAULT_EPS: dict[Norm, float] = {"linf": 8 / 255, "l2": 128 / 255}
+DEFAULT_EPS: dict[str, float] = {"linf": 8 / 255, "l2": 128 / 255}
 TOLERANCE = 1e-6  # of the ball, in the norm's units: float32 rounding of x + delta, never a larger budget
 
 
-def number(value: float | str, name: str) -> float:
+def number(value: float | int | str, name: str) -> float:
     """Read a finite number, or a fraction such as "8/255".
 
     Raises:
@@ -45,9 +45,9 @@ class ThreatModel:
         steps: attack steps, at least 1.
     """
 
-    norm: Norm = "linf"
-    eps: float | str | None = None
-    step_size: float | str | None = None
+    norm: str = "linf"
+    eps: float | int | str | None = None
+    step_size: float | int | str | None = None
     steps: int = 10
 
     def __post_init__(self) -> None:

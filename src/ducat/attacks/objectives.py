@@ -7,6 +7,7 @@ as fooled once the recovered prediction is wrong. For a network without dummy cl
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,7 +33,7 @@ class Objective:
             objectives that compare with the benign image; None for the others.
     """
 
-    value: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    value: Callable[[Tensor, Tensor, Any], Tensor]
     knows_recovery: bool = False
     reference: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -74,9 +75,8 @@ def runner_up(rank: int) -> Callable[[Tensor, Tensor], Tensor]:
     return target
 
 
-def targeted_pair(logits: Tensor, y: Tensor, target: Tensor | None) -> Tensor:
+def targeted_pair(logits: Logits, y: Labels, target: Labels) -> PerSample:
     """max(z_k, z_{k+C}) - max(z_y, z_{y+C}) for one wrong class k, given as `target`."""
-    assert target is not None
     recovered = recover(logits)
     return (recovered.gather(1, target[:, None]) - recovered.gather(1, y[:, None])).squeeze(1)
 

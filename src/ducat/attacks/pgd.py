@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +14,7 @@ from ducat.threat import ThreatModel
 
 Images = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
-Keep = Literal["best", "first", "last"]
+KEEP = ("best", "first", "last")
 
 MOMENTUM = 0.75  # these three: Croce & Hein 2020, section 3 (arXiv 2003.01690)
 PROGRESS = 0.75
@@ -51,7 +51,7 @@ def pgd(
     generator: torch.Generator | None = None,
     *,
     start: Images | None = None,
-    keep: Keep = "best",
+    keep: str = "best",
     adaptive_steps: bool = False,
 ) -> Images:
     """Projected gradient ascent (Madry et al. 2018, arXiv 1706.06083).
@@ -86,8 +86,8 @@ def pgd(
     """
     if restarts < 1:
         raise ValueError(f"restarts={restarts} must be at least 1")
-    if keep not in get_args(Keep):
-        raise ValueError(f"keep={keep!r} is unknown: choose from {', '.join(get_args(Keep))}")
+    if keep not in KEEP:
+        raise ValueError(f"keep={keep!r} is unknown: choose from {', '.join(KEEP)}")
     if keep == "last" and (restarts > 1 or adaptive_steps):
         raise ValueError("keep='last' looks at no iterate: it takes neither restarts nor adaptive_steps")
     if len(x) != len(y):
@@ -168,8 +168,9 @@ class _Search:
     halved: Tensor  # whether the last checkpoint halved the step
 
     def select(self, mask: Tensor) -> "_Search":
-        chosen = {field.name: getattr(self, field.name) for field in fields(self)}
-        return _Search(**{name: None if tensor is None else tensor[mask] for name, tensor in chosen.items()})
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        chosen: dict[str, Any] = {name: None if tensor is None else tensor[mask] for name, tensor in state.items()}
+        return _Search(**chosen)
 
 
 def _checkpoints(steps: int) -> set[int]:

@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "Images":
         """Return the same images on `device`."""
         return type(self)(self.images.to(device), self.labels.to(device), self.ids.to(device))
 
@@ -39,7 +38,7 @@ class Images:
         """Return the images as float32 in [0, 1], the form that models and attacks take."""
         return self.images.float() / 255
 
-    def select(self, indices: Int64[Tensor, "m"]) -> Self:
+    def select(self, indices: Int64[Tensor, "m"]) -> "Images":
         """Return the images at these positions, in this order."""
         return type(self)(self.images[indices], self.labels[indices], self.ids[indices])
 

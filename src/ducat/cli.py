@@ -1,0 +1,223 @@
+"""The command line: one thin function per command. Bad input gives one line and exit code 2."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import ducat
+from ducat import checkpoint, report
+from ducat import demo as demo_room
+from ducat import train as train_room
+from ducat.config import Config, config_parser
+from ducat.evaluate import evaluate_run
+from ducat.runs import RunFolder, Which
+from ducat.train import Interrupted
+
+BAD_INPUT = 2
+# What a user can cause; anything else is a defect of ours and shows its traceback.
+USER_ERRORS = (ArgumentError, ValueError, OSError, FloatingPointError)
+
+Suite = Literal["quick", "light", "standard"]
+
+
+class Command(NamedTuple):
+    """A row of the table of commands."""
+
+    help: str
+    parser: Callable[[], ArgumentParser]
+    run: Callable[[Namespace, Console], None]
+
+
+class Live:
+    """Progress of trainings and attacks: a live line each on a terminal, a plain line per validation elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+
+    def __enter__(self) -> "Live":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def training(self, title: str) -> "Training":
+        """Return a listener for one training."""
+        return Training(self, title)
+
+    def attacks(self, title: str) -> Callable[[str], None]:
+        """Return a function to call with the name of each attack on one network as it starts."""
+        task = self.progress.add_task(title, total=None)
+        return lambda attack: self.progress.update(task, description=f"{title}: attack {attack}")
+
+
+class Training:
+    """A listener that shows one training."""
+
+    def __init__(self, live: Live, title: str) -> None:
+        self.live, self.title = live, title
+        self.task = live.progress.add_task(title, total=None)
+
+    def step(self, done: int, total: int) -> None:
+        self.live.progress.update(self.task, completed=done, total=total)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        text = f"{self.title}: epoch {row['epoch'] + 1}, loss {row['loss']:.3f}"
+        if "robust" in row:
+            shares = ", ".join(f"{name} {100 * row[name]:.1f}" for name in ("clean", "blind", "robust"))
+            text += f", validation {shares}"
+            if not self.live.console.is_terminal:
+                self.live.console.print(text, highlight=False, soft_wrap=True)
+        self.live.progress.update(self.task, description=text)
+
+
+def _run_train(arguments: Namespace, console: Console) -> None:
+    with Live(console) as live:
+        if arguments.resume is not None:
+            folder = train_room.resume(arguments.resume, live.training(arguments.resume.name))
+        else:
+            config = Config(**{name: getattr(arguments, name) for name in Config.__dataclass_fields__})
+            folder = train_room.train(config, arguments.runs, live.training(config.name or config.method.name))
+    last = folder.metrics[-1]
+    console.print(
+        f"{folder.path}: validation clean {100 * last['clean']:.1f}, blind {100 * last['blind']:.1f}, "
+        f"robust {100 * last['robust']:.1f} (last epoch). Next: ducat evaluate {folder.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _train_parser() -> ArgumentParser:
+    parser = config_parser(prog="ducat train")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; see recipes/")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that the run folder is made in")
+    parser.add_argument("--resume", type=Path | None, help="run folder to continue; no other setting may be given")
+    return parser
+
+
+def _run_evaluate(arguments: Namespace, console: Console) -> None:
+    folder = RunFolder.open(arguments.run)
+    if arguments.json is not None and arguments.json.exists():
+        raise FileExistsError(f"--json: {arguments.json} exists, and nothing is overwritten")
+    with Live(console) as live:
+        measured = evaluate_run(
+            folder,
+            arguments.suite,
+            samples=arguments.samples,
+            seed=arguments.seed,
+            which=arguments.which,
+            progress=live.attacks(folder.name),
+        )
+    if arguments.json is not None:
+        checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
+    print_table(console, {folder.name: measured})
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = _parser("ducat evaluate")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--suite", type=Suite, default="standard", help="which attacks to run")
+    parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the attacks")
+    parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
+    parser.add_argument("--json", type=Path | None, help="also write the result to this new file")
+    return parser
+
+
+def _run_demo(arguments: Namespace, console: Console) -> None:
+    with Live(console) as live:
+        made = demo_room.run(
+            arguments.out,
+            seed=arguments.seed,
+            epochs=arguments.epochs,
+            listener=live.training,
+            attacks=live.attacks,
+        )
+    print_table(console, made.evaluations)
+    for sentence in made.sentences:
+        console.print(sentence, highlight=False)
+    console.print(f"Runs, plot and page: {made.folder}/ (open {made.folder / 'report.html'})", highlight=False)
+
+
+def _demo_parser() -> ArgumentParser:
+    parser = _parser("ducat demo")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="new folder for runs, plot and page")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--epochs", type=int, default=demo_room.EPOCHS, help="epochs of each training")
+    return parser
+
+
+def _parser(prog: str) -> ArgumentParser:
+    return ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("the whole road on digits, offline, in minutes", _demo_parser, _run_demo),
+    "train": Command("train a network and leave a run folder", _train_parser, _run_train),
+    "evaluate": Command("attack a run, blind and recovery-aware", _evaluate_parser, _run_evaluate),
+}
+
+
+def print_table(console: Console, evaluations: dict[str, dict[str, Any]]) -> None:
+    """Print evaluations as a table, with what was measured above and the warnings below."""
+    first = next(iter(evaluations.values()))
+    table = Table(title=f"{report.setting(first)}\n{report.CAPTION}", title_justify="left", title_style="")
+    for header in report.HEADERS:
+        table.add_column(header, justify="left", overflow="fold")
+    for row in report.rows(evaluations):
+        table.add_row(*row.cells)
+    console.print(table)
+    for name, evaluation in evaluations.items():
+        for warning in evaluation["warnings"]:
+            console.print(f"[bold]warning[/bold] {name}: {warning}", highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    console = Console()
+    parser = _parser("ducat")
+    parser.add_argument("--version", action="version", version=f"ducat {ducat.__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    commands = parser.add_subcommands()
+    for name, command in COMMANDS.items():
+        commands.add_subcommand(name, command.parser(), help=command.help)
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+        COMMANDS[parsed.subcommand].run(parsed[parsed.subcommand], console)
+    except Interrupted as stop:
+        _complain(str(stop))
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        _complain("stopped")
+        return 128 + signal.SIGINT
+    except USER_ERRORS as error:
+        if traceback:
+            raise
+        _complain(str(error))
+        return BAD_INPUT
+    return 0
+
+
+def _complain(message: str) -> None:
+    print(f"ducat: {' '.join(message.split())}", file=sys.stderr)
