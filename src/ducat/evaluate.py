@@ -28,31 +28,39 @@ SINK_GAP = 0.01  # above this gap the blind number is called what it is
 class Attack:
     """A row of a suite.
 
+    Every attack is a function of a classifier with 2C logits. What the attacker knows is only a matter of which one it
+    is given: an attacker that knows recovery gets the network itself, a blind one a view of it as a plain classifier
+    with 2C classes. So a blind and a recovery-aware row of one strategy differ in nothing else, and on a network
+    without dummy classes they are one attack.
+
     Attributes:
-        name: what the report calls it.
+        strategy: what is run; with the knowledge of recovery it makes the name in the report.
         knows_recovery: whether the attacker knows that predictions are recovered.
-        run: `(model, x, y, threat, generator)` to images in the ball. `model` gives 2C logits; a classifier without
-            dummy classes is seen as one whose dummy classes never fire.
+        run: `(model, x, y, threat, generator)` to images in the ball.
     """
 
-    name: str
+    strategy: str
     knows_recovery: bool
     run: Callable[[nn.Module, Tensor, Tensor, ThreatModel, torch.Generator], Tensor]
+
+    @property
+    def name(self) -> str:
+        return f"{self.strategy}-recovered" if self.knows_recovery else self.strategy
 
 
 def _fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
     single = replace(threat, steps=1, step_size=threat.radius)
-    return pgd(model, x, y, single, start=x, keep="last")
+    return pgd(model, x, y, single, "recovered-cross-entropy", start=x, keep="last")
 
 
-def _pgd(steps: int, objective: str = "cross-entropy") -> Callable[..., Tensor]:
+def _pgd(steps: int) -> Callable[..., Tensor]:
     def run(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
-        return pgd(model, x, y, replace(threat, steps=steps), objective, generator=generator)
+        return pgd(model, x, y, replace(threat, steps=steps), "recovered-cross-entropy", generator=generator)
 
     return run
 
 
-def _adaptive(budget: str) -> Callable[..., Tensor]:
+def _ensemble(budget: str) -> Callable[..., Tensor]:
     def run(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
         return adaptive(RecoveredClassifier(model), x, y, threat, budget, generator)
 
@@ -62,14 +70,23 @@ def _adaptive(budget: str) -> Callable[..., Tensor]:
 SUITES: dict[str, tuple[Attack, ...]] = {
     "quick": (
         Attack("pgd-10", False, _pgd(10)),
-        Attack("adaptive-quick", True, _adaptive("quick")),
+        Attack("ensemble-quick", False, _ensemble("quick")),
+        Attack("ensemble-quick", True, _ensemble("quick")),
+    ),
+    "light": (
+        Attack("fgsm", False, _fgsm),
+        Attack("pgd-20", False, _pgd(20)),
+        Attack("ensemble", False, _ensemble("standard")),
+        Attack("pgd-20", True, _pgd(20)),
+        Attack("ensemble", True, _ensemble("standard")),
     ),
     "standard": (
         Attack("fgsm", False, _fgsm),
         Attack("pgd-10", False, _pgd(10)),
         Attack("pgd-20", False, _pgd(20)),
-        Attack("pgd-20-recovered", True, _pgd(20, "recovered-cross-entropy")),
-        Attack("adaptive-standard", True, _adaptive("standard")),
+        Attack("ensemble", False, _ensemble("standard")),
+        Attack("pgd-20", True, _pgd(20)),
+        Attack("ensemble", True, _ensemble("standard")),
     ),
 }
 
@@ -221,7 +238,9 @@ def evaluate(
                 rows = torch.arange(len(x), device=x.device)[chunk][clean[chunk]]
                 if not len(rows):
                     continue
-                found = attack.run(network, x[rows], y[rows], threat, seeded(seed, "evaluate", attack.name, number))
+                view = network if attack.knows_recovery else SilentDummies(network)
+                noise = seeded(seed, "evaluate", attack.strategy, number)
+                found = attack.run(view, x[rows], y[rows], threat, noise)
                 # An image outside the ball breaks nothing, whatever the model makes of it.
                 correct[rows] = _correct(network, found, y[rows]) | ~threat.allows(found, x[rows])
                 adversarial[rows[standing[rows]]] = found[standing[rows]]
