@@ -179,12 +179,12 @@ COMMANDS: dict[str, Command] = {
 def print_table(console: Console, evaluations: dict[str, dict[str, Any]]) -> None:
     """Print evaluations as a table, with what was measured above and the warnings below."""
     first = next(iter(evaluations.values()))
-    table = Table(title=f"{report.setting(first)}\n{report.CAPTION}", title_justify="left", title_style="")
-    for header in report.HEADERS:
-        table.add_column(header, justify="left", overflow="fold")
+    console.print(f"{report.setting(first)}. {report.CAPTION}", highlight=False)
+    table = Table(*report.HEADERS)
     for row in report.rows(evaluations):
-        table.add_row(*row.cells)
-    console.print(table)
+        # The interval goes below its number, so that the table fits 80 columns.
+        table.add_row(*(cell.replace(" [", "\n[") for cell in row.cells))
+    console.print(table, highlight=False, markup=False)
     for name, evaluation in evaluations.items():
         for warning in evaluation["warnings"]:
             console.print(f"[bold]warning[/bold] {name}: {warning}", highlight=False)

@@ -14,8 +14,8 @@ EPOCHS, START_EPOCH = 60, 30
 METHODS: dict[str, tuple[str, Kind]] = {
     "natural": ("natural", "off"),
     "PGD-AT": ("pgd-at", "off"),
-    "PGD-AT + DUCAT (published)": ("pgd-at", "published"),
-    "PGD-AT + DUCAT (recovery-aware)": ("pgd-at", "recovery-aware"),
+    "DUCAT, published": ("pgd-at", "published"),
+    "DUCAT, recovery-aware": ("pgd-at", "recovery-aware"),
 }
 
 

@@ -1,5 +1,6 @@
 """Evaluation: every suite runs blind and recovery-aware attacks side by side, and the worst case per sample counts."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -10,9 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ducat import checkpoint
 from ducat.attacks.adaptive import SilentDummies, adaptive
 from ducat.attacks.pgd import attackable, pgd
+from ducat.data import SPECS, load_test
 from ducat.dummy import RecoveredClassifier, recover
+from ducat.runs import RunFolder, Which
 from ducat.seeding import generator as seeded
 from ducat.threat import ThreatModel
 
@@ -282,3 +286,31 @@ def _warnings(evaluation: Evaluation) -> list[str]:
             f"{robust:.1f} % withstand those that do; only the second number is robustness"
         )
     return warnings
+
+
+def evaluate_run(
+    folder: RunFolder,
+    suite: str = "standard",
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    which: Which = "best",
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run on its test images, write evaluation.json, and return what was written."""
+    config = folder.config
+    x, y = load_test(config.data.name, samples, config.data.root)
+    measured = evaluate(
+        folder.load(which),
+        x,
+        y,
+        config.threat.build(None),
+        suite,
+        num_classes=len(SPECS[config.data.name].classes),
+        seed=seed,
+        data=config.data.name,
+        progress=progress or (lambda attack: None),
+    )
+    content = measured.to_dict()
+    checkpoint.write_text(folder.evaluation_path, json.dumps(content, indent=2) + "\n")
+    return content
