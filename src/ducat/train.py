@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -41,6 +41,7 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
+@runtime_checkable
 class Listener(Protocol):
     """What wants to know of a run's progress."""
 

@@ -1,5 +1,6 @@
 """A network's description, which travels with its weights so that a checkpoint can be loaded by itself."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -27,8 +28,8 @@ class Architecture:
     num_classes: int
     dummy_classes: bool
     channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: Sequence[float]
+    std: Sequence[float]
     width: int | None = None
     stem_stride: int = 1
 

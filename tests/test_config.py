@@ -1,0 +1,98 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ThreatConfig, TrainConfig, config_parser
+from ducat.data.specs import SPECS
+
+
+def test_a_resolved_config_survives_yaml(tmp_path: Path) -> None:
+    config = Config(
+        data=DataConfig("digits", samples=100, root=tmp_path),
+        dummy=DummyConfig("recovery-aware", start_epoch=3),
+        threat=ThreatConfig(eps="51/255"),
+        train=TrainConfig(epochs=7, milestones=(2, 0.5)),
+    ).resolve(SPECS["digits"])
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert Config.from_yaml(path) == config
+    assert config.threat.eps == pytest.approx(0.2)
+    assert config.name == "digits-small-pgd-at-recovery-aware-s0"
+
+
+def test_what_depends_on_the_data_comes_from_the_data() -> None:
+    digits = Config(data=DataConfig("digits")).resolve(SPECS["digits"])
+    assert (digits.model.name, digits.threat.eps, digits.threat.step_size) == ("small", 0.2, 0.05)
+    chosen = Config(data=DataConfig("digits"), threat=ThreatConfig(eps=0.1)).resolve(SPECS["digits"])
+    assert chosen.threat.eps == 0.1
+    # The L-inf budget of the data set means nothing in another norm.
+    l2 = Config(data=DataConfig("digits"), threat=ThreatConfig("l2")).resolve(SPECS["digits"])
+    assert l2.threat.eps == 128 / 255
+
+
+@pytest.mark.parametrize(
+    ("kind", "epoch", "reading", "two_hot"),
+    [
+        ("off", 0, "all", False),
+        ("off", 9, "all", False),
+        ("published", 4, "all", False),
+        ("published", 5, "all", True),
+        ("recovery-aware", 4, "real", False),
+        ("recovery-aware", 5, "recovered", True),
+    ],
+)
+def test_what_an_epoch_minimises(kind: str, epoch: int, reading: str, two_hot: bool) -> None:
+    config = Config(dummy=DummyConfig(kind, start_epoch=0.5), train=TrainConfig(epochs=10))
+    objective = config.objective(epoch)
+    assert objective.reading == reading
+    assert (objective.targets is not None) is two_hot
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MethodConfig("pgdat"), "method 'pgdat' is unknown: did you mean pgd-at"),
+        (lambda: MethodConfig("zzz"), "method 'zzz' is unknown: choose from natural"),
+        (lambda: DummyConfig(benign_weight=1.5), r"dummy\.benign_weight=1\.5 is outside \[0, 1\]"),
+        (lambda: TrainConfig(epochs=-1), r"train\.epochs=-1 must be at least 1"),
+        (lambda: ThreatConfig(eps=8), "did you mean 8/255"),
+        (
+            lambda: Config(method=MethodConfig("natural"), dummy=DummyConfig("published")),
+            "choose an adversarial method",
+        ),
+        (
+            lambda: Config(dummy=DummyConfig("published", start_epoch=10), train=TrainConfig(epochs=10)),
+            r"dummy\.start_epoch=10",
+        ),
+    ],
+)
+def test_bad_settings_are_named(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("text", ["train:\n  epochs: many\n", "train:\n  epoch: 3\n", "- 1\n", "train: {epochs: -3}\n"])
+def test_a_bad_file_is_named_in_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.yaml") as raised:
+        Config.from_yaml(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_every_setting_is_explained_on_the_command_line() -> None:
+    text = " ".join(config_parser().format_help().split())
+    for section, part in vars(Config()).items():
+        for name in getattr(part, "__dataclass_fields__", {}):
+            explanation = text.split(f" --{section}.{name} ")[-1].split("(type:")[0]
+            assert len(explanation.split()) > 3, f"--{section}.{name} is not explained"
+    assert "Radius of the ball, on images in [0, 1]: a number or a fraction such as 8/255." in text
+
+
+def test_start_epochs_are_numbers_or_fractions() -> None:
+    base = Config(train=TrainConfig(epochs=130))
+    assert base.start_epoch == 130
+    assert replace(base, dummy=DummyConfig("published", start_epoch=105)).start_epoch == 105
+    assert replace(base, dummy=DummyConfig("published", start_epoch=0.5)).start_epoch == 65
+    assert replace(base, dummy=DummyConfig("published", start_epoch=0)).start_epoch == 0

@@ -1,0 +1,185 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ducat
+from ducat import methods
+from ducat.config import Config, DataConfig, DummyConfig, ThreatConfig, TrainConfig
+from ducat.dummy import DummyLinear, RecoveredClassifier, dummy_head
+from ducat.runs import RunFolder
+from ducat.train import train
+
+TINY = Config(
+    name="run",
+    data=DataConfig("digits", samples=64),
+    threat=ThreatConfig(steps=2),
+    train=TrainConfig(epochs=3, batch_size=32, learning_rate=0.05, schedule="constant", precision="float32"),
+)
+
+
+def with_dummies(kind: str, start_epoch: int = 1) -> Config:
+    return replace(TINY, dummy=DummyConfig(kind, start_epoch=start_epoch))  # type: ignore[arg-type]
+
+
+def weights(folder: Path, which: str) -> dict[str, torch.Tensor]:
+    model = ducat.load(folder, which)  # type: ignore[arg-type]
+    return (model.model if isinstance(model, RecoveredClassifier) else model).state_dict()
+
+
+def test_a_run_leaves_its_folder_and_its_deployed_model(tmp_path: Path) -> None:
+    folder = train(with_dummies("published"), tmp_path)
+    assert folder.path == tmp_path / "run"
+    assert folder.config == with_dummies("published").resolve(ducat.data.SPECS["digits"])
+    manifest = json.loads((folder.path / "manifest.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["seed"] == 0
+    assert manifest["data"]["fingerprint"].startswith("sha256:")
+    assert [row["epoch"] for row in folder.metrics] == [0, 1, 2]
+    assert [row["dummy_classes"] for row in folder.metrics] == ["off", "published", "published"]
+    assert all(0 <= row["robust"] <= row["blind"] <= row["clean"] <= 1 for row in folder.metrics)
+    model = ducat.load(folder.path)
+    assert isinstance(model, RecoveredClassifier)
+    assert not model.training
+    x, _ = ducat.data.load_test("digits", 10)
+    assert model(x).shape == (10, 10)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path: Path) -> None:
+    runs = [replace(TINY, name=f"run{n}", train=replace(TINY.train, seed=seed)) for n, seed in enumerate((0, 0, 1))]
+    before = torch.random.get_rng_state()
+    first, same, other = (weights(train(config, tmp_path).path, "last") for config in runs)
+    assert torch.equal(torch.random.get_rng_state(), before), "the caller's random state was changed"
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_name_is_never_overwritten(tmp_path: Path) -> None:
+    train(TINY, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(FileExistsError, match="never overwritten: give another --name"):
+        train(TINY, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[methods.Objective]:
+    """Record what each step minimised."""
+    objectives: list[methods.Objective] = []
+    loss = methods.Objective.loss
+
+    def spy(self: methods.Objective, *arguments: object) -> torch.Tensor:
+        objectives.append(self)
+        return loss(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(methods.Objective, "loss", spy)
+    return objectives
+
+
+@pytest.mark.parametrize("kind", ["published", "recovery-aware"])
+def test_dummy_classes_come_in_at_the_start_epoch(tmp_path: Path, kind: str, seen: list[methods.Objective]) -> None:
+    train(with_dummies(kind, start_epoch=2), tmp_path)
+    steps = len(seen) // 3
+    assert [objective.targets is not None for objective in seen] == [False] * (2 * steps) + [True] * steps
+
+
+def test_recovery_aware_dummy_rows_are_copies_until_the_switch(tmp_path: Path) -> None:
+    config = with_dummies("recovery-aware", start_epoch=2)
+    after = dummy_head(train(replace(config, name="after"), tmp_path).load("last"))
+    assert isinstance(after, DummyLinear)
+    assert not torch.equal(after.weight[:10], after.weight[10:])
+    # Stopped before the switch, the recovered classifier is the base method's.
+    before = dummy_head(_stop_after(config, tmp_path, epochs=1).load("last"))
+    assert isinstance(before, DummyLinear)
+    assert torch.equal(before.weight[:10], before.weight[10:])
+    assert torch.equal(before.bias[:10], before.bias[10:])
+
+
+def _stop_after(config: Config, root: Path, epochs: int) -> RunFolder:
+    class Listener:
+        def step(self, done: int, total: int) -> None: ...
+
+        def epoch(self, row: dict) -> None:
+            if row["epoch"] + 1 == epochs:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, root, Listener())
+    return RunFolder.open(root / config.name)
+
+
+def test_best_is_chosen_by_robust_validation_accuracy_with_dummy_classes_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    robust = iter([0.9, 0.3, 0.5, 0.4])
+    validate = "ducat.train._Loop._validate"
+    monkeypatch.setattr(validate, lambda self: {"clean": 1.0, "blind": 1.0, "robust": next(robust)})
+    epochs_saved = []
+    save = ducat.train._Loop._save
+
+    def spy(self: ducat.train._Loop, which: str) -> None:
+        if which == "best":
+            epochs_saved.append(self.position.epoch - 1)
+        save(self, which)
+
+    monkeypatch.setattr(ducat.train._Loop, "_save", spy)
+    config = with_dummies("published")
+    train(replace(config, train=replace(config.train, epochs=4)), tmp_path)
+    assert epochs_saved == [1, 2], "epoch 0 is before dummy classes, epoch 3 is worse than epoch 2"
+
+
+def test_test_images_are_never_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = ducat.data.load("digits", samples=64)
+    ruined = replace(dataset, test=replace(dataset.test, images=torch.zeros_like(dataset.test.images)))
+    first = train(TINY, tmp_path / "first")
+    monkeypatch.setattr(ducat.data, "load", lambda *arguments, **options: ruined)
+    second = train(TINY, tmp_path / "second")
+    assert [(row["loss"], row["robust"]) for row in first.metrics] == [
+        (row["loss"], row["robust"]) for row in second.metrics
+    ]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, calls = methods.Objective.loss, []
+
+    def broken(self: methods.Objective, *arguments: object) -> torch.Tensor:
+        calls.append(1)
+        value = loss(self, *arguments)  # type: ignore[arg-type]
+        return value * math.nan if len(calls) == 4 else value
+
+    monkeypatch.setattr(methods.Objective, "loss", broken)
+    with pytest.raises(FloatingPointError, match=r"nan at epoch 1, step 1; the last good checkpoint is .*last"):
+        train(TINY, tmp_path)
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run", "last").values())
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
+
+
+def test_the_model_learns_and_adversarial_training_makes_it_robust(tmp_path: Path) -> None:
+    settings = TrainConfig(epochs=12, batch_size=64, learning_rate=0.3, schedule="one-cycle", validate_every=12)
+    accuracy: dict[str, dict] = {}
+    for method in ("natural", "pgd-at"):
+        config = Config(
+            name=method,
+            data=DataConfig("digits"),
+            method=ducat.config.MethodConfig(method),
+            threat=ThreatConfig(eps=0.1, steps=3),
+            train=settings,
+        )
+        accuracy[method] = train(config, tmp_path).metrics[-1]
+    assert accuracy["natural"]["clean"] > 0.9
+    assert accuracy["pgd-at"]["clean"] > 0.8
+    assert accuracy["pgd-at"]["robust"] > accuracy["natural"]["robust"] + 0.2
+
+
+def test_settings_that_do_not_fit_the_data_are_named(tmp_path: Path) -> None:
+    too_large = replace(TINY, train=replace(TINY.train, batch_size=500))
+    with pytest.raises(ValueError, match="batch_size=500"):
+        train(too_large, tmp_path)
+    with pytest.raises(ValueError, match=r"data\.name=digit"):
+        train(replace(TINY, data=DataConfig("digit")), tmp_path)
+    assert not list(tmp_path.iterdir()), "a run folder was made for a run that could not start"
