@@ -1,6 +1,7 @@
 """Images in memory, their splits and their fingerprint."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,11 +105,17 @@ def hold_out(images: Images, count: int) -> tuple[Images, Images]:
     return images.select(order[count:].sort().values), images.select(order[:count].sort().values)
 
 
-def fingerprint(*parts: Images) -> str:
-    """Hash the exact images and labels: "sha256:" and 64 hexadecimal digits."""
+def named_tensors(train: Images, validation: Images, test: Images) -> dict[str, Tensor]:
+    """Return the tensors of the three parts by name, as a prepared data set stores them."""
+    parts = {"train": train, "validation": validation, "test": test}
+    return {f"{part}.{item}": tensor for part, images in parts.items() for item, tensor in vars(images).items()}
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Hash the exact images and labels: "sha256:" and 64 hexadecimal digits. `ids` do not count."""
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(repr(tuple(part.images.shape)).encode())
-        digest.update(part.images.contiguous().numpy().data)
-        digest.update(part.labels.numpy().astype("<i8").data)
+    for name in sorted(tensors):
+        if not name.endswith(".ids"):
+            digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}\n".encode())
+            digest.update(tensors[name].contiguous().numpy().data)
     return f"sha256:{digest.hexdigest()}"

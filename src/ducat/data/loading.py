@@ -1,0 +1,103 @@
+"""Prepared data sets, as the rest of the package takes them."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ducat.data import cache
+from ducat.data.images import Dataset, Images, fingerprint, named_tensors, stratified_subset
+from ducat.data.readers import CORRUPTIONS, read_digits
+from ducat.data.specs import SPECS
+
+
+def load(name: str, *, samples: int | None = None, root: Path | None = None) -> Dataset:
+    """Load a prepared data set, whole or with a fixed stratified subset of its training images.
+
+    Args:
+        name: a row of `ducat data list`.
+        samples: how many training images to keep; validation and test images stay as they are.
+        root: the cache folder; None is `DUCAT_DATA`, or the user's cache folder.
+
+    Raises:
+        FileNotFoundError: the data set is not prepared; the message says how to prepare it.
+        ValueError: its file is damaged, or it has fewer training images than `samples`.
+    """
+    dataset = _load(name, root, verify=samples is None)
+    if samples is None:
+        return dataset
+    train = stratified_subset(dataset.train, samples)
+    measured = fingerprint(named_tensors(train, dataset.validation, dataset.test))
+    return replace(dataset, train=train, fingerprint=measured)
+
+
+def load_test(
+    name: str, samples: int | None = None, root: Path | None = None
+) -> tuple[Float[Tensor, "n channels height width"], Int64[Tensor, "n"]]:
+    """Load test images as float32 in [0, 1], and their labels.
+
+    Args:
+        name: a row of `ducat data list`.
+        samples: how many, a fixed stratified subset: the very images that `evaluate` uses for that many samples.
+        root: the cache folder; None is `DUCAT_DATA`, or the user's cache folder.
+
+    Raises:
+        FileNotFoundError: the data set is not prepared; the message says how to prepare it.
+        ValueError: its file is damaged, or it has fewer test images than `samples`.
+    """
+    test = _load(name, root).test
+    if samples is not None:
+        test = stratified_subset(test, samples, option="samples")
+    return test.floats(), test.labels
+
+
+def load_corruptions(
+    name: str, samples: int | None = None, root: Path | None = None
+) -> Iterator[tuple[str, int, Float[Tensor, "n channels height width"], Int64[Tensor, "n"]]]:
+    """Yield (corruption, severity, images, labels) for each corruption that is there and severities 1 to 5.
+
+    Args:
+        name: "cifar10-c" or "cifar100-c".
+        samples: how many images of each; the subset that `load_test` takes of the uncorrupted images.
+        root: the cache folder; None is `DUCAT_DATA`, or the user's cache folder.
+
+    Yields:
+        Images as float32 in [0, 1].
+
+    Raises:
+        FileNotFoundError: the data set is not prepared; the message says how to prepare it.
+        ValueError: it is no set of corruptions, its file is damaged, or it has fewer images than `samples`.
+    """
+    if name not in SPECS or SPECS[name].corruption_of is None:
+        raise ValueError(f"{name} holds no corruptions; {', '.join(n for n, s in SPECS.items() if s.corruption_of)} do")
+    tensors, _ = cache.read(name, root)
+    count = len(tensors["labels"])
+    for corruption in CORRUPTIONS:
+        if corruption in tensors:
+            for severity, images in enumerate(tensors[corruption].split(count), start=1):
+                part = Images(images, tensors["labels"], torch.arange(count))
+                if samples is not None:
+                    part = stratified_subset(part, samples, option="samples")
+                yield corruption, severity, part.floats(), part.labels
+
+
+def _load(name: str, root: Path | None, verify: bool = False) -> Dataset:
+    if name == "digits":
+        splits = read_digits()
+        assert splits.validation is not None
+        parts = splits.train, splits.validation, splits.test
+        return Dataset(SPECS[name], splits.classes, *parts, fingerprint(named_tensors(*parts)))
+    if name in SPECS and SPECS[name].corruption_of:
+        raise ValueError(
+            f"{name} holds corrupted test images of {SPECS[name].corruption_of}: "
+            "train on that, and take these from ducat.data.load_corruptions"
+        )
+    tensors, header = cache.read(name, root, verify=verify)
+    train, validation, test = (
+        Images(*(tensors[f"{part}.{item}"] for item in ("images", "labels", "ids")))
+        for part in ("train", "validation", "test")
+    )
+    return Dataset(header.spec, header.classes, train, validation, test, header.fingerprint)
