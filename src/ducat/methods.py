@@ -28,6 +28,7 @@ Labels = Int[Tensor, " batch"]
 Reading = Literal["all", "real", "recovered"]
 
 GAUSSIAN_START = 0.001  # standard deviation, on images in [0, 1] (Zhang et al. 2019)
+CONSISTENCY_TEMPERATURE = 0.5  # Tack et al. 2022
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,17 @@ class Method:
 
     Attributes:
         title: how tables and plots call it.
-        objective: what the inner attack maximises, a blind name in `attacks.objectives.OBJECTIVES`; None for no attack.
-            Its recovery-aware counterpart is called "recovered-" and this name.
-        gaussian_start: begin the attack at x + 0.001 N(0, 1) instead of uniformly in the ball.
+        objective: what the inner attack maximises, a blind name in `attacks.objectives.OBJECTIVES`; None for no attack,
+            so that the adversarial images are the benign ones. Its recovery-aware counterpart is called "recovered-"
+            and this name.
+        gaussian_start: begin PGD at x + 0.001 N(0, 1) instead of uniformly in the ball.
         target: the half of the batch that the cross-entropy is on, without dummy classes.
         regulariser: `(clean_logits, adversarial_logits, y, weight)` to one value per sample, added to the
-            cross-entropy; None for none.
+            cross-entropy; None for none. The logits are read as the inner attack reads them.
+        reads_benign: whether the regulariser looks at `clean_logits`; where nothing does, benign images are not
+            forwarded and `clean_logits` is empty.
         weight: the regulariser's default weight: beta or lambda of the method's paper.
+        views: augmentations of each image, which the batch holds one after the other.
     """
 
     title: str
@@ -50,12 +55,43 @@ class Method:
     gaussian_start: bool = False
     target: Literal["benign", "adversarial"] = "adversarial"
     regulariser: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
+    reads_benign: bool = False
     weight: float = 0.0
+    views: int = 1
+
+
+def _trades(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float) -> Tensor:
+    return weight * losses.kl(clean_logits, adversarial_logits)
+
+
+def _mart(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float) -> Tensor:
+    divergence = losses.mart_divergence(clean_logits, adversarial_logits, y)
+    return losses.mart_margin(adversarial_logits, y) + weight * divergence
+
+
+def _consistency(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float) -> Tensor:
+    divergence = losses.js(*adversarial_logits.chunk(2), temperature=CONSISTENCY_TEMPERATURE)
+    return weight * divergence
 
 
 METHODS: dict[str, Method] = {
-    "natural": Method("natural", objective=None, target="benign"),
+    "natural": Method("natural", objective=None),
+    # Madry et al. 2018, arXiv 1706.06083
     "pgd-at": Method("PGD-AT"),
+    # Zhang et al. 2019, arXiv 1901.08573
+    "trades": Method(
+        "TRADES",
+        objective="kl",
+        gaussian_start=True,
+        target="benign",
+        regulariser=_trades,
+        reads_benign=True,
+        weight=6.0,
+    ),
+    # Wang et al. 2020, ICLR: "Improving adversarial robustness requires revisiting misclassified examples"
+    "mart": Method("MART", gaussian_start=True, regulariser=_mart, reads_benign=True, weight=6.0),
+    # Tack et al. 2022, arXiv 2103.04623
+    "consistency": Method("Consistency-AT", regulariser=_consistency, weight=1.0, views=2),
 }
 
 
@@ -101,7 +137,7 @@ class Objective:
     def needs_benign(self) -> bool:
         """Whether the loss looks at benign images too."""
         method = self.method
-        return self.targets is not None or method.target == "benign" or method.regulariser is not None
+        return self.targets is not None or method.target == "benign" or method.reads_benign
 
     def attack(
         self, model: nn.Module, x: Images, y: Labels, threat: ThreatModel, generator: torch.Generator | None = None
@@ -123,15 +159,13 @@ class Objective:
 
         Args:
             model: in training mode; maps images to logits.
-            x: benign images.
+            x: benign images; for a method with several views, all first views, then all second ones.
             adversarial: what `attack` returned for them.
-            y: labels.
+            y: labels of x.
         """
-        if self.method.objective is None:
-            return losses.cross_entropy(model(x).to(x.dtype), y).mean()
-        if not self.needs_benign:
-            return losses.cross_entropy(self._read(model(adversarial).to(x.dtype)), y).mean()
-        clean_logits, adversarial_logits = model(torch.cat([x, adversarial])).to(x.dtype).chunk(2)
+        images = torch.cat([x, adversarial]) if self.needs_benign else adversarial
+        logits = model(images).to(x.dtype)
+        clean_logits, adversarial_logits = logits[: -len(x)], logits[-len(x) :]
         if self.targets is None:
             chosen = clean_logits if self.method.target == "benign" else adversarial_logits
             loss = losses.cross_entropy(self._read(chosen), y).mean()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ducat import checkpoint, data
+from ducat import checkpoint, data, methods
 from ducat.config import Config, TrainConfig
 from ducat.dummy import dummy_head
 from ducat.evaluate import evaluate
@@ -150,6 +150,7 @@ class _Loop:
             seed=settings.seed,
             augment=data.Augmentation(spec.crop_padding, spec.flip),
             device=device,
+            views=methods.find(config.method.name).views,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
@@ -211,6 +212,7 @@ class _Loop:
         pending: list[torch.Tensor] = []
         self.model.train()
         for x, y in self.batches.epoch(at.epoch, start_step=at.step):
+            x, y = x.reshape(-1, *x.shape[-3:]), y.repeat(self.batches.views)
             self._set_learning_rate(at.epoch + (at.step + 0.5) / len(self.batches))
             if self.precision is torch.bfloat16:
                 x = x.to(memory_format=torch.channels_last)
