@@ -88,6 +88,9 @@ class Training:
                 self.live.console.print(text, highlight=False, soft_wrap=True)
         self.live.progress.update(self.task, description=text)
 
+    def warning(self, text: str) -> None:
+        self.live.console.print(f"[bold]warning[/bold] {self.title}: {text}", highlight=False, soft_wrap=True)
+
 
 def _run_train(arguments: Namespace, console: Console) -> None:
     with Live(console) as live:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import ArgumentError
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ import yaml
 
 from ducat import methods
 from ducat.data.specs import DataSpec
+from ducat.schedules import SCHEDULES, epoch_of
 from ducat.threat import Norm, ThreatModel
 
 if TYPE_CHECKING:
@@ -23,6 +25,11 @@ Kind = Literal["off", "published", "recovery-aware"]
 def _at_least(name: str, value: float | int | None, low: float | int) -> None:
     if value is not None and not value >= low:
         raise ValueError(f"{name}={value} must be at least {low:g}")
+
+
+def _among(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value} is unknown: choose from {', '.join(choices)}")
 
 
 def _within(name: str, value: float | int, low: float | int, high: float | int) -> None:
@@ -53,8 +60,12 @@ class ModelConfig:
     """Name of a network, for example small, resnet20, resnet18, wrn-28-10; by default the one usual for the data."""
     width: int | None = None
     """Channels of the first stage, instead of the network's own."""
+    normalization: Literal["data", "none"] = "data"
+    """What the network does to its images first: data subtracts the data's mean and divides by its standard deviation,
+    per channel; none takes images in [0, 1] as they are, as many published robust networks do."""
 
     def __post_init__(self) -> None:
+        _among("model.normalization", self.normalization, ("data", "none"))
         _at_least("model.width", self.width, 1)
 
 
@@ -66,10 +77,18 @@ class MethodConfig:
     """natural, or a method of adversarial training, for example pgd-at, trades, mart, consistency."""
     weight: float | int | None = None
     """Weight of the method's regulariser (beta or lambda of its paper); the paper's value by default."""
+    attack: str = "pgd"
+    """How training finds adversarial images: pgd takes threat.steps steps; fgsm-rs and n-fgsm take one, which is cheap
+    and risks catastrophic overfitting: validation then looks out for it."""
+    label_smoothing: float | int = 0.0
+    """Share of the target that is spread evenly over all classes, in [0, 1)."""
 
     def __post_init__(self) -> None:
         methods.find(self.name)
         _at_least("method.weight", self.weight, 0)
+        _among("method.attack", self.attack, methods.ATTACKS)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"method.label_smoothing={self.label_smoothing} is outside [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -78,8 +97,8 @@ class DummyConfig:
 
     kind: Kind = "off"
     """off; published: as in the paper, the inner attack is blind to recovery; recovery-aware: it knows recovery."""
-    start_epoch: float | int = 0.8
-    """First epoch with two-hot targets, counted from 0; below 1 a fraction of all epochs."""
+    start_epoch: float | int = 0.81
+    """First epoch with two-hot targets, counted from 0; between 0 and 1 a fraction of all epochs."""
     benign_weight: float | int = 0.25
     """Share of the target that the dummy class gets for benign images, in [0, 1]."""
     adversarial_weight: float | int = 1.0
@@ -134,9 +153,20 @@ class TrainConfig:
     schedule: str = "multi-step"
     """Learning rate over time: multi-step, cosine, one-cycle or constant."""
     milestones: tuple[float | int, ...] = (0.77, 0.81)
-    """For multi-step: epochs at which the learning rate falls to a tenth; below 1 fractions of all epochs."""
+    """For multi-step: epochs at which the learning rate falls to a tenth; between 0 and 1 fractions of all epochs."""
     warmup_epochs: float | int = 0.0
-    """Epochs of linear warm-up before the schedule."""
+    """Epochs of linear warm-up, by which the schedule is multiplied."""
+    averaging: Literal["off", "ema", "swa"] = "off"
+    """Average of the weights that is validated, saved and deployed in their place: ema is exponential, a step at a
+    time; swa is the plain mean over epochs, with batch-norm statistics measured anew."""
+    averaging_decay: float | int = 0.999
+    """Weight of the past in an ema, in [0, 1)."""
+    averaging_start_epoch: float | int = 0.5
+    """First epoch whose weights are averaged, counted from 0; between 0 and 1 a fraction of all epochs."""
+    awp: float | int = 0.0
+    """Size gamma of adversarial weight perturbation, relative to each weight's norm, for example 0.005; 0 is none."""
+    awp_start_epoch: float | int = 0.0
+    """First epoch with adversarial weight perturbation, counted from 0; between 0 and 1 a fraction of all epochs."""
     seed: int = 0
     """Seed of everything random in the run."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
@@ -153,7 +183,16 @@ class TrainConfig:
         _within("train.momentum", self.momentum, 0, 1)
         _at_least("train.weight_decay", self.weight_decay, 0)
         _at_least("train.seed", self.seed, 0)
+        _among("train.schedule", self.schedule, SCHEDULES)
         _at_least("train.warmup_epochs", self.warmup_epochs, 0)
+        _among("train.averaging", self.averaging, ("off", "ema", "swa"))
+        if not 0 <= self.averaging_decay < 1:
+            raise ValueError(f"train.averaging_decay={self.averaging_decay} is outside [0, 1)")
+        _at_least("train.awp", self.awp, 0)
+        for milestone in self.milestones if self.schedule == "multi-step" else ():
+            epoch_of(milestone, self.epochs, "train.milestones")
+        for option in ("averaging_start_epoch", "awp_start_epoch"):
+            epoch_of(getattr(self, option), self.epochs, f"train.{option}")
         _at_least("train.validate_every", self.validate_every, 1)
 
 
@@ -176,10 +215,8 @@ class Config:
                 f"dummy.kind={self.dummy.kind} needs adversarial images, which method.name=natural has none of: "
                 "choose an adversarial method"
             )
-        if self.dummy.kind != "off" and self.dummy.start_epoch >= self.train.epochs:
-            raise ValueError(
-                f"dummy.start_epoch={self.dummy.start_epoch:g} must be before the end, train.epochs={self.train.epochs}"
-            )
+        if self.dummy.kind != "off":
+            epoch_of(self.dummy.start_epoch, self.train.epochs, "dummy.start_epoch")
 
     def resolve(self, spec: DataSpec) -> Config:
         """Return the config with every default that depends on the data set written out."""
@@ -206,8 +243,7 @@ class Config:
         """First epoch with two-hot targets; `train.epochs`, which never comes, without dummy classes."""
         if self.dummy.kind == "off":
             return self.train.epochs
-        value = self.dummy.start_epoch
-        return round(value * self.train.epochs) if 0 < value < 1 else int(value)
+        return epoch_of(self.dummy.start_epoch, self.train.epochs, "dummy.start_epoch")
 
     def objective(self, epoch: int) -> methods.Objective:
         """Return what the given epoch, counted from 0, minimises."""
@@ -218,7 +254,8 @@ class Config:
         if self.dummy.kind == "recovery-aware":
             reading = "recovered" if active else "real"
         targets = methods.TwoHot(self.dummy.benign_weight, self.dummy.adversarial_weight) if active else None
-        return methods.Objective(method, reading, targets, weight)
+        attack = methods.ATTACKS[self.method.attack]
+        return methods.Objective(method, reading, targets, weight, attack, self.method.label_smoothing)
 
     def to_yaml(self) -> str:
         """Return the config as YAML that `from_yaml` and `ducat train --config` read back."""

@@ -71,12 +71,15 @@ def _ensemble(budget: str) -> Callable[..., Tensor]:
     return run
 
 
+QUICK = (
+    Attack("pgd-10", False, _pgd(10)),
+    Attack("ensemble-quick", False, _ensemble("quick")),
+    Attack("ensemble-quick", True, _ensemble("quick")),
+)
 SUITES: dict[str, tuple[Attack, ...]] = {
-    "quick": (
-        Attack("pgd-10", False, _pgd(10)),
-        Attack("ensemble-quick", False, _ensemble("quick")),
-        Attack("ensemble-quick", True, _ensemble("quick")),
-    ),
+    "quick": QUICK,
+    # What shows catastrophic overfitting during training: FGSM and PGD on the deployed classifier.
+    "single-step": (*QUICK, Attack("fgsm", True, _fgsm), Attack("pgd-10", True, _pgd(10))),
     "light": (
         Attack("fgsm", False, _fgsm),
         Attack("pgd-20", False, _pgd(20)),

@@ -10,7 +10,7 @@ Dummy classes plug into every row by the same rules, so that no method is writte
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Literal
 
@@ -28,6 +28,7 @@ Labels = Int[Tensor, " batch"]
 Reading = Literal["all", "real", "recovered"]
 
 GAUSSIAN_START = 0.001  # standard deviation, on images in [0, 1] (Zhang et al. 2019)
+CONSISTENCY_TEMPERATURE = 0.5  # Tack et al. 2022
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,17 @@ class Method:
 
     Attributes:
         title: how tables and plots call it.
-        objective: what the inner attack maximises, a blind name in `attacks.objectives.OBJECTIVES`; None for no attack.
-            Its recovery-aware counterpart is called "recovered-" and this name.
-        gaussian_start: begin the attack at x + 0.001 N(0, 1) instead of uniformly in the ball.
+        objective: what the inner attack maximises, a blind name in `attacks.objectives.OBJECTIVES`; None for no attack,
+            so that the adversarial images are the benign ones. Its recovery-aware counterpart is called "recovered-"
+            and this name.
+        gaussian_start: begin PGD at x + 0.001 N(0, 1) instead of uniformly in the ball.
         target: the half of the batch that the cross-entropy is on, without dummy classes.
         regulariser: `(clean_logits, adversarial_logits, y, weight)` to one value per sample, added to the
-            cross-entropy; None for none.
+            cross-entropy; None for none. The logits are read as the inner attack reads them.
+        reads_benign: whether the regulariser looks at `clean_logits`; where nothing does, benign images are not
+            forwarded and `clean_logits` is empty.
         weight: the regulariser's default weight: beta or lambda of the method's paper.
+        views: augmentations of each image, which the batch holds one after the other.
     """
 
     title: str
@@ -50,12 +55,87 @@ class Method:
     gaussian_start: bool = False
     target: Literal["benign", "adversarial"] = "adversarial"
     regulariser: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
+    reads_benign: bool = False
     weight: float = 0.0
+    views: int = 1
+
+
+def _trades(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float) -> Tensor:
+    return weight * losses.kl(clean_logits, adversarial_logits)
+
+
+def _mart(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float) -> Tensor:
+    divergence = losses.mart_divergence(clean_logits, adversarial_logits, y)
+    return losses.mart_margin(adversarial_logits, y) + weight * divergence
+
+
+def _consistency(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float) -> Tensor:
+    first, second = adversarial_logits.chunk(2)
+    return weight * losses.js(first, second, CONSISTENCY_TEMPERATURE)
 
 
 METHODS: dict[str, Method] = {
-    "natural": Method("natural", objective=None, target="benign"),
+    "natural": Method("natural", objective=None),
+    # Madry et al. 2018, arXiv 1706.06083
     "pgd-at": Method("PGD-AT"),
+    # Zhang et al. 2019, arXiv 1901.08573
+    "trades": Method(
+        "TRADES",
+        objective="kl",
+        gaussian_start=True,
+        target="benign",
+        regulariser=_trades,
+        reads_benign=True,
+        weight=6.0,
+    ),
+    # Wang et al. 2020, ICLR: "Improving adversarial robustness requires revisiting misclassified examples"
+    "mart": Method("MART", gaussian_start=True, regulariser=_mart, reads_benign=True, weight=6.0),
+    # Tack et al. 2022, arXiv 2103.04623
+    "consistency": Method("Consistency-AT", regulariser=_consistency, weight=1.0, views=2),
+}
+
+
+@dataclass(frozen=True)
+class InnerAttack:
+    """How training solves the inner problem: a row of a table. Lengths are in units of eps.
+
+    Attributes:
+        step: length of the one step; None for the steps of the threat model.
+        noise: radius of the uniform random start.
+        ball: radius of the ball that the result is cut to.
+    """
+
+    step: float | None = None
+    noise: float = 1.0
+    ball: float = 1.0
+
+    def start(self, x: Images, threat: ThreatModel, generator: torch.Generator | None) -> Images:
+        """Draw where the attack begins."""
+        return _with_radius(threat, self.noise).random_start(x, generator)
+
+    def within(self, threat: ThreatModel) -> ThreatModel:
+        """Return the ball and the steps that training attacks with."""
+        if self.step is None:
+            return threat
+        return replace(_with_radius(threat, self.ball), step_size=_length(threat, self.step), steps=1)
+
+
+def _length(threat: ThreatModel, factor: float) -> float:
+    length = factor * threat.radius
+    return min(length, 1.0) if threat.norm == "linf" else length
+
+
+def _with_radius(threat: ThreatModel, factor: float) -> ThreatModel:
+    return replace(threat, eps=_length(threat, factor))
+
+
+ATTACKS: dict[str, InnerAttack] = {
+    "pgd": InnerAttack(),
+    # Wong et al. 2020, arXiv 2001.03994
+    "fgsm-rs": InnerAttack(step=1.25),
+    # de Jorge et al. 2022, arXiv 2202.01181, with k = 2. Nothing is cut to the ball of radius eps, so that an image may
+    # change by (k + 1) eps: the noise is an augmentation, and the step of length eps is the attack.
+    "n-fgsm": InnerAttack(step=1.0, noise=2.0, ball=3.0),
 }
 
 
@@ -90,18 +170,25 @@ class Objective:
             ones.
         targets: weights of the two-hot targets, or None while dummy classes are not in use.
         weight: of the regulariser.
+        inner: how the attack goes about it.
+        label_smoothing: share of the target that is spread evenly over all classes, in [0, 1). With two-hot targets
+            every class's share is itself two-hot with the same weight w: with u the smoothed distribution over C
+            classes the targets are [(1 - w) u; w u], and the loss decomposes as without smoothing, into the
+            cross-entropy of the recovered probabilities q with u, and sum_c u_c binary CE(w, p_{c+C} / q_c).
     """
 
     method: Method
     reading: Reading = "all"
     targets: TwoHot | None = None
     weight: float = 0.0
+    inner: InnerAttack = ATTACKS["pgd"]
+    label_smoothing: float = 0.0
 
     @property
     def needs_benign(self) -> bool:
         """Whether the loss looks at benign images too."""
         method = self.method
-        return self.targets is not None or method.target == "benign" or method.regulariser is not None
+        return self.targets is not None or method.target == "benign" or method.reads_benign
 
     def attack(
         self, model: nn.Module, x: Images, y: Labels, threat: ThreatModel, generator: torch.Generator | None = None
@@ -109,48 +196,52 @@ class Objective:
         """Solve the inner problem: return the adversarial images to train on (the benign ones for natural training)."""
         if self.method.objective is None:
             return x
-        start = None
-        if self.method.gaussian_start:
+        if self.method.gaussian_start and self.inner.step is None:
             device = generator.device if generator is not None else x.device
             noise = torch.randn(x.shape, generator=generator, device=device).to(x)
             start = threat.project(x + GAUSSIAN_START * noise, x)
+        else:
+            start = self.inner.start(x, threat, generator)
         name = f"recovered-{self.method.objective}" if self.reading == "recovered" else self.method.objective
         network = _RealHalf(model) if self.reading == "real" else model
-        return pgd(network, x, y, threat, name, generator=generator, start=start, keep="last")
+        return pgd(network, x, y, self.inner.within(threat), name, start=start, keep="last")
+
+    def forwarded(self, x: Images, adversarial: Images) -> Images:
+        """Return the images that the loss forwards: the adversarial ones, after the benign ones if it needs them."""
+        return torch.cat([x, adversarial]) if self.needs_benign else adversarial
 
     def loss(self, model: nn.Module, x: Images, adversarial: Images, y: Labels) -> Float[Tensor, ""]:
         """Return the outer loss, a mean over the batch, from one forward pass.
 
         Args:
             model: in training mode; maps images to logits.
-            x: benign images.
+            x: benign images; for a method with several views, all first views, then all second ones.
             adversarial: what `attack` returned for them.
-            y: labels.
+            y: labels of x.
         """
-        if self.method.objective is None:
-            return losses.cross_entropy(model(x).to(x.dtype), y).mean()
-        if not self.needs_benign:
-            return losses.cross_entropy(self._read(model(adversarial).to(x.dtype)), y).mean()
-        clean_logits, adversarial_logits = model(torch.cat([x, adversarial])).to(x.dtype).chunk(2)
+        logits = model(self.forwarded(x, adversarial)).to(x.dtype)
+        clean_logits, adversarial_logits = logits[: -len(x)], logits[-len(x) :]
         if self.targets is None:
             chosen = clean_logits if self.method.target == "benign" else adversarial_logits
-            loss = losses.cross_entropy(self._read(chosen), y).mean()
+            loss = losses.cross_entropy(self._read(chosen), y, self.label_smoothing).mean()
         else:
-            halves = (clean_logits, self.targets.benign), (adversarial_logits, self.targets.adversarial)
-            loss = torch.stack([_two_hot_loss(logits, y, weight) for logits, weight in halves]).mean()
+            targets = [self._two_hot(y, logits, weight) for weight in (self.targets.benign, self.targets.adversarial)]
+            loss = losses.soft_cross_entropy(logits, torch.cat(targets)).mean()
         if self.method.regulariser is not None:
             pair = self._read(clean_logits), self._read(adversarial_logits)
             loss = loss + self.method.regulariser(*pair, y, self.weight).mean()
         return loss
 
+    def _two_hot(self, y: Tensor, logits: Tensor, dummy_weight: float) -> Tensor:
+        num_classes = logits.shape[1] // 2
+        targets = two_hot(y, num_classes, dummy_weight)
+        everything = two_hot(torch.arange(num_classes, device=y.device), num_classes, dummy_weight).mean(0)
+        return targets.lerp(everything, self.label_smoothing)
+
     def _read(self, logits: Tensor) -> Tensor:
         if self.reading == "real":
             return logits.chunk(2, dim=1)[0]
         return recover(logits, "logsumexp") if self.reading == "recovered" else logits
-
-
-def _two_hot_loss(logits: Tensor, y: Tensor, dummy_weight: float) -> Tensor:
-    return losses.soft_cross_entropy(logits, two_hot(y, logits.shape[1] // 2, dummy_weight)).mean()
 
 
 class _RealHalf(nn.Module):

@@ -9,28 +9,31 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor, nn
 
-from ducat import checkpoint, data
+from ducat import checkpoint, data, methods
+from ducat.averaging import WeightAverage, perturbed_weights, update_batch_norm
 from ducat.config import Config, TrainConfig
 from ducat.dummy import dummy_head
 from ducat.evaluate import evaluate
 from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder, environment
-from ducat.schedules import learning_rate
+from ducat.schedules import epoch_of, learning_rate
 from ducat.seeding import generator
 
-if TYPE_CHECKING:
-    pass
-
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
+COLLAPSE = 0.05  # a smaller fall of PGD accuracy is noise of the validation split
+BATCH_NORM_BATCHES = 20  # batches that the statistics of averaged weights are measured on
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,11 +54,16 @@ class Listener(Protocol):
     def epoch(self, row: dict[str, Any]) -> None:
         """Note an epoch's line of metrics.jsonl."""
 
+    def warning(self, text: str) -> None:
+        """Note what the user must know of before the run is over."""
+
 
 class _Silent:
     def step(self, done: int, total: int) -> None: ...
 
     def epoch(self, row: dict[str, Any]) -> None: ...
+
+    def warning(self, text: str) -> None: ...
 
 
 @dataclass
@@ -71,13 +79,29 @@ class _Position:
         self.losses = list(self.losses or [])
 
 
-def train(config: Config, root: Path = Path("runs"), listener: Listener | None = None) -> RunFolder:
+@dataclass(frozen=True)
+class Initial:
+    """A trained network to begin with, instead of random weights.
+
+    Attributes:
+        build: makes the network and its description from the description that the settings and the data ask for.
+        source: what the manifest says of where the weights are from.
+    """
+
+    build: Callable[[Architecture], tuple[Architecture, nn.Module]]
+    source: Mapping[str, Any]
+
+
+def train(
+    config: Config, root: Path = Path("runs"), listener: Listener | None = None, *, initial: Initial | None = None
+) -> RunFolder:
     """Train a network and leave a run folder.
 
     Args:
         config: the settings.
         root: the folder that the run folder is made in.
         listener: told of each step and epoch.
+        initial: where the weights begin; at random by default.
 
     Raises:
         FileExistsError: if there is a run of that name; nothing is overwritten.
@@ -88,8 +112,15 @@ def train(config: Config, root: Path = Path("runs"), listener: Listener | None =
     dataset = data.load(config.data.name, samples=config.data.samples, root=config.data.root)
     config = config.resolve(dataset.spec)
     assert config.name is not None
-    loop = _Loop(config, dataset, root / config.name, listener or _Silent())
-    loop.create()
+    architecture = _architecture(config, dataset)
+    if initial is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            model = architecture.build()
+    else:
+        architecture, model = initial.build(architecture)
+    loop = _Loop(config, dataset, root / config.name, listener or _Silent(), architecture, model)
+    loop.create({} if initial is None else {"initial": dict(initial.source)})
     return loop.run()
 
 
@@ -100,18 +131,48 @@ def resume(path: Path, listener: Listener | None = None) -> RunFolder:
     dataset = data.load(config.data.name, samples=config.data.samples, root=config.data.root)
     if dataset.fingerprint != folder.manifest["data"]["fingerprint"]:
         raise ValueError(f"the data {config.data.name} are not those that {path} was trained on")
-    loop = _Loop(config, dataset, path, listener or _Silent())
-    loop.restore()
+    tensors, state = checkpoint.read(folder.checkpoint_path("last"))
+    architecture = Architecture(**state["model"])
+    with torch.random.fork_rng(devices=[]):
+        model = architecture.build()
+    loop = _Loop(config, dataset, path, listener or _Silent(), architecture, model)
+    loop.restore(tensors, state)
     return loop.run()
+
+
+def _architecture(config: Config, dataset: data.Dataset) -> Architecture:
+    """Return the network that the settings and the data ask for."""
+    spec, channels = dataset.spec, dataset.spec.shape[0]
+    normalized = config.model.normalization == "data"
+    assert config.model.name is not None
+    return Architecture(
+        name=config.model.name,
+        num_classes=len(dataset.classes),
+        dummy_classes=config.dummy.kind != "off",
+        channels=channels,
+        mean=spec.mean if normalized else (0.0,) * channels,
+        std=spec.std if normalized else (1.0,) * channels,
+        width=config.model.width,
+        stem_stride=2 if spec.shape[1] >= 64 else 1,
+    )
 
 
 class _Loop:
     """A run in memory."""
 
-    def __init__(self, config: Config, dataset: data.Dataset, path: Path, listener: Listener) -> None:
+    def __init__(
+        self,
+        config: Config,
+        dataset: data.Dataset,
+        path: Path,
+        listener: Listener,
+        architecture: Architecture,
+        model: nn.Module,
+    ) -> None:
         from accelerate import Accelerator
 
         self.config, self.dataset, self.listener = config, dataset, listener
+        self.architecture, self.model = architecture, model
         settings = config.train
         self.folder = RunFolder(path)
         self.threat = config.threat.build(dataset.spec)
@@ -120,21 +181,6 @@ class _Loop:
         if settings.device == "cuda" and device.type != "cuda":
             raise ValueError("train.device=cuda: PyTorch finds no GPU here; choose cpu or auto")
         self.precision = _precision(settings, device)
-        spec = dataset.spec
-        assert config.model.name is not None
-        self.architecture = Architecture(
-            name=config.model.name,
-            num_classes=len(dataset.classes),
-            dummy_classes=config.dummy.kind != "off",
-            channels=spec.shape[0],
-            mean=spec.mean,
-            std=spec.std,
-            width=config.model.width,
-            stem_stride=2 if spec.shape[1] >= 64 else 1,
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self.model = self.architecture.build()
         # float32 convolutions on a CPU are no faster in channels_last, bf16 ones are.
         layout = torch.channels_last if self.precision is torch.bfloat16 else torch.contiguous_format
         self.model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
@@ -149,14 +195,26 @@ class _Loop:
             dataset.train,
             settings.batch_size,
             seed=settings.seed,
-            augment=data.Augmentation(spec.crop_padding, spec.flip),
+            augment=data.Augmentation(dataset.spec.crop_padding, dataset.spec.flip),
             device=device,
+            views=methods.find(config.method.name).views,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
+        self.head = dummy_head(self.model)
+        self.awp_start = epoch_of(settings.awp_start_epoch, settings.epochs)
+        self.averaging_start = epoch_of(settings.averaging_start_epoch, settings.epochs)
+        self.average: WeightAverage | None = None
+        if settings.averaging != "off":
+            self.average = WeightAverage(self.model, settings.averaging_decay if settings.averaging == "ema" else None)
         self.position = _Position()
 
-    def create(self) -> None:
+    @property
+    def deployed(self) -> nn.Module:
+        """The weights that are validated, and saved to be used: the average, once it has begun."""
+        return self.average.module if self.average is not None and self.average.updates else self.model
+
+    def create(self, manifest: Mapping[str, Any]) -> None:
         if self.accelerator.is_main_process:
             RunFolder.create(self.folder.path)
             self.folder.write_config(self.config)
@@ -177,13 +235,16 @@ class _Loop:
                         "validation": len(self.dataset.validation),
                         "test": len(self.dataset.test),
                     },
+                    **manifest,
                 }
             )
         self.accelerator.wait_for_everyone()
 
-    def restore(self) -> None:
-        tensors, state = checkpoint.read(self.folder.checkpoint_path("last"))
-        self.model.load_state_dict(checkpoint.part("model", tensors))
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.model.load_state_dict(checkpoint.part("raw" if state["averaged"] else "model", tensors))
+        if self.average is not None:
+            self.average.module.load_state_dict(checkpoint.part("model", tensors))
+            self.average.updates.fill_(state["averaged"])
         checkpoint.join_optimizer(self.optimizer.optimizer, checkpoint.part("optimizer", tensors), state["optimizer"])
         self.position = _Position(**state["position"])
         if self.accelerator.is_main_process:
@@ -211,17 +272,20 @@ class _Loop:
         began, first = time.perf_counter(), at.step
         pending: list[torch.Tensor] = []
         self.model.train()
-        for x, y in self.batches.epoch(at.epoch, start_step=at.step):
+        for x, y in self._batches(at.epoch, at.step):
             self._set_learning_rate(at.epoch + (at.step + 0.5) / len(self.batches))
-            if self.precision is torch.bfloat16:
-                x = x.to(memory_format=torch.channels_last)
-            noise = generator(settings.seed, "attack", at.epoch, at.step, self.accelerator.process_index)
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision is torch.bfloat16):
-                adversarial = objective.attack(self.model, x, y, self.threat, noise)
-                loss = objective.loss(self.wrapped, x, adversarial, y)
-            self.accelerator.backward(loss)
+            adversarial = self._attack(objective, x, y, "attack", at.epoch, at.step)
+            outer = partial(self._loss, objective, x=x, adversarial=adversarial, y=y)
+            with self._perturbation(at.epoch, partial(outer, self.model)):
+                loss = outer(self.wrapped)
+                self.accelerator.backward(loss)
             self.optimizer.step()
             self.optimizer.zero_grad()
+            if objective.reading == "real" and self.head is not None:
+                # Until the switch the dummy half follows the real one, so that what is saved deploys the base method.
+                self.head.copy_real_rows()
+            if self.average is not None and settings.averaging == "ema" and at.epoch >= self.averaging_start:
+                self.average.update(self.model)
             pending.append(loss.detach())
             at.step += 1
             if len(pending) == CHECK_EVERY or at.step == len(self.batches) or received:
@@ -230,7 +294,46 @@ class _Loop:
             if received:
                 self._save("last")
                 raise Interrupted(received[0], self.folder)
-        self._finish_epoch(objective.reading, time.perf_counter() - began, at.step - first)
+        if self.average is not None and settings.averaging == "swa" and at.epoch >= self.averaging_start:
+            self.average.update(self.model)
+            with self._autocast():
+                update_batch_norm(self.average.module, self._forwarded(objective))
+        self._finish_epoch(time.perf_counter() - began, at.step - first)
+
+    def _batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch in the form that networks take, the views of a batch one after the other."""
+        layout = torch.channels_last if self.precision is torch.bfloat16 else torch.contiguous_format
+        for x, y in self.batches.epoch(epoch, start_step=start_step):
+            images = x.reshape(-1, *x.shape[-3:]).to(memory_format=layout)
+            yield images, y.repeat(self.batches.views)
+
+    def _autocast(self) -> torch.autocast:
+        device = self.accelerator.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.precision is torch.bfloat16)
+
+    def _attack(self, objective: methods.Objective, x: Tensor, y: Tensor, *key: int | str) -> Tensor:
+        noise = generator(self.config.train.seed, *key, self.accelerator.process_index)
+        with self._autocast():
+            return objective.attack(self.model, x, y, self.threat, noise)
+
+    def _loss(
+        self, objective: methods.Objective, model: nn.Module, *, x: Tensor, adversarial: Tensor, y: Tensor
+    ) -> Tensor:
+        with self._autocast():
+            return objective.loss(model, x, adversarial, y)
+
+    def _perturbation(self, epoch: int, loss: Callable[[], Tensor]) -> contextlib.AbstractContextManager[None]:
+        gamma = self.config.train.awp
+        if gamma and epoch >= self.awp_start:
+            return perturbed_weights(self.model, loss, gamma)
+        return contextlib.nullcontext()
+
+    def _forwarded(self, objective: methods.Objective) -> Iterator[Tensor]:
+        """Yield images as this epoch's steps forwarded them, for the batch-norm statistics of averaged weights."""
+        epoch = self.position.epoch
+        for step, (x, y) in enumerate(islice(self._batches(epoch), BATCH_NORM_BATCHES)):
+            adversarial = self._attack(objective, x, y, "batch-norm", epoch, step)
+            yield objective.forwarded(x, adversarial)
 
     def _take(self, pending: list[torch.Tensor]) -> None:
         """Move losses from the device to the record, and stop at the first that is not finite."""
@@ -245,12 +348,8 @@ class _Loop:
         at.losses.extend(values)
         pending.clear()
 
-    def _finish_epoch(self, reading: str, seconds: float, steps: int) -> None:
+    def _finish_epoch(self, seconds: float, steps: int) -> None:
         at, settings = self.position, self.config.train
-        head = dummy_head(self.model)
-        if reading == "real" and head is not None:
-            # Until the switch the dummy half follows the real one, so that every checkpoint deploys the base method.
-            head.copy_real_rows()
         row: dict[str, Any] = {
             "epoch": at.epoch,
             "dummy_classes": self.config.dummy.kind if at.epoch >= self.config.start_epoch else "off",
@@ -270,26 +369,41 @@ class _Loop:
         if improved:
             self._save("best")
         if self.accelerator.is_main_process:
+            self._watch(row)
             self.folder.append_metrics(row)
         self._save("last")
         self.listener.epoch(row)
 
     def _validate(self) -> dict[str, float]:
         split = self.dataset.validation.to(self.accelerator.device)
+        single_step = methods.ATTACKS[self.config.method.attack].step is not None
         measured = evaluate(
-            self.model,
+            self.deployed,
             split.floats(),
             split.labels,
             self.threat,
-            "quick",
+            "single-step" if single_step else "quick",
             num_classes=len(self.dataset.classes),
             seed=self.config.train.seed,
         )
-        return {
-            "clean": float(measured.clean.float().mean()),
-            "blind": float(measured.blind.float().mean()),
-            "robust": float(measured.robust.float().mean()),
-        }
+        standing = {"clean": measured.clean, "blind": measured.blind, "robust": measured.robust}
+        if single_step:
+            attacks = {attack.name: attack.correct for attack in measured.attacks}
+            standing.update(fgsm=attacks["fgsm-recovered"], pgd=attacks["pgd-10-recovered"])
+        return {name: float(flags.float().mean()) for name, flags in standing.items()}
+
+    def _watch(self, row: dict[str, Any]) -> None:
+        """Mark a line of metrics that shows catastrophic overfitting, and warn at the first."""
+        earlier = self.folder.metrics
+        if "pgd" not in row or not catastrophic_overfitting([*earlier, row]):
+            return
+        row["catastrophic_overfitting"] = True
+        if not any("catastrophic_overfitting" in line for line in earlier):
+            self.listener.warning(
+                f"catastrophic overfitting at epoch {row['epoch']}: PGD accuracy has fallen to {row['pgd']:.3f} while "
+                f"FGSM accuracy is up at {row['fgsm']:.3f}, so training with method.attack={self.config.method.attack} "
+                "no longer makes the network robust: try n-fgsm or pgd, or a smaller train.learning_rate"
+            )
 
     def _set_learning_rate(self, epoch: float) -> None:
         settings = self.config.train
@@ -309,12 +423,38 @@ class _Loop:
         path = self.folder.path / "checkpoints" / which / "checkpoint.safetensors"
         path.parent.mkdir(exist_ok=True)
         moments, rest = checkpoint.split_optimizer(self.optimizer.optimizer)
+        # "model" is always what is deployed; where that is an average, "raw" is what training goes on from.
         tensors = {
-            **checkpoint.named("model", self.model.state_dict()),
+            **checkpoint.named("model", self.deployed.state_dict()),
             **checkpoint.named("optimizer", moments),
         }
-        state = {"model": asdict(self.architecture), "position": asdict(self.position), "optimizer": rest}
+        if self.deployed is not self.model:
+            tensors.update(checkpoint.named("raw", self.model.state_dict()))
+        state = {
+            "model": asdict(self.architecture),
+            "position": asdict(self.position),
+            "optimizer": rest,
+            "averaged": int(self.average.updates) if self.average is not None else 0,
+        }
         checkpoint.save(path, tensors, state)
+
+
+def catastrophic_overfitting(history: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether training with a single-step attack has collapsed by the last of these lines of metrics.jsonl.
+
+    It has where PGD accuracy is below half of its best, and by no less than `COLLAPSE`, while FGSM accuracy is higher
+    than it was then: the network resists the single step by bending the loss around it, and nothing else (Wong et al.
+    2020, arXiv 2001.03994). Both accuracies are of the deployed classifier, under attacks that know recovery.
+
+    Args:
+        history: lines in order; those without "fgsm" and "pgd", shares in [0, 1], are skipped.
+    """
+    measured = [row for row in history if "pgd" in row]
+    if not measured:
+        return False
+    last, best = measured[-1], max(measured, key=lambda row: row["pgd"])
+    fallen = last["pgd"] < best["pgd"] / 2 and best["pgd"] - last["pgd"] >= COLLAPSE
+    return fallen and last["fgsm"] > best["fgsm"]
 
 
 def _precision(settings: TrainConfig, device: torch.device) -> torch.dtype:
