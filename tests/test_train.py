@@ -102,6 +102,8 @@ def _stop_after(config: Config, root: Path, epochs: int) -> RunFolder:
     class Listener:
         def step(self, done: int, total: int) -> None: ...
 
+        def warning(self, text: str) -> None: ...
+
         def epoch(self, row: dict) -> None:
             if row["epoch"] + 1 == epochs:
                 raise KeyboardInterrupt
@@ -180,6 +182,6 @@ def test_settings_that_do_not_fit_the_data_are_named(tmp_path: Path) -> None:
     too_large = replace(TINY, train=replace(TINY.train, batch_size=500))
     with pytest.raises(ValueError, match="batch_size=500"):
         train(too_large, tmp_path)
-    with pytest.raises(ValueError, match=r"data\.name=digit"):
+    with pytest.raises(FileNotFoundError, match="data set digit is not prepared"):
         train(replace(TINY, data=DataConfig("digit")), tmp_path)
     assert not list(tmp_path.iterdir()), "a run folder was made for a run that could not start"

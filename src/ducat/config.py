@@ -103,6 +103,9 @@ class DummyConfig:
     """Share of the target that the dummy class gets for benign images, in [0, 1]."""
     adversarial_weight: float | int = 1.0
     """Share of the target that the dummy class gets for adversarial images, in [0, 1]."""
+    benign_share: float | int = 0.5
+    """What the benign half of the batch counts in the two-hot loss, in [0, 1]; less of it trades clean accuracy for
+    robustness. The paper's is 0.5."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("off", "published", "recovery-aware"):
@@ -110,6 +113,7 @@ class DummyConfig:
         _at_least("dummy.start_epoch", self.start_epoch, 0)
         _within("dummy.benign_weight", self.benign_weight, 0, 1)
         _within("dummy.adversarial_weight", self.adversarial_weight, 0, 1)
+        _within("dummy.benign_share", self.benign_share, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,9 @@ class Config:
         reading: methods.Reading = "all"
         if self.dummy.kind == "recovery-aware":
             reading = "recovered" if active else "real"
-        targets = methods.TwoHot(self.dummy.benign_weight, self.dummy.adversarial_weight) if active else None
+        dummy = self.dummy
+        weights = methods.TwoHot(dummy.benign_weight, dummy.adversarial_weight, dummy.benign_share)
+        targets = weights if active else None
         attack = methods.ATTACKS[self.method.attack]
         return methods.Objective(method, reading, targets, weight, attack, self.method.label_smoothing)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ducat import checkpoint
 from ducat.attacks.adaptive import SilentDummies, adaptive
 from ducat.attacks.pgd import attackable, pgd
-from ducat.data import SPECS, load_test
+from ducat.data import load_test
 from ducat.dummy import RecoveredClassifier, recover
 from ducat.runs import RunFolder, Which
 from ducat.seeding import generator as seeded
@@ -309,7 +309,7 @@ def evaluate_run(
         y,
         config.threat.build(None),
         suite,
-        num_classes=len(SPECS[config.data.name].classes),
+        num_classes=checkpoint.read(folder.checkpoint_path(which))[1]["model"]["num_classes"],
         seed=seed,
         data=config.data.name,
         progress=progress or (lambda attack: None),

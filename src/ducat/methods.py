@@ -154,10 +154,17 @@ def find(name: str) -> Method:
 
 @dataclass(frozen=True)
 class TwoHot:
-    """Weights of the two-hot targets: the dummy class's share for benign and for adversarial images, each in [0, 1]."""
+    """Weights of the two-hot loss, each in [0, 1].
 
-    benign: float = 0.25
-    adversarial: float = 1.0
+    Attributes:
+        benign: the dummy class's share of a benign image's target.
+        adversarial: the dummy class's share of an adversarial image's target.
+        benign_share: what the benign half of the batch counts in the loss; the adversarial half counts the rest.
+    """
+
+    benign: float | int = 0.25
+    adversarial: float | int = 1.0
+    benign_share: float | int = 0.5
 
 
 @dataclass(frozen=True)
@@ -206,7 +213,7 @@ class Objective:
         network = _RealHalf(model) if self.reading == "real" else model
         return pgd(network, x, y, self.inner.within(threat), name, start=start, keep="last")
 
-    def forwarded(self, x: Images, adversarial: Images) -> Images:
+    def forwarded(self, x: Images, adversarial: Images) -> Float[Tensor, "rows channels height width"]:
         """Return the images that the loss forwards: the adversarial ones, after the benign ones if it needs them."""
         return torch.cat([x, adversarial]) if self.needs_benign else adversarial
 
@@ -226,7 +233,8 @@ class Objective:
             loss = losses.cross_entropy(self._read(chosen), y, self.label_smoothing).mean()
         else:
             targets = [self._two_hot(y, logits, weight) for weight in (self.targets.benign, self.targets.adversarial)]
-            loss = losses.soft_cross_entropy(logits, torch.cat(targets)).mean()
+            benign, attacked = losses.soft_cross_entropy(logits, torch.cat(targets)).view(2, -1).mean(1)
+            loss = self.targets.benign_share * benign + (1 - self.targets.benign_share) * attacked
         if self.method.regulariser is not None:
             pair = self._read(clean_logits), self._read(adversarial_logits)
             loss = loss + self.method.regulariser(*pair, y, self.weight).mean()
