@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -199,15 +200,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
     console = Console()
-    parser = _parser("ducat")
-    parser.add_argument("--version", action="version", version=f"ducat {ducat.__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    commands = parser.add_subcommands()
-    for name, command in COMMANDS.items():
-        commands.add_subcommand(name, command.parser(), help=command.help)
     try:
-        parsed = parser.instantiate(parser.parse_args(arguments))
-        COMMANDS[parsed.subcommand].run(parsed[parsed.subcommand], console)
+        if not arguments or arguments[0] in ("-h", "--help"):
+            _overview(console)
+        elif arguments[0] == "--version":
+            console.print(f"ducat {ducat.__version__}", highlight=False)
+        else:
+            command = _find(arguments[0])
+            parser = command.parser()
+            command.run(parser.instantiate(parser.parse_args(arguments[1:])), console)
     except Interrupted as stop:
         _complain(str(stop))
         return 128 + stop.signum
@@ -222,5 +223,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _overview(console: Console) -> None:
+    lines = ["usage: ducat COMMAND [options]", "", (ducat.__doc__ or "").strip(), ""]
+    lines += [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
+    lines += ["", "`ducat COMMAND --help` explains a command's options; `ducat --version` prints the version."]
+    lines += ["Every command takes --traceback, which shows where an error comes from."]
+    console.print("\n".join(lines), highlight=False, markup=False)
+
+
+def _find(name: str) -> Command:
+    if name not in COMMANDS:
+        close = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
+        raise ValueError(f"command {name!r} is unknown: {hint}")
+    return COMMANDS[name]
+
+
 def _complain(message: str) -> None:
     print(f"ducat: {' '.join(message.split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import ducat
+from ducat.cli import COMMANDS, main
+from ducat.runs import RunFolder
+
+TINY = [
+    *("--data.name", "digits", "--data.samples", "64", "--train.batch_size", "32", "--train.precision", "float32"),
+    *("--train.learning_rate", "0.05", "--train.schedule", "constant", "--threat.steps", "2"),
+]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    out, err = capsys.readouterr()
+    return " ".join(out.split()), err
+
+
+def test_train_then_evaluate_twice_gives_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--train.epochs", "2", "--dummy.kind", "published", "--dummy.start_epoch", "1"]) == 0
+    run = "runs/digits-small-pgd-at-published-s0"
+    assert f"ducat evaluate {run}" in said(capsys)[0]
+    results = []
+    for number in (1, 2):
+        assert main(["evaluate", run, "--suite", "quick", "--samples", "40", "--json", f"{number}.json"]) == 0
+        results.append(json.loads(Path(f"{number}.json").read_text()))
+    for result in results:
+        for attack in result["attacks"]:
+            attack.pop("seconds")
+    assert results[0] == results[1]
+    assert results[0]["samples"] == 40
+    assert json.loads((Path(run) / "evaluation.json").read_text())["robust"] == results[0]["robust"]
+    out, _ = said(capsys)
+    assert "linf eps 0.2 on images in [0, 1], suite quick, seed 0" in out
+    assert all(header in out for header in ("clean", "blind", "robust", "sink gap"))
+    x, y = ducat.data.load_test("digits", 40)
+    correct = (ducat.load(run)(x).argmax(1) == y).float().mean().item()
+    assert correct == pytest.approx(results[0]["clean"]["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --method.name pgdat", "method 'pgdat' is unknown: did you mean pgd-at?"),
+        ("train --threat.eps 8", "eps=8 is outside [0, 1]: images are in [0, 1]; did you mean 8/255?"),
+        ("train --train.epochs -3", "train.epochs=-3 must be at least 1"),
+        ("train --train.epochs many", "train.epochs"),
+        ("train --train.epoch 3", "--train.epoch"),
+        ("train --data.name nothing", "nothing"),
+        ("train --config missing.yaml", "missing.yaml"),
+        ("train --dummy.kind on", "off"),
+        ("evaluate nowhere", "nowhere is not a run folder"),
+        ("evaluate", "run"),
+        ("evaluate . --suite huge", "suite"),
+        ("train --resume nowhere", "nowhere is not a run folder"),
+        ("evalute", "command 'evalute' is unknown: did you mean evaluate?"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ducat: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+def test_nothing_is_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", *TINY, "--train.epochs", "1", "--name", "run"]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "runs/run exists, and a run is never overwritten" in capsys.readouterr().err
+    Path("taken.json").write_text("mine")
+    assert main(["evaluate", "runs/run", "--json", "taken.json"]) == 2
+    assert "taken.json exists" in capsys.readouterr().err
+    assert Path("taken.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"ducat {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_the_overview_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out for name in COMMANDS)
+
+
+def test_traceback_is_shown_when_asked_for() -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["evaluate", "nowhere", "--traceback"])
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_can_be_read_and_resumed(signum: int, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "ducat.cli", "train", *TINY, "--name", "run", "--train.epochs", "400"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run does not get going"
+        time.sleep(0.05)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert "ducat train --resume runs/run" in err
+    assert "Traceback" not in err
+    folder = RunFolder.open(Path("runs/run"))
+    assert folder.manifest["status"] == "interrupted"
+    folder.load("last")
+
+
+def test_python_m_ducat_and_the_version() -> None:
+    for command in (["-m", "ducat.cli"], ["-m", "ducat"]):
+        result = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, timeout=60)
+        assert result.stdout.strip() == f"ducat {ducat.__version__}", result.stderr
