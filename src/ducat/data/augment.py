@@ -1,28 +1,51 @@
 """Augmentation of whole batches, with parameters drawn apart from the pixels."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
+from ducat.data import autoaugment
+from ducat.data.specs import DataSpec
+
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Which random changes a training image goes through.
+    """Which random changes a training image goes through, in this order.
 
     Attributes:
         crop_padding: pixels of black added on each side before a random crop back to the image's size; 0 is no crop.
         flip: mirror left to right with probability 1/2.
+        autoaugment: apply AutoAugment's CIFAR-10 policy (E. Cubuk et al., 2019).
+        cutout: side in pixels of a black square with its centre anywhere in the image (T. DeVries and G. Taylor, 2017,
+            arXiv 1708.04552); 0 is none.
     """
 
     crop_padding: int = 0
     flip: bool = False
+    autoaugment: bool = False
+    cutout: int = 0
 
     def __post_init__(self) -> None:
-        if self.crop_padding < 0:
-            raise ValueError(f"crop_padding={self.crop_padding} is negative: give pixels, 0 for no crop")
+        for name in ("crop_padding", "cutout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative: give pixels, 0 for none")
+
+    @classmethod
+    def base(cls, spec: DataSpec) -> Self:
+        """Return what adversarial training usually augments with: random crop and flip, as fits the data set."""
+        return cls(spec.crop_padding, spec.flip)
+
+    @classmethod
+    def strong(cls, spec: DataSpec) -> Self:
+        """Return what each view of Consistency-AT is augmented with (J. Tack et al., 2022, arXiv 2103.04623).
+
+        Random crop and flip, then AutoAugment, then cutout of half the image's side.
+        """
+        return cls(spec.crop_padding, spec.flip, autoaugment=True, cutout=spec.shape[1] // 2)
 
     def __call__(
         self,
@@ -42,26 +65,48 @@ class Augmentation:
         """
         total = len(images) if total is None else total
         mine = slice(start, start + len(images))
-        if self.crop_padding:
-            offsets = torch.randint(2 * self.crop_padding + 1, (total, 2), generator=generator)
-            images = crop(images, offsets[mine].to(images.device), self.crop_padding)
-        if self.flip:
-            images = flip(images, torch.randint(2, (total,), generator=generator)[mine].bool().to(images.device))
+        if self.crop_padding or self.flip:
+            offsets = torch.randint(2 * self.crop_padding + 1, (total, 2), generator=generator)[mine]
+            flipped = torch.randint(2, (total,), generator=generator)[mine].bool() & self.flip
+            images = crop_and_flip(images, offsets.to(images.device), flipped.to(images.device), self.crop_padding)
+        if self.autoaugment:
+            operations, magnitudes = autoaugment.draw(total, generator)
+            images = autoaugment.apply(images, operations[mine], magnitudes[mine])
+        if self.cutout:
+            places = torch.rand(total, 2, generator=generator)[mine] * torch.tensor(images.shape[2:])
+            images = cutout(images, places.long().to(images.device), self.cutout)
         return images
 
 
-def crop(
-    images: UInt8[Tensor, "batch channels height width"], offsets: Int64[Tensor, "batch 2"], padding: int
+def crop_and_flip(
+    images: UInt8[Tensor, "batch channels height width"],
+    offsets: Int64[Tensor, "batch 2"],
+    flipped: Bool[Tensor, "batch"],
+    padding: int,
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Pad with black and cut each image's window out again; `offsets` are (down, right) in [0, 2 * padding]."""
+    """Pad with black, cut each image's window out again, and mirror the marked ones left to right.
+
+    Args:
+        images: the batch.
+        offsets: (down, right) of each window, in [0, 2 * padding]; `padding` leaves an image where it is.
+        flipped: which images to mirror.
+        padding: pixels of black on each side.
+    """
     height, width = images.shape[2:]
-    windows = F.pad(images, [padding] * 4).unfold(2, height, 1).unfold(3, width, 1)
-    rows = torch.arange(len(images), device=images.device)
-    return windows[rows, :, offsets[:, 0], offsets[:, 1]]
+    padded = F.pad(images, [padding] * 4)
+    across = torch.arange(width, device=images.device).expand(len(images), -1)
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)
+    columns = offsets[:, 1:] + torch.where(flipped[:, None], width - 1 - across, across)
+    # One gather for both moves: measured on a CPU, it is twice as fast as cutting windows and then mirroring.
+    source = (rows[:, :, None] * padded.shape[3] + columns[:, None]).flatten(1)[:, None]
+    return padded.flatten(2).gather(2, source.expand(-1, images.shape[1], -1)).view_as(images)
 
 
-def flip(
-    images: UInt8[Tensor, "batch channels height width"], flipped: Bool[Tensor, "batch"]
+def cutout(
+    images: UInt8[Tensor, "batch channels height width"], centres: Int64[Tensor, "batch 2"], size: int
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Mirror the images marked in `flipped` left to right."""
-    return torch.where(flipped[:, None, None, None], images.flip(3), images)
+    """Black out a square of `size` pixels a side around each image's centre (row, column), as far as it is inside."""
+    rows, columns = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    top, left = (centres - size // 2).unsqueeze(2).unbind(1)
+    covered = ((rows >= top) & (rows < top + size))[:, :, None] & ((columns >= left) & (columns < left + size))[:, None]
+    return images.masked_fill(covered[:, None], 0)

@@ -1,24 +1,32 @@
 """Batches for training: a function of the seed, the epoch and the step, whatever the device and number of processes."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ducat.data.augment import Augmentation
-from ducat.data.images import Images
+from ducat.data.images import Images, floats
 from ducat.seeding import generator
+
+RESIDENT_BYTES = 4 * 2**30
+"""Larger sets of images stay where they are, mapped from their file, and are fetched batch by batch."""
+
+WORKERS = 2
+"""Threads that fetch the next batches of such a set: enough to hide a disk, since a GPU does the augmentation."""
 
 
 class Batches:
-    """Shuffled, augmented batches of images that live on the device.
+    """Shuffled, augmented batches of images that live on the device, or are streamed to it if they are large.
 
     Every draw depends on the seed, the epoch and the step alone, and is made for the global batch. So an epoch can be
     entered at any step, and any number of processes sees the same batches: each takes its rows of them.
 
     Args:
-        images: the training images; they are moved to `device` once, as uint8.
+        images: the training images; up to `RESIDENT_BYTES` of them are moved to `device` once, as uint8.
         batch_size: rows of the global batch, over all processes.
         seed: the run's seed.
         augment: what each view goes through; None leaves the images as they are.
@@ -57,7 +65,9 @@ class Batches:
             raise ValueError(f"rank={rank} is outside [0, {world_size - 1}]")
         if views < 1:
             raise ValueError(f"views={views} is less than 1")
-        self.images = images.to(device)
+        self.streams = images.images.nbytes > RESIDENT_BYTES
+        self.images = images if self.streams else images.to(device)
+        self.device = device
         self.batch_size = batch_size
         self.seed = seed
         self.augment = augment
@@ -80,14 +90,32 @@ class Batches:
             start_step: the first step to yield; the batches are those that a whole epoch would have yielded.
         """
         order = torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch))
-        for step in range(start_step, len(self)):
-            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-            start, stop = (len(rows) * rank // self.world_size for rank in (self.rank, self.rank + 1))
-            batch = self.images.select(rows[start:stop].to(self.images.labels.device))
-            views = [self._view(batch.images, epoch, step, view, start, len(rows)) for view in range(self.views)]
-            yield (torch.stack(views) if self.views > 1 else views[0]).float() / 255, batch.labels
+        batches = order.split(self.batch_size)[start_step : len(self)]
+        for step, (rows, batch) in enumerate(zip(batches, self._fetch(batches), strict=True), start_step):
+            views = [self._view(batch.images, epoch, step, view, len(rows)) for view in range(self.views)]
+            yield floats(torch.stack(views) if self.views > 1 else views[0]), batch.labels
 
-    def _view(self, images: Tensor, epoch: int, step: int, view: int, start: int, total: int) -> Tensor:
+    def _mine(self, total: int) -> tuple[int, int]:
+        start, stop = (total * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return start, stop
+
+    def _fetch(self, batches: Sequence[Tensor]) -> Iterator[Images]:
+        mine = (rows[slice(*self._mine(len(rows)))] for rows in batches)
+        if not self.streams:
+            yield from (self.images.select(rows.to(self.images.labels.device)) for rows in mine)
+            return
+        with ThreadPoolExecutor(WORKERS) as pool:
+            waiting: deque[Future[Images]] = deque()
+            for rows in mine:
+                waiting.append(pool.submit(self.images.select, rows))
+                if len(waiting) > 2 * WORKERS:
+                    yield waiting.popleft().result().to(self.device)
+            while waiting:
+                yield waiting.popleft().result().to(self.device)
+
+    def _view(self, images: Tensor, epoch: int, step: int, view: int, total: int) -> Tensor:
         if self.augment is None:
             return images
-        return self.augment(images, generator(self.seed, "augmentation", epoch, step, view), start, total)
+        return self.augment(
+            images, generator(self.seed, "augmentation", epoch, step, view), self._mine(total)[0], total
+        )

@@ -37,11 +37,17 @@ class Images:
 
     def floats(self) -> Float[Tensor, "n channels height width"]:
         """Return the images as float32 in [0, 1], the form that models and attacks take."""
-        return self.images.float() / 255
+        return floats(self.images)
 
     def select(self, indices: Int64[Tensor, "m"]) -> "Images":
         """Return the images at these positions, in this order."""
         return type(self)(self.images[indices], self.labels[indices], self.ids[indices])
+
+
+def floats(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Return images as float32 in [0, 1], the same to the last bit on every device."""
+    # GPUs multiply by 1 / 255 when the divisor is a number; a tensor they divide by.
+    return images / torch.full((), 255.0, device=images.device)
 
 
 @dataclass(frozen=True)
