@@ -1,7 +1,8 @@
 """Augmentation of whole batches, with parameters drawn apart from the pixels."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +36,12 @@ class Augmentation:
                 raise ValueError(f"{name}={getattr(self, name)} is negative: give pixels, 0 for none")
 
     @classmethod
-    def base(cls, spec: DataSpec) -> Self:
+    def base(cls, spec: DataSpec) -> Augmentation:
         """Return what adversarial training usually augments with: random crop and flip, as fits the data set."""
         return cls(spec.crop_padding, spec.flip)
 
     @classmethod
-    def strong(cls, spec: DataSpec) -> Self:
+    def strong(cls, spec: DataSpec) -> Augmentation:
         """Return what each view of Consistency-AT is augmented with (J. Tack et al., 2022, arXiv 2103.04623).
 
         Random crop and flip, then AutoAugment, then cutout of half the image's side.
@@ -81,7 +82,7 @@ class Augmentation:
 def crop_and_flip(
     images: UInt8[Tensor, "batch channels height width"],
     offsets: Int64[Tensor, "batch 2"],
-    flipped: Bool[Tensor, "batch"],
+    flipped: Bool[Tensor, batch],
     padding: int,
 ) -> UInt8[Tensor, "batch channels height width"]:
     """Pad with black, cut each image's window out again, and mirror the marked ones left to right.

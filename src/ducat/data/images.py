@@ -1,5 +1,7 @@
 """Images in memory, their splits and their fingerprint."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,23 +27,23 @@ class Images:
     """
 
     images: UInt8[Tensor, "n channels height width"]
-    labels: Int64[Tensor, "n"]
-    ids: Int64[Tensor, "n"]
+    labels: Int64[Tensor, n]
+    ids: Int64[Tensor, n]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device | str) -> "Images":
+    def to(self, device: torch.device | str) -> Images:
         """Return the same images on `device`."""
-        return type(self)(self.images.to(device), self.labels.to(device), self.ids.to(device))
+        return Images(self.images.to(device), self.labels.to(device), self.ids.to(device))
 
     def floats(self) -> Float[Tensor, "n channels height width"]:
         """Return the images as float32 in [0, 1], the form that models and attacks take."""
         return floats(self.images)
 
-    def select(self, indices: Int64[Tensor, "m"]) -> "Images":
+    def select(self, indices: Int64[Tensor, m]) -> Images:
         """Return the images at these positions, in this order."""
-        return type(self)(self.images[indices], self.labels[indices], self.ids[indices])
+        return Images(self.images[indices], self.labels[indices], self.ids[indices])
 
 
 def floats(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -71,7 +73,7 @@ class Dataset:
     fingerprint: str
 
 
-def stratified_order(labels: Int64[Tensor, "n"], seed: int = SPLIT_SEED) -> Int64[Tensor, "n"]:
+def stratified_order(labels: Int64[Tensor, n], seed: int = SPLIT_SEED) -> Int64[Tensor, n]:
     """Order positions so that every prefix holds each class in its share, to within one image.
 
     A subset is a prefix, so a larger subset contains every smaller one. The order depends on the labels and the seed
