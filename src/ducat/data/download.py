@@ -5,6 +5,9 @@ from typing import Any
 
 from ducat.data.specs import Source
 
+CHUNK = 2**16
+"""Bytes that are written at a time, so the most that an interrupted download loses."""
+
 
 def download(source: Source, folder: Path) -> Path:
     """Download a publisher's file into `folder`, unless it is there, and check its hash.
@@ -51,7 +54,7 @@ def _resume(url: str, output_file: str, _: Any) -> None:
         columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
         with Progress(*columns, console=Console(stderr=True)) as progress, part.open("ab" if done else "wb") as file:
             task = progress.add_task(name, total=total or None, completed=done)
-            for chunk in response.iter_content(2**20):
+            for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 progress.advance(task, len(chunk))
     part.replace(output_file)
