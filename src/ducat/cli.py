@@ -95,7 +95,10 @@ class Training:
 def _run_train(arguments: Namespace, console: Console) -> None:
     with Live(console) as live:
         if arguments.resume is not None:
+            finished = RunFolder.open(arguments.resume).manifest["status"] == "finished"
             folder = train_room.resume(arguments.resume, live.training(arguments.resume.name))
+            if finished:
+                console.print(f"{folder.path} is finished: nothing was left to do", highlight=False, soft_wrap=True)
         else:
             config = Config(**{name: getattr(arguments, name) for name in Config.__dataclass_fields__})
             folder = train_room.train(config, arguments.runs, live.training(config.name or config.method.name))
@@ -106,6 +109,12 @@ def _run_train(arguments: Namespace, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _check_resume(given: Namespace) -> None:
+    others = sorted(set(given.keys()) - {"resume"})
+    if others:
+        raise ValueError(f"--resume takes the settings of the run, so --{others[0]} cannot be given with it")
 
 
 def _train_parser() -> ArgumentParser:
@@ -207,6 +216,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         commands.add_subcommand(name, command.parser(), help=command.help)
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
+        if parsed.subcommand == "train" and parsed.train.resume is not None:
+            _check_resume(parser.parse_args(arguments, defaults=False).train)
         COMMANDS[parsed.subcommand].run(parsed[parsed.subcommand], console)
     except Interrupted as stop:
         _complain(str(stop))
