@@ -1,15 +1,20 @@
 """Checkpoints: one safetensors file each, with everything that is not a tensor as JSON in its header. No pickle.
 
 A file is written beside its place, flushed to the disk and renamed, so that at any moment the place holds either the
-whole old checkpoint or the whole new one.
+whole old checkpoint or the whole new one. A digest over every tensor tells a damaged file from a whole one.
 """
 
+import contextlib
+import errno
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -18,24 +23,53 @@ from torch import Tensor
 SCHEMA = 1
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Let `write(temporary_path)` make a file, then put it in the place of `path` in one step.
+def write_atomically(path: Path, write: Callable[[Path], Any], previous: Path | None = None) -> None:
+    """Let `write(temporary_path)` make a file, then put it in the place of `path`.
 
     A failure (a full disk, an interrupt) leaves `path` as it was, and no temporary file.
+
+    Args:
+        path: the file to make or replace.
+        write: writes all of it to the path it is given.
+        previous: where the file that is at `path` now goes; by default it is deleted. A kill between the two renames
+            leaves it at `previous` alone.
+
+    Raises:
+        OSError: if it cannot be written; the message names the file.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # A read-only folder: nothing was made there.
+            temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(path: Path) -> None:
+    if os.name != "posix":  # Elsewhere a folder cannot be opened, and a rename is durable by itself.
+        return
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Delete the temporary files that killed processes left of writing `name` into `folder`.
+
+    No other process may be writing such a file.
+    """
+    for leftover in folder.glob(f".{name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,18 +77,42 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+def previous_of(path: Path) -> Path:
+    """Return where `save` keeps the checkpoint that was at `path` before."""
+    return path.with_name("previous.safetensors")
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep_previous: bool = False) -> None:
     """Write a checkpoint atomically.
 
     Args:
         path: the file; its folder must exist. An older checkpoint there is replaced.
         tensors: tensors by name.
         state: everything else, as values that JSON can hold.
+        keep_previous: move the older checkpoint to `previous_of(path)` instead.
+
+    Raises:
+        OSError: if it cannot be written; the older checkpoint is whole, at one of its two places.
     """
-    metadata = {"ducat": json.dumps({"schema": SCHEMA, **state})}
     # safetensors wants dense, unshared storage: averaged and plain weights may share a buffer.
     dense = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(dense, temporary, metadata))
+    metadata = {"ducat": json.dumps({"schema": SCHEMA, "digest": _digest(dense), **state})}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(dense, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    write_atomically(path, write, previous_of(path) if keep_previous else None)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -74,10 +132,39 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
     if "ducat" not in metadata:
         raise ValueError(f"{path} is not a checkpoint of ducat; `ducat adapt` takes other people's weights")
-    state = json.loads(metadata["ducat"])
-    if state["schema"] != SCHEMA:
-        raise ValueError(f"{path} is of checkpoint schema {state['schema']}, this version of ducat reads {SCHEMA}")
+    try:
+        state = json.loads(metadata["ducat"])
+        schema, digest = state.pop("schema"), state.pop("digest")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint: its header is damaged") from error
+    if schema != SCHEMA:
+        raise ValueError(f"{path} is of checkpoint schema {schema}, this version of ducat reads {SCHEMA}")
+    if digest != _digest(tensors):
+        raise ValueError(f"{path} is damaged: its tensors are not those that were saved")
     return tensors, state
+
+
+def read_or_previous(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+    """Read a checkpoint, or the one before it if it cannot be used.
+
+    Returns:
+        The tensors, the state, and in the second case a sentence that says what happened.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if there is no whole one.
+    """
+    try:
+        return *read(path), None
+    except (FileNotFoundError, ValueError) as error:
+        previous = previous_of(path)
+        if not previous.is_file():
+            raise
+        try:
+            tensors, state = read(previous)
+        except ValueError as second:
+            raise ValueError(f"{error}; and the one before it: {second}") from second
+        return tensors, state, f"{error}; took the checkpoint before it, {previous}"
 
 
 def named(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -108,3 +195,32 @@ def join_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state of this process's global random generators, as tensors and the rest; `set_random_state` undoes.
+
+    They are Python's, NumPy's and PyTorch's on the CPU and on the current GPU. Nothing in this package draws from them,
+    but a network of the user's may, with dropout for example.
+    """
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    tensors = {
+        "python": torch.tensor(words),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    return tensors, {"python": [version, gauss], "numpy": [kind, position, has_gauss, cached]}
+
+
+def set_random_state(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Put the global random generators back to where `random_state` found them."""
+    version, gauss = rest["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+    kind, *others = rest["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *others))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])

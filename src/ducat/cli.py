@@ -96,7 +96,10 @@ class Training:
 def _run_train(arguments: Namespace, console: Console) -> None:
     with Live(console) as live:
         if arguments.resume is not None:
+            finished = RunFolder.open(arguments.resume).manifest["status"] == "finished"
             folder = train_room.resume(arguments.resume, live.training(arguments.resume.name))
+            if finished:
+                console.print(f"{folder.path} is finished: nothing was left to do", highlight=False, soft_wrap=True)
         else:
             config = Config(**{name: getattr(arguments, name) for name in Config.__dataclass_fields__})
             folder = train_room.train(config, arguments.runs, live.training(config.name or config.method.name))
@@ -107,6 +110,12 @@ def _run_train(arguments: Namespace, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _check_resume(given: Namespace) -> None:
+    others = sorted(set(given.keys()) - {"resume"})
+    if others:
+        raise ValueError(f"--resume takes the settings of the run, so --{others[0]} cannot be given with it")
 
 
 def _train_parser() -> ArgumentParser:
@@ -206,9 +215,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments[0] == "--version":
             console.print(f"ducat {ducat.__version__}", highlight=False)
         else:
-            command = _find(arguments[0])
+            command, rest = _find(arguments[0]), arguments[1:]
             parser = command.parser()
-            command.run(parser.instantiate(parser.parse_args(arguments[1:])), console)
+            parsed = parser.instantiate(parser.parse_args(rest))
+            if parsed.get("resume") is not None:
+                _check_resume(parser.parse_args(rest, defaults=False))
+            command.run(parsed, console)
     except Interrupted as stop:
         _complain(str(stop))
         return 128 + stop.signum

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import ArgumentError
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +15,7 @@ from ducat import methods
 from ducat.data.specs import DataSpec
 from ducat.schedules import SCHEDULES, epoch_of
 from ducat.threat import Norm, ThreatModel
+from ducat.tracking import TRACKERS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -179,6 +180,12 @@ class TrainConfig:
     """Where to train; auto is a GPU if there is one."""
     validate_every: int = 1
     """Epochs between validations; the last epoch is always validated."""
+    checkpoint_minutes: float | int = 10.0
+    """Minutes after which a checkpoint is written within an epoch, besides those at its end; 0 is never."""
+    keep: int = 0
+    """How many of the newest epochs' checkpoints to keep as checkpoints/epoch-N, besides last and best."""
+    tracker: Literal["auto", "none", "tensorboard", "wandb", "trackio"] = "auto"
+    """Where metrics go besides metrics.jsonl; auto is TensorBoard where it is installed."""
 
     def __post_init__(self) -> None:
         _at_least("train.epochs", self.epochs, 1)
@@ -198,6 +205,9 @@ class TrainConfig:
         for option in ("averaging_start_epoch", "awp_start_epoch"):
             epoch_of(getattr(self, option), self.epochs, f"train.{option}")
         _at_least("train.validate_every", self.validate_every, 1)
+        _at_least("train.checkpoint_minutes", self.checkpoint_minutes, 0)
+        _at_least("train.keep", self.keep, 0)
+        _among("train.tracker", self.tracker, ("auto", "none", *TRACKERS))
 
 
 @dataclass(frozen=True)
@@ -263,6 +273,10 @@ class Config:
         attack = methods.ATTACKS[self.method.attack]
         return methods.Objective(method, reading, targets, weight, attack, self.method.label_smoothing)
 
+    def flat(self) -> dict[str, Any]:
+        """Return the settings by the names of the command line, for example "train.epochs"."""
+        return dict(_flat(dataclasses.asdict(self)))
+
     def to_yaml(self) -> str:
         """Return the config as YAML that `from_yaml` and `ducat train --config` read back."""
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
@@ -292,6 +306,14 @@ def config_parser(**kwargs: Any) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **kwargs)
     parser.add_class_arguments(Config)
     return parser
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, _plain(value)
 
 
 def _plain(value: Any) -> Any:

@@ -1,24 +1,29 @@
 """The run folder: where a training run keeps its config, manifest, metrics, checkpoints and evaluation."""
 
+import contextlib
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ducat import checkpoint
 from ducat.config import Config
 from ducat.dummy import RecoveredClassifier, dummy_head
 from ducat.models.architecture import Architecture
 
-Which = Literal["best", "last"]
+Which = str  # "best", "last", or "epoch-N" of a run that keeps the checkpoints of its epochs
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,28 @@ class RunFolder:
             ) from None
         (path / "checkpoints").mkdir()
         return cls(path)
+
+    @classmethod
+    @contextlib.contextmanager
+    def making(cls, path: Path) -> Iterator["RunFolder"]:
+        """Make a new run folder that appears at `path` when the block has filled it, and not at all if it fails.
+
+        Raises:
+            FileExistsError: if something is there already; nothing is overwritten.
+        """
+        taken = f"{path} exists, and a run is never overwritten: give another --name, or --resume {path}"
+        if path.exists():
+            raise FileExistsError(taken)
+        hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        shutil.rmtree(hidden, ignore_errors=True)
+        try:
+            yield cls.create(hidden)
+            try:
+                hidden.rename(path)
+            except OSError:
+                raise FileExistsError(taken) from None
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
 
     @classmethod
     def open(cls, path: Path | str) -> "RunFolder":
@@ -75,8 +102,56 @@ class RunFolder:
     def manifest(self) -> dict[str, Any]:
         return json.loads((self.path / "manifest.json").read_text())
 
+    @property
+    def checkpoints(self) -> list[str]:
+        """The checkpoints there are: "best" and "last", then epochs from the newest on."""
+        found = [path.parent.name for path in self.path.glob("checkpoints/*/checkpoint.safetensors")]
+        return sorted(found, key=lambda name: (_epochs(name) is not None, -(_epochs(name) or 0), name))
+
     def checkpoint_path(self, which: Which) -> Path:
         return self.path / "checkpoints" / which / "checkpoint.safetensors"
+
+    def save(self, which: Which, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Write a checkpoint atomically; the `last` one before stays beside it.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        path = self.checkpoint_path(which)
+        path.parent.mkdir(exist_ok=True)
+        checkpoint.save(path, tensors, state, keep_previous=which == "last")
+
+    def drop_checkpoints(self, keep: int) -> None:
+        """Delete the checkpoints of epochs other than the newest `keep`."""
+        for which in [name for name in self.checkpoints if _epochs(name) is not None][keep:]:
+            shutil.rmtree(self.checkpoint_path(which).parent)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training this run; the system lets go of the lock when the process dies.
+
+        Raises:
+            ValueError: if another process holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / ".lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(f"{self.path} is being trained by another process: wait for it, or stop it") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def clean(self, from_epoch: int) -> None:
+        """Remove what a killed process left: temporary files, and the metrics of epochs that will be run again."""
+        for folder in [self.path, *self.path.glob("checkpoints/*/")]:
+            for name in ("checkpoint.safetensors", "manifest.json", "metrics.jsonl"):
+                checkpoint.remove_leftovers(folder, name)
+        if (self.path / "metrics.jsonl").is_file():
+            self.drop_metrics(from_epoch)
 
     def write_config(self, config: Config) -> None:
         checkpoint.write_text(self.config_path, config.to_yaml())
@@ -86,6 +161,13 @@ class RunFolder:
         path = self.path / "manifest.json"
         old = self.manifest if path.is_file() else {}
         checkpoint.write_text(path, json.dumps({**old, **values}, indent=2) + "\n")
+
+    def note_resumption(self, epoch: int, step: int, time: str) -> None:
+        """Add to the manifest when and where the run was taken up again, and what differs from where it began."""
+        first = self.manifest
+        different = {key: value for key, value in environment().items() if first.get(key) != value}
+        resumed = [*first.get("resumed", []), {"time": time, "epoch": epoch, "step": step, **different}]
+        self.update_manifest({"status": "running", "resumed": resumed})
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Add one epoch's line to metrics.jsonl."""
@@ -114,17 +196,37 @@ class RunFolder:
     def load(self, which: Which = "best") -> nn.Module:
         """Return the trained network as it is, with 2C outputs if it has dummy classes, in evaluation mode.
 
+        If the `last` checkpoint cannot be read, the one before it is taken, with a warning.
+
         Raises:
             FileNotFoundError: if the run has no such checkpoint.
-            ValueError: if the checkpoint is damaged or foreign.
+            ValueError: if there is no checkpoint of that name, or it is damaged or foreign.
         """
-        if which not in get_args(Which):
-            raise ValueError(f"which={which!r} is unknown: choose from {', '.join(get_args(Which))}")
-        tensors, state = checkpoint.read(self.checkpoint_path(which))
+        path = self.checkpoint_path(which)
+        if which not in ("best", "last") and _epochs(which) is None:
+            raise ValueError(f"which={which!r} is unknown: {self.path} has {', '.join(self.checkpoints)}")
+        if which == "last":
+            tensors, state, notice = checkpoint.read_or_previous(path)
+            if notice is not None:
+                warnings.warn(notice, stacklevel=2)
+        elif not path.is_file():
+            why = "it is chosen by validation once dummy classes are in use, " if which == "best" else ""
+            raise FileNotFoundError(
+                f"{self.path} has no checkpoint {which} ({why}status: {self.manifest['status']}): "
+                f"choose from {', '.join(self.checkpoints)}"
+            )
+        else:
+            tensors, state = checkpoint.read(path)
         with torch.random.fork_rng(devices=[]):
             model = Architecture(**state["model"]).build()
         model.load_state_dict(checkpoint.part("model", tensors))
         return model.eval()
+
+
+def _epochs(which: Which) -> int | None:
+    """Return N of "epoch-N", the number of epochs a checkpoint had been trained for; None for other names."""
+    found = re.fullmatch(r"epoch-(\d+)", which)
+    return int(found[1]) if found else None
 
 
 def load(run_folder: Path | str, which: Which = "best") -> nn.Module:
@@ -134,7 +236,7 @@ def load(run_folder: Path | str, which: Which = "best") -> nn.Module:
 
     Args:
         run_folder: the folder of the run.
-        which: "best", by robust accuracy on the validation split, or "last".
+        which: "best", by robust accuracy on the validation split, "last", or "epoch-N" where epochs are kept.
 
     Raises:
         FileNotFoundError: if there is no such run or checkpoint.
@@ -146,25 +248,45 @@ def load(run_folder: Path | str, which: Which = "best") -> nn.Module:
 
 def environment() -> dict[str, Any]:
     """Return what a manifest says of the machine and the software: versions, processor, threads, git commit."""
-    packages = ("torch", "numpy", "accelerate", "safetensors", "pyautoattack", "foolbox")
+    import ducat
+
+    packages = ("torch", "numpy", "accelerate", "safetensors", "scikit-learn", "pyautoattack", "foolbox")
     return {
-        "ducat": metadata.version("ducat"),
+        "ducat": ducat.__version__,
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in packages},
+        "cuda": torch.version.cuda,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "git": _git(),
         "command": sys.argv,
     }
 
 
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        name = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if name:
+            return name[1]
+    return platform.processor() or platform.machine()
+
+
 def _git() -> dict[str, Any] | None:
-    """Return the commit of the checkout that this code runs from, and whether it has uncommitted changes."""
-    command = ["git", "-C", str(Path(__file__).parent)]
+    """Return the commit of the checkout that this code runs from, and whether its code has uncommitted changes."""
+    here = Path(__file__).parent
+
+    def git(*command: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here), *command], capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        status = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+        # An installed copy may lie in a checkout of something else, which does not track it.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "."))}
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit.stdout.strip(), "changed": bool(status.stdout.strip())}

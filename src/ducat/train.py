@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
@@ -21,11 +21,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ducat import checkpoint, data, methods
+from ducat import checkpoint, data, methods, tracking
 from ducat.averaging import WeightAverage, perturbed_weights, update_batch_norm
 from ducat.config import Config, TrainConfig
 from ducat.dummy import dummy_head
 from ducat.evaluate import evaluate
+from ducat.meter import Meter
 from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder, environment
 from ducat.schedules import epoch_of, learning_rate
@@ -37,10 +38,11 @@ BATCH_NORM_BATCHES = 20  # batches that the statistics of averaged weights are m
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal stopped the run after a whole step; `signum` is the signal, the run can be resumed."""
+    """A signal stopped the run after a whole step; `signum` is the signal, and the run is saved."""
 
-    def __init__(self, signum: int, folder: RunFolder) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; continue with: ducat train --resume {folder.path}")
+    def __init__(self, signum: int, folder: RunFolder, *, finished: bool = False) -> None:
+        rest = f"{folder.path} is finished" if finished else f"continue with: ducat train --resume {folder.path}"
+        super().__init__(f"stopped by {signal.Signals(signum).name}; {rest}")
         self.signum = signum
 
 
@@ -68,15 +70,16 @@ class _Silent:
 
 @dataclass
 class _Position:
-    """Where a run stands: the next step to do, the losses of its epoch so far, and the best validation so far."""
+    """Where a run stands: the next step to do, what is known of its epoch so far, and the best validation so far.
+
+    A step equal to the number of steps means that the epoch only has to be validated and noted.
+    """
 
     epoch: int = 0
     step: int = 0
-    losses: list[float] = None  # type: ignore[assignment]
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
     best: float = -1.0
-
-    def __post_init__(self) -> None:
-        self.losses = list(self.losses or [])
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,26 @@ def train(
 
 
 def resume(path: Path, listener: Listener | None = None) -> RunFolder:
-    """Continue a run from its last checkpoint; raises as `train` does, and ValueError if the data have changed."""
+    """Continue a run from its last whole checkpoint; one that is finished is returned as it is.
+
+    On the same processor and with the same packages, the weights and metrics are bit by bit those of a run that was
+    never stopped. The states of Python's, NumPy's and PyTorch's global random generators are put back too.
+
+    Raises:
+        FileNotFoundError: if there is no such run.
+        ValueError: if no checkpoint can be read, the data have changed, or another process is training the run.
+        Interrupted: and the others, as `train` does.
+    """
     folder = RunFolder.open(path)
+    if folder.manifest["status"] == "finished":
+        return folder
     config = folder.config
     dataset = data.load(config.data.name, samples=config.data.samples, root=config.data.root)
     if dataset.fingerprint != folder.manifest["data"]["fingerprint"]:
         raise ValueError(f"the data {config.data.name} are not those that {path} was trained on")
-    tensors, state = checkpoint.read(folder.checkpoint_path("last"))
+    tensors, state, notice = checkpoint.read_or_previous(folder.checkpoint_path("last"))
+    if notice is not None and listener is not None:
+        listener.warning(notice)
     architecture = Architecture(**state["model"])
     with torch.random.fork_rng(devices=[]):
         model = architecture.build()
@@ -174,6 +190,7 @@ class _Loop:
         self.config, self.dataset, self.listener = config, dataset, listener
         self.architecture, self.model = architecture, model
         settings = config.train
+        tracking.check(settings.tracker)
         self.folder = RunFolder(path)
         self.threat = config.threat.build(dataset.spec)
         self.accelerator: Accelerator = Accelerator(cpu=settings.device == "cpu")
@@ -207,7 +224,10 @@ class _Loop:
         self.average: WeightAverage | None = None
         if settings.averaging != "off":
             self.average = WeightAverage(self.model, settings.averaging_decay if settings.averaging == "ema" else None)
-        self.position = _Position()
+        self.position, self.resumed = _Position(), False
+        self.received: list[int] = []
+        self.meter = Meter(device)
+        self.saved_at = time.monotonic()
 
     @property
     def deployed(self) -> nn.Module:
@@ -215,29 +235,32 @@ class _Loop:
         return self.average.module if self.average is not None and self.average.updates else self.model
 
     def create(self, manifest: Mapping[str, Any]) -> None:
+        """Make the run folder: it appears whole, with a checkpoint, so that whatever there is can be resumed."""
+        tensors, state = self._state()
         if self.accelerator.is_main_process:
-            RunFolder.create(self.folder.path)
-            self.folder.write_config(self.config)
-            self.folder.update_manifest(
-                {
-                    **environment(),
-                    "status": "running",
-                    "started": _now(),
-                    "seed": self.config.train.seed,
-                    "precision": str(self.precision).removeprefix("torch."),
-                    "device": str(self.accelerator.device),
-                    "processes": self.accelerator.num_processes,
-                    "data": {
-                        "name": self.config.data.name,
-                        "title": self.dataset.spec.title,
-                        "fingerprint": self.dataset.fingerprint,
-                        "train": len(self.dataset.train),
-                        "validation": len(self.dataset.validation),
-                        "test": len(self.dataset.test),
-                    },
-                    **manifest,
-                }
-            )
+            with RunFolder.making(self.folder.path) as folder:
+                folder.write_config(self.config)
+                folder.update_manifest(
+                    {
+                        **environment(),
+                        "status": "running",
+                        "started": _now(),
+                        "seed": self.config.train.seed,
+                        "precision": str(self.precision).removeprefix("torch."),
+                        "device": str(self.accelerator.device),
+                        "processes": self.accelerator.num_processes,
+                        "data": {
+                            "name": self.config.data.name,
+                            "title": self.dataset.spec.title,
+                            "fingerprint": self.dataset.fingerprint,
+                            "train": len(self.dataset.train),
+                            "validation": len(self.dataset.validation),
+                            "test": len(self.dataset.test),
+                        },
+                        **manifest,
+                    }
+                )
+                folder.save("last", tensors, state)
         self.accelerator.wait_for_everyone()
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -246,30 +269,53 @@ class _Loop:
             self.average.module.load_state_dict(checkpoint.part("model", tensors))
             self.average.updates.fill_(state["averaged"])
         checkpoint.join_optimizer(self.optimizer.optimizer, checkpoint.part("optimizer", tensors), state["optimizer"])
-        self.position = _Position(**state["position"])
-        if self.accelerator.is_main_process:
-            self.folder.drop_metrics(from_epoch=self.position.epoch)
+        self.position, self.resumed = _Position(**state["position"]), True
+        rank = self.accelerator.process_index
+        if rank < len(state["random"]):
+            checkpoint.set_random_state(checkpoint.part(f"random.{rank}", tensors), state["random"][rank])
+        self.meter = Meter(self.accelerator.device, earlier=state["spent"])
 
     def run(self) -> RunFolder:
-        began, status = time.perf_counter(), "failed"
-        try:
-            with _signals() as received:
-                while self.position.epoch < self.config.train.epochs:
-                    self._epoch(received)
-            status = "finished"
-        except Interrupted:
-            status = "interrupted"
-            raise
-        finally:
-            if self.accelerator.is_main_process:
-                seconds = round(time.perf_counter() - began + self.folder.manifest.get("seconds", 0), 1)
-                self.folder.update_manifest({"status": status, "ended": _now(), "seconds": seconds})
+        main, settings = self.accelerator.is_main_process, self.config.train
+        tracker: tracking.Tracker | None = None
+        status = "failed"
+        with self.folder.locked() if main else contextlib.nullcontext():
+            try:
+                if main:
+                    self.folder.clean(from_epoch=self.position.epoch)
+                    if self.resumed:
+                        self.folder.note_resumption(self.position.epoch, self.position.step, _now())
+                    tracker = tracking.Tracker.start(
+                        settings.tracker, self.folder.path, self.config.flat(), self.position.epoch
+                    )
+                with _signals() as self.received:
+                    while self.position.epoch < settings.epochs:
+                        self._epoch(tracker)
+                status = "finished"
+                if self.received:
+                    raise Interrupted(self.received[0], self.folder, finished=True)
+            except KeyboardInterrupt:
+                status = "finished" if status == "finished" else "interrupted"
+                raise
+            finally:
+                if tracker is not None:
+                    tracker.finish()
+                if main:
+                    self._close(status)
         return self.folder
 
-    def _epoch(self, received: list[int]) -> None:
+    def _close(self, status: str) -> None:
+        try:
+            self.folder.update_manifest({"status": status, "ended": _now(), **self.meter.read()})
+        except OSError:
+            # A full disk has stopped the run already: that error is the one to report.
+            if status != "failed":
+                raise
+
+    def _epoch(self, tracker: tracking.Tracker | None) -> None:
         at, settings = self.position, self.config.train
         objective = self.config.objective(at.epoch)
-        began, first = time.perf_counter(), at.step
+        earlier, began = at.seconds, time.perf_counter()
         pending: list[torch.Tensor] = []
         self.model.train()
         for x, y in self._batches(at.epoch, at.step):
@@ -288,17 +334,39 @@ class _Loop:
                 self.average.update(self.model)
             pending.append(loss.detach())
             at.step += 1
-            if len(pending) == CHECK_EVERY or at.step == len(self.batches) or received:
-                self._take(pending)
+            done = at.step == len(self.batches)
+            if done and self.average is not None and settings.averaging == "swa" and at.epoch >= self.averaging_start:
+                # Part of the last step, so that a checkpoint after it says whether it has been done.
+                self.average.update(self.model)
+                with self._autocast():
+                    update_batch_norm(self.average.module, self._forwarded(objective))
+            at.seconds = earlier + time.perf_counter() - began
             self.listener.step(at.epoch * len(self.batches) + at.step, settings.epochs * len(self.batches))
-            if received:
-                self._save("last")
-                raise Interrupted(received[0], self.folder)
-        if self.average is not None and settings.averaging == "swa" and at.epoch >= self.averaging_start:
-            self.average.update(self.model)
-            with self._autocast():
-                update_batch_norm(self.average.module, self._forwarded(objective))
-        self._finish_epoch(time.perf_counter() - began, at.step - first)
+            alone = self.accelerator.num_processes == 1
+            if len(pending) == CHECK_EVERY or done or (alone and (self.received or self._save_is_due())):
+                self._take(pending)
+                self.meter.sample()
+                if self._agreed(bool(self.received)):
+                    self._stop()
+                if not done and self._agreed(self._save_is_due()):
+                    self._save("last")
+        self._finish_epoch(tracker)
+
+    def _agreed(self, flag: bool) -> bool:
+        """Return whether any process says so; all have to ask at the same point."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
+
+    def _save_is_due(self) -> bool:
+        minutes = self.config.train.checkpoint_minutes
+        return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
+
+    def _stop(self, *_: object) -> None:
+        """Save, and leave by the signal that asked for it."""
+        self._save("last")
+        # Another process may have had the signal.
+        raise Interrupted(self.received[0] if self.received else signal.SIGTERM, self.folder)
 
     def _batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch in the form that networks take, the views of a batch one after the other."""
@@ -348,15 +416,15 @@ class _Loop:
         at.losses.extend(values)
         pending.clear()
 
-    def _finish_epoch(self, seconds: float, steps: int) -> None:
+    def _finish_epoch(self, tracker: tracking.Tracker | None) -> None:
         at, settings = self.position, self.config.train
         row: dict[str, Any] = {
             "epoch": at.epoch,
             "dummy_classes": self.config.dummy.kind if at.epoch >= self.config.start_epoch else "off",
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "loss": sum(at.losses) / max(1, len(at.losses)),
-            "seconds": round(seconds, 3),
-            "images_per_s": round(steps * settings.batch_size / seconds, 1) if seconds else None,
+            "seconds": round(at.seconds, 3),
+            "images_per_s": round(at.step * settings.batch_size / at.seconds, 1) if at.seconds else None,
         }
         improved = False
         if (at.epoch + 1) % settings.validate_every == 0 or at.epoch + 1 == settings.epochs:
@@ -365,16 +433,24 @@ class _Loop:
             improved = settled and row["robust"] > at.best
             if improved:
                 at.best = row["robust"]
-        at.epoch, at.step, at.losses = at.epoch + 1, 0, []
+        at.epoch, at.step, at.losses, at.seconds = at.epoch + 1, 0, [], 0.0
         if improved:
             self._save("best")
         if self.accelerator.is_main_process:
             self._watch(row)
             self.folder.append_metrics(row)
+        if tracker is not None:
+            tracker.log(row)
         self._save("last")
+        if settings.keep:
+            self._save(f"epoch-{at.epoch}")
+            if self.accelerator.is_main_process:
+                self.folder.drop_checkpoints(keep=settings.keep)
         self.listener.epoch(row)
 
     def _validate(self) -> dict[str, float]:
+        from accelerate.utils import broadcast_object_list
+
         split = self.dataset.validation.to(self.accelerator.device)
         single_step = methods.ATTACKS[self.config.method.attack].step is not None
         measured = evaluate(
@@ -385,12 +461,15 @@ class _Loop:
             "single-step" if single_step else "quick",
             num_classes=len(self.dataset.classes),
             seed=self.config.train.seed,
+            progress=lambda attack: self._stop() if self._agreed(bool(self.received)) else None,
         )
         standing = {"clean": measured.clean, "blind": measured.blind, "robust": measured.robust}
         if single_step:
             attacks = {attack.name: attack.correct for attack in measured.attacks}
             standing.update(fgsm=attacks["fgsm-recovered"], pgd=attacks["pgd-10-recovered"])
-        return {name: float(flags.float().mean()) for name, flags in standing.items()}
+        shares = {name: float(flags.float().mean()) for name, flags in standing.items()}
+        # Batch-norm statistics differ between processes, and all must take the same network for the best one.
+        return broadcast_object_list([shares])[0]
 
     def _watch(self, row: dict[str, Any]) -> None:
         """Mark a line of metrics that shows catastrophic overfitting, and warn at the first."""
@@ -417,26 +496,41 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
 
-    def _save(self, which: str) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        path = self.folder.path / "checkpoints" / which / "checkpoint.safetensors"
-        path.parent.mkdir(exist_ok=True)
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return everything that the rest of the run depends on: tensors by name, and the rest for JSON."""
+        from accelerate.utils import gather_object
+
         moments, rest = checkpoint.split_optimizer(self.optimizer.optimizer)
+        randoms = gather_object([checkpoint.random_state()])
         # "model" is always what is deployed; where that is an average, "raw" is what training goes on from.
         tensors = {
             **checkpoint.named("model", self.deployed.state_dict()),
             **checkpoint.named("optimizer", moments),
         }
+        for rank, (generators, _) in enumerate(randoms):
+            tensors.update(checkpoint.named(f"random.{rank}", generators))
         if self.deployed is not self.model:
             tensors.update(checkpoint.named("raw", self.model.state_dict()))
-        state = {
+        return tensors, {
             "model": asdict(self.architecture),
             "position": asdict(self.position),
             "optimizer": rest,
             "averaged": int(self.average.updates) if self.average is not None else 0,
+            "random": [others for _, others in randoms],
+            "spent": self.meter.read(),
         }
-        checkpoint.save(path, tensors, state)
+
+    def _save(self, which: str) -> None:
+        tensors, state = self._state()
+        if self.accelerator.is_main_process:
+            try:
+                self.folder.save(which, tensors, state)
+            except OSError as error:
+                message = (
+                    f"{error.strerror}; continue from the checkpoint before: ducat train --resume {self.folder.path}"
+                )
+                raise OSError(error.errno, message) from error
+        self.saved_at = time.monotonic()
 
 
 def catastrophic_overfitting(history: Sequence[Mapping[str, Any]]) -> bool:
@@ -472,7 +566,7 @@ def _signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
         for signum, handler in handlers.items():
