@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import ducat
 from ducat.cli import COMMANDS, main
@@ -64,6 +66,11 @@ def test_train_then_evaluate_twice_gives_the_same_numbers(capsys: pytest.Capture
         ("train --dummy.kind on", "off"),
         ("evaluate nowhere", "nowhere is not a run folder"),
         ("evaluate", "run"),
+        ("adapt nowhere", "nowhere does not exist"),
+        ("data prepare", "name a data set"),
+        ("data verify cifar10 --root empty", "ducat data prepare cifar10"),
+        ("data prepare mine --from nowhere --root empty", "nowhere"),
+        ("data fly", "list"),
         ("evaluate . --suite huge", "suite"),
         ("train --resume nowhere", "nowhere is not a run folder"),
         ("evalute", "command 'evalute' is unknown: did you mean evaluate?"),
@@ -79,6 +86,32 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert err.count("\n") == 1
     assert message in err
     assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+def test_an_image_folder_is_prepared_listed_and_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, label, number in itertools.product(("train", "test"), ("cat", "dog"), range(20)):
+        file = tmp_path / "pets" / split / label / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 100 if label == "cat" else 200, 7)).save(file)
+    root = ["--root", str(tmp_path / "cache")]
+    assert main(["data", "prepare", "pets", "--from", "pets", *root]) == 0
+    prepared, _ = said(capsys)
+    assert "fingerprint: sha256:" in prepared
+    assert main(["data", "verify", "pets", *root]) == 0
+    assert said(capsys)[0] == prepared
+    assert main(["data", "list", *root]) == 0
+    listed, _ = said(capsys)
+    assert "pets" in listed
+    assert "not prepared" in listed
+
+
+def test_adapt_leaves_a_run_with_dummy_classes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--train.epochs", "1", "--name", "base"]) == 0
+    assert main(["adapt", "runs/base", "--train.epochs", "1"]) == 0
+    assert "runs/base-adapted-recovery-aware" in said(capsys)[0]
+    adapted = RunFolder.open(Path("runs/base-adapted-recovery-aware"))
+    assert adapted.config.data.samples == 64, "the settings of the run were not taken over"
+    assert isinstance(ducat.load(adapted.path, "last"), ducat.RecoveredClassifier)
 
 
 def test_nothing_is_overwritten(capsys: pytest.CaptureFixture[str]) -> None:

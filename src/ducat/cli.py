@@ -14,9 +14,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from rich.table import Table
 
 import ducat
-from ducat import checkpoint, report
+from ducat import checkpoint, data, report
 from ducat import demo as demo_room
 from ducat import train as train_room
+from ducat.adapt import adapt, settings
 from ducat.config import Config, config_parser
 from ducat.evaluate import evaluate_run
 from ducat.runs import RunFolder, Which
@@ -30,10 +31,10 @@ Suite = Literal["quick", "light", "standard"]
 
 
 class Command(NamedTuple):
-    """A row of the table of commands."""
+    """A row of the table of commands: what it is for, a parser of its arguments, and what it does with them."""
 
     help: str
-    parser: Callable[[], ArgumentParser]
+    parser: Callable[[Sequence[str]], ArgumentParser]
     run: Callable[[Namespace, Console], None]
 
 
@@ -96,13 +97,18 @@ class Training:
 def _run_train(arguments: Namespace, console: Console) -> None:
     with Live(console) as live:
         if arguments.resume is not None:
-            finished = RunFolder.open(arguments.resume).manifest["status"] == "finished"
             folder = train_room.resume(arguments.resume, live.training(arguments.resume.name))
-            if finished:
-                console.print(f"{folder.path} is finished: nothing was left to do", highlight=False, soft_wrap=True)
         else:
-            config = Config(**{name: getattr(arguments, name) for name in Config.__dataclass_fields__})
+            config = _config(arguments)
             folder = train_room.train(config, arguments.runs, live.training(config.name or config.method.name))
+    _print_trained(console, folder)
+
+
+def _config(arguments: Namespace) -> Config:
+    return Config(**{name: getattr(arguments, name) for name in Config.__dataclass_fields__})
+
+
+def _print_trained(console: Console, folder: RunFolder) -> None:
     last = folder.metrics[-1]
     console.print(
         f"{folder.path}: validation clean {100 * last['clean']:.1f}, blind {100 * last['blind']:.1f}, "
@@ -118,11 +124,63 @@ def _check_resume(given: Namespace) -> None:
         raise ValueError(f"--resume takes the settings of the run, so --{others[0]} cannot be given with it")
 
 
-def _train_parser() -> ArgumentParser:
-    parser = config_parser(prog="ducat train")
+def _train_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _settings_parser("ducat train")
+    parser.add_argument("--resume", type=Path | None, help="run folder to continue; no other setting may be given")
+    return parser
+
+
+def _settings_parser(prog: str) -> ArgumentParser:
+    parser = config_parser(prog=prog)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; see recipes/")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that the run folder is made in")
-    parser.add_argument("--resume", type=Path | None, help="run folder to continue; no other setting may be given")
+    return parser
+
+
+def _run_adapt(arguments: Namespace, console: Console) -> None:
+    with Live(console) as live:
+        title = arguments.checkpoint.stem
+        folder = adapt(arguments.checkpoint, _config(arguments), arguments.runs, live.training(title))
+    _print_trained(console, folder)
+
+
+def _adapt_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _settings_parser("ducat adapt")
+    parser.add_argument("checkpoint", type=Path, help="run folder, or file of weights; comes before the options")
+    if arguments and not arguments[0].startswith("-"):
+        parser.set_defaults(settings(Path(arguments[0])).flat())
+    return parser
+
+
+def _run_data(arguments: Namespace, console: Console) -> None:
+    if arguments.action == "list":
+        statuses = data.list_datasets(arguments.root)
+    elif arguments.name is None:
+        raise ValueError(f"ducat data {arguments.action}: name a data set; `ducat data list` shows them")
+    elif arguments.action == "prepare":
+        with console.status(f"preparing {arguments.name}"):
+            statuses = [data.prepare(arguments.name, arguments["from"], size=arguments.size, root=arguments.root)]
+    else:
+        statuses = [data.verify(arguments.name, arguments.root)]
+    table = Table("name", "title", "images", box=None)
+    for status in statuses:
+        sizes = ", ".join(f"{part} {count:,}" for part, count in list(status.sizes.items())[:3])
+        table.add_row(status.name, status.title, sizes if status.prepared else "not prepared")
+    console.print(table)
+    for status in statuses:
+        if status.notice:
+            console.print(f"notice: {status.notice}", highlight=False, soft_wrap=True)
+        if arguments.action != "list":
+            console.print(f"fingerprint: {status.fingerprint}", highlight=False, soft_wrap=True)
+
+
+def _data_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _parser("ducat data")
+    parser.add_argument("action", type=Literal["list", "prepare", "verify"], help="list, prepare or verify")
+    parser.add_argument("name", type=str | None, nargs="?", help="data set, or a new name for an image folder")
+    parser.add_argument("--from", type=Path | None, help="local archive or folder instead of a download")
+    parser.add_argument("--size", type=int | None, help="for an image folder: scale images to this many pixels a side")
+    parser.add_argument("--root", type=Path | None, help="cache folder; default: DUCAT_DATA, or the user's cache")
     return parser
 
 
@@ -144,7 +202,7 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
     print_table(console, {folder.name: measured})
 
 
-def _evaluate_parser() -> ArgumentParser:
+def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = _parser("ducat evaluate")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--suite", type=Suite, default="standard", help="which attacks to run")
@@ -170,7 +228,7 @@ def _run_demo(arguments: Namespace, console: Console) -> None:
     console.print(f"Runs, plot and page: {made.folder}/ (open {made.folder / 'report.html'})", highlight=False)
 
 
-def _demo_parser() -> ArgumentParser:
+def _demo_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = _parser("ducat demo")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="new folder for runs, plot and page")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -185,7 +243,9 @@ def _parser(prog: str) -> ArgumentParser:
 COMMANDS: dict[str, Command] = {
     "demo": Command("the whole road on digits, offline, in minutes", _demo_parser, _run_demo),
     "train": Command("train a network and leave a run folder", _train_parser, _run_train),
+    "adapt": Command("give a trained network dummy classes and train it on", _adapt_parser, _run_adapt),
     "evaluate": Command("attack a run, blind and recovery-aware", _evaluate_parser, _run_evaluate),
+    "data": Command("list, prepare and verify data sets", _data_parser, _run_data),
 }
 
 
@@ -216,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"ducat {ducat.__version__}", highlight=False)
         else:
             command, rest = _find(arguments[0]), arguments[1:]
-            parser = command.parser()
+            parser = command.parser(rest)
             parsed = parser.instantiate(parser.parse_args(rest))
             if parsed.get("resume") is not None:
                 _check_resume(parser.parse_args(rest, defaults=False))
