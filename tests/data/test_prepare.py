@@ -37,7 +37,9 @@ def test_a_cifar10_sample_is_read_split_and_told_apart(cifar10_archive: Path) ->
     status = data.prepare("cifar10", cifar10_archive)
     assert status.title == "CIFAR-10 (subset)"
     assert status.sizes == {"train": 180, "validation": 20, "test": 20}
-    assert "sample.tar.gz is not what the publisher of CIFAR-10 offers" in status.notice
+    assert status.notice == (
+        "sample.tar.gz is not the published CIFAR-10, by its hash; a subset of 200 training and 20 test images"
+    )
     dataset = data.load("cifar10")
     assert dataset.fingerprint == status.fingerprint == data.verify("cifar10").fingerprint
     assert dataset.spec.title == "CIFAR-10 (subset)"

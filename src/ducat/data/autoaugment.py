@@ -1,8 +1,8 @@
 """AutoAugment's CIFAR-10 policy on whole batches, bit for bit as Pillow does each operation on one image.
 
-Source: E. Cubuk et al. (2019), arXiv 1805.09501: the 25 sub-policies of table 7, and the ranges of table 6. As in the
-code of Consistency-AT (J. Tack et al., 2022), the levels 0 to 9 divide a range evenly, a geometric or enhancing
-operation goes either way with probability 1/2, and what comes in from outside the image is grey.
+Source: E. Cubuk et al. (2019), arXiv 1805.09501: the 25 sub-policies for CIFAR-10 and the ranges of the operations, of
+which levels 0 to 9 are even steps. As in the Pillow version that most later work uses, an enhancing operation goes
+either way with probability 1/2 too, like a geometric one, and what comes in from outside the image is grey.
 """
 
 import math

@@ -13,7 +13,7 @@ import torch
 from ducat.data import cache
 from ducat.data.archives import open_files
 from ducat.data.download import download
-from ducat.data.images import fingerprint, hold_out, named_tensors
+from ducat.data.images import Images, fingerprint, hold_out, named_tensors
 from ducat.data.loading import load
 from ducat.data.readers import READERS, Splits, read_corruptions, read_folder
 from ducat.data.specs import SPECS, DataSpec
@@ -85,20 +85,19 @@ def prepare(name: str, source: Path | None = None, *, size: int | None = None, r
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
             raise ValueError(f"{name!r} cannot name a data set: use a-z, 0-9, '.', '_' and '-'")
     with _source(spec, source, root) as path, open_files(path) as files:
-        notice = "" if spec is None else _provenance(spec, path)
+        notices = [] if spec is None else _provenance(spec, path)
         if spec is not None and spec.layout == "corruptions":
-            tensors, classes = read_corruptions(files, spec), spec.classes or ()
+            classes, tensors = spec.classes or (), read_corruptions(files, spec)
         else:
             splits = read_folder(files, None, size) if spec is None else READERS[spec.layout](files, spec)
-            spec = _folder_spec(name, splits) if spec is None else spec
-            train, validation = splits.train, splits.validation
-            if validation is None:
-                train, validation = hold_out(train, max(1, min(spec.validation, len(train) // 10)))
-            if spec.sizes not in (None, (len(splits.train), len(splits.test))):
+            spec = spec or _folder_spec(name, splits)
+            sizes = len(splits.train), len(splits.test)
+            if spec.sizes not in (None, sizes):
+                notices.append(f"a subset of {sizes[0]:,} training and {sizes[1]:,} test images")
                 spec = replace(spec, title=f"{spec.title} (subset)")
-            tensors, classes = named_tensors(train, validation, splits.test), splits.classes
-            notice = "; ".join(filter(None, (notice, splits.notice)))
-        header = cache.Header(spec, classes, fingerprint(tensors), path.name, notice)
+            notices += splits.notices
+            classes, tensors = splits.classes, named_tensors(*_parts(spec, splits))
+        header = cache.Header(spec, classes, fingerprint(tensors), path.resolve().name, "; ".join(notices))
         cache.write(cache.entry(name, root), tensors, header)
     return _status(name, root)
 
@@ -135,9 +134,7 @@ def _source(spec: DataSpec | None, source: Path | None, root: Path | None) -> It
     elif spec is not None and spec.system_folder and Path(spec.system_folder).is_dir():
         yield Path(spec.system_folder)
     elif spec is None or not spec.sources:
-        raise ValueError(
-            f"data set {spec.name if spec else ''} is not offered for download: give a local copy with --from"
-        )
+        raise ValueError(f"data set {spec.name if spec else ''} is not offered for download: give a copy with --from")
     else:
         # Kept if anything fails, so that nothing is downloaded twice.
         folder = cache.folder(root) / "downloads" / spec.name
@@ -146,18 +143,25 @@ def _source(spec: DataSpec | None, source: Path | None, root: Path | None) -> It
         shutil.rmtree(folder)
 
 
-def _provenance(spec: DataSpec, path: Path) -> str:
+def _provenance(spec: DataSpec, path: Path) -> list[str]:
     for part in spec.sources:
         file = path / part.file if path.is_dir() else path
         if not file.is_file() or not any(_hash(file, known) == known for known in part.hashes):
-            return f"{path.name} is not what the publisher of {spec.title} offers, by its hash"
-    return ""
+            return [f"{path.resolve().name} is not the published {spec.title}, by its hash"]
+    return []
 
 
 def _hash(path: Path, known: str) -> str:
     algorithm = known.split(":")[0]
     with path.open("rb") as file:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
+
+
+def _parts(spec: DataSpec, splits: Splits) -> tuple[Images, Images, Images]:
+    if splits.validation is not None:
+        return splits.train, splits.validation, splits.test
+    train, validation = hold_out(splits.train, max(1, min(spec.validation, len(splits.train) // 10)))
+    return train, validation, splits.test
 
 
 def _folder_spec(name: str, splits: Splits) -> DataSpec:

@@ -29,14 +29,14 @@ class Splits:
         train: the training images.
         test: the test images.
         validation: the validation images, where the publisher holds some out.
-        notice: what the user should know of how these came about, else empty.
+        notices: what the user should know of how these came about.
     """
 
     classes: tuple[str, ...]
     train: Images
     test: Images
     validation: Images | None = None
-    notice: str = ""
+    notices: tuple[str, ...] = ()
 
 
 def read_digits() -> Splits:
@@ -216,9 +216,9 @@ def read_folder(files: Files, spec: DataSpec | None, size: int | None = None) ->
     if len(test):
         return Splits(classes, train, test, val if len(val) else None)
     if len(val):
-        return Splits(classes, train, val, notice="there is no test folder: val is the test")
+        return Splits(classes, train, val, notices=("there is no test folder: val is the test",))
     train, test = hold_out(train, max(1, len(train) // 10))
-    return Splits(classes, train, test, notice="there is no test folder: a fixed tenth of train is the test")
+    return Splits(classes, train, test, notices=("there is no test folder: a fixed tenth of train is the test",))
 
 
 CORRUPTIONS = (
