@@ -270,6 +270,7 @@ CIFAR10_DAMAGE = {
         "does not hold images of 3 x 32 x 32",
     ),
     "no images": ("test_batch", b"data", b"none", "does not hold images"),
+    "classes that are no names": ("batches.meta", b"label_names", [1, 2], "does not list the classes of CIFAR-10"),
     "other classes": ("batches.meta", b"label_names", [b"a", b"b"], "does not list the classes of CIFAR-10"),
 }
 
@@ -331,11 +332,28 @@ def test_truncated_idx_files_are_named(fashion_mnist: Path) -> None:
         data.prepare("fashion-mnist", fashion_mnist)
 
 
-def test_a_class_that_tiny_imagenet_does_not_list_is_named(tiny_imagenet: Path) -> None:
-    with zipfile.ZipFile(tiny_imagenet, "a") as archive:
-        archive.writestr("tiny-imagenet-200/train/n03/images/n03_0.JPEG", b"")
-    with pytest.raises(ValueError, match=r"tiny\.zip: the class of .*n03_0\.JPEG, 'n03', is not in wnids\.txt"):
-        data.prepare("tiny-imagenet", tiny_imagenet)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train/n03/images/n03_0.JPEG", b"", r"the class of .*n03_0\.JPEG, 'n03', is not in wnids\.txt"),
+        ("val/val_annotations.txt", b"", "has no test images"),
+        ("val/val_annotations.txt", b"val_0.JPEG", "the class of .*val_0.JPEG, '', is not in"),
+        ("val/val_annotations.txt", b"val_9.JPEG\tn01", r"has no .*val/images/val_9\.JPEG"),
+        ("val/val_annotations.txt", b"val_0.JPEG\t\xff", "is not in wnids"),
+        ("wnids.txt", b"n02\n", "'n01', is not in wnids"),
+    ],
+)
+def test_what_is_wrong_with_tiny_imagenet_is_named(
+    name: str, content: bytes, message: str, tiny_imagenet: Path, tmp_path: Path, cache: Path
+) -> None:
+    with zipfile.ZipFile(tiny_imagenet) as archive:
+        archive.extractall(tmp_path / "tiny")
+    path = tmp_path / "tiny" / "tiny-imagenet-200" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        data.prepare("tiny-imagenet", tmp_path / "tiny")
+    assert cache_files(cache) == []
 
 
 def test_a_failed_preparation_keeps_what_was_there(cifar10_archive: Path, cache: Path) -> None:

@@ -90,6 +90,8 @@ def prepare(name: str, source: Path | None = None, *, size: int | None = None, r
             classes, tensors = spec.classes or (), read_corruptions(files, spec)
         else:
             splits = read_folder(files, None, size) if spec is None else READERS[spec.layout](files, spec)
+            if not (len(splits.train) and len(splits.test)):
+                raise ValueError(f"{path} has no {'test' if len(splits.train) else 'training'} images")
             spec = spec or _folder_spec(name, splits)
             sizes = len(splits.train), len(splits.test)
             if spec.sizes not in (None, sizes):

@@ -77,8 +77,8 @@ def read_cifar(files: Files, spec: DataSpec) -> Splits:
     """
     train_files, test_files, (label_key, meta_file, names_key) = _CIFAR_FILES[spec.name]
     meta = unpickle(files.read(files.find(meta_file)), f"{files.path}: {meta_file}")
-    classes = tuple(name.decode() for name in meta.get(names_key.encode(), ()))
-    if not classes or spec.classes not in (None, classes):
+    classes = spec.classes or ()
+    if meta.get(names_key.encode()) != [name.encode() for name in classes]:
         raise ValueError(f"{files.path}: {meta_file} does not list the classes of {spec.title}")
 
     def read(parts: list[tuple[str, str]]) -> Images:
@@ -103,16 +103,15 @@ def read_idx(files: Files, spec: DataSpec) -> Splits:
 
     Source: H. Xiao, K. Rasul, R. Vollgraf (2017), arXiv 1708.07747; the format is that of Y. LeCun's MNIST page.
     """
-    if spec.classes is None:
-        raise ValueError(f"idx files do not name classes, and neither does the row of {spec.name}")
+    classes = spec.classes or ()
 
     def read(split: str) -> Images:
         images, _ = _idx(files, f"{split}-images-idx3-ubyte", spec.shape[1:])
         labels, where = _idx(files, f"{split}-labels-idx1-ubyte", ())
         tensor = torch.from_numpy(images.copy()).unsqueeze(1)
-        return _images(tensor, _labels(labels.tolist(), len(images), len(spec.classes or ()), where))
+        return _images(tensor, _labels(labels.tolist(), len(images), len(classes), where))
 
-    return Splits(spec.classes, read("train"), read("t10k"))
+    return Splits(classes, read("train"), read("t10k"))
 
 
 def _idx(files: Files, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
@@ -143,8 +142,12 @@ def read_tiny_imagenet(files: Files, spec: DataSpec) -> Splits:
 
     Classes are in the order of their WordNet ids, as in an image folder. Source: Stanford CS231n (2015).
     """
-    wnids = sorted(files.read(files.find("wnids.txt")).decode().split())
-    words = dict(line.split("\t", 1) for line in files.read(files.find("words.txt")).decode().splitlines())
+
+    def lines(name: str) -> list[str]:
+        return files.read(name).decode(errors="replace").splitlines()
+
+    wnids = sorted(filter(None, map(str.strip, lines(files.find("wnids.txt")))))
+    words = {wnid: name for wnid, _, name in (line.partition("\t") for line in lines(files.find("words.txt")))}
     classes = tuple(words.get(wnid, wnid).split(",")[0] for wnid in wnids)
     label = {wnid: number for number, wnid in enumerate(wnids)}
 
@@ -155,8 +158,10 @@ def read_tiny_imagenet(files: Files, spec: DataSpec) -> Splits:
         for name in files.names
         if name.startswith(f"{root}train/") and name.endswith(".JPEG")
     ]
-    rows = (line.split("\t") for line in files.read(annotations).decode().splitlines())
-    test = [(f"{root}val/images/{row[0]}", row[1]) for row in rows if len(row) > 1]
+    test = [
+        (f"{root}val/images/{name}", wnid)
+        for name, wnid, *_ in (f"{line}\t".split("\t") for line in lines(annotations))
+    ]
 
     def read(part: list[tuple[str, str]]) -> Images:
         for name, wnid in part:
@@ -204,11 +209,12 @@ def read_folder(files: Files, spec: DataSpec | None, size: int | None = None) ->
     if spec is not None and spec.classes not in (None, classes):
         raise ValueError(f"{files.path} does not have the classes of {spec.title} under train/")
 
+    number = {name: label for label, name in enumerate(classes)}
     labelled = []
-    for name, label in [*parts["train"], *parts["val"], *parts["test"]]:
-        if label not in classes:
+    for name, class_name in (image for part in parts.values() for image in part):
+        if class_name not in number:
             raise ValueError(f"{files.path}: the class of {name} is not among those of train/")
-        labelled.append((name, classes.index(label)))
+        labelled.append((name, number[class_name]))
     # Together, so that the splits share one shape.
     everything = _decode(files, labelled, None if spec is None else spec.shape, size)
     counts = [len(part) for part in parts.values()]
