@@ -13,6 +13,7 @@ from torch import nn
 
 import ducat
 from ducat.adapt import adapt, settings
+from ducat.cli import main
 from ducat.config import Config, DataConfig, DummyConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.dummy import dummy_head, recover
 from ducat.models import build
@@ -165,6 +166,18 @@ def test_a_run_of_ours_brings_its_settings_and_its_network_along(tmp_path: Path)
         assert [row["dummy_classes"] for row in folder.metrics] == ["recovery-aware"]
         assert folder.manifest["initial"]["file"] == str(trained.checkpoint_path("best"))
     assert (tmp_path / "base-adapted-recovery-aware").is_dir()
+
+
+def test_the_command_begins_with_the_settings_of_the_run(tmp_path: Path) -> None:
+    trained = replace(TINY, name="base", dummy=DummyConfig("off"), threat=ThreatConfig(eps=0.07, steps=1))
+    folder = train(trained, tmp_path)
+    command = ["adapt", str(folder.path), "--runs", str(tmp_path), "--train.epochs", "1", "--method.name", "trades"]
+    assert main([*command, "--name", "adapted", "--threat.eps", "0.06"]) == 0
+    made = RunFolder.open(tmp_path / "adapted").config
+    assert (made.data.samples, made.threat.steps, made.dummy.kind) == (64, 1, "recovery-aware")
+    # What the run derived from its method and its eps is derived again.
+    assert (made.method.name, made.method.weight) == ("trades", 6.0)
+    assert (made.threat.eps, made.threat.step_size) == (0.06, 0.015)
 
 
 def test_settings_of_a_run_with_epochs_that_the_tail_has_not(tmp_path: Path) -> None:
