@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ducat import checkpoint
+from ducat import checkpoint, methods
 from ducat.config import Config, DummyConfig
 from ducat.dummy import add_dummy_classes
 from ducat.models.architecture import Architecture
@@ -135,7 +135,14 @@ def settings(source: Path) -> Config:
         averaging_start_epoch=0.0,
         awp_start_epoch=0.0,
     )
-    return replace(config, name=None, dummy=DummyConfig("recovery-aware", start_epoch=0.0), train=tail)
+    # A run's config has the defaults written out; here they follow again what they are derived from.
+    method, threat = config.method, config.threat
+    if method.weight == methods.find(method.name).weight:
+        method = replace(method, weight=None)
+    if threat.step_size == threat.build(None).radius / 4:
+        threat = replace(threat, step_size=None)
+    dummy = DummyConfig("recovery-aware", start_epoch=0.0)
+    return replace(config, name=None, method=method, dummy=dummy, threat=threat, train=tail)
 
 
 def adapt(

@@ -48,8 +48,12 @@ class DataConfig:
     """Number of training images, a fixed stratified subset; all of them by default."""
     root: Path | None = None
     """Folder of the prepared data sets; DUCAT_DATA or the user's cache by default."""
+    augmentation: Literal["auto", "base", "strong"] = "auto"
+    """base is random crop and flip as fits the data, strong AutoAugment and cutout as well; auto is strong for
+    photographs where the method's paper says so (consistency), else base."""
 
     def __post_init__(self) -> None:
+        _among("data.augmentation", self.augmentation, ("auto", "base", "strong"))
         _at_least("data.samples", self.samples, 1)
 
 
@@ -235,9 +239,15 @@ class Config:
     def resolve(self, spec: DataSpec) -> Config:
         """Return the config with every default that depends on the data set written out."""
         threat = self.threat.build(spec)
-        weight = methods.find(self.method.name).weight if self.method.weight is None else self.method.weight
+        method = methods.find(self.method.name)
+        weight = method.weight if self.method.weight is None else self.method.weight
+        augmentation = self.data.augmentation
+        if augmentation == "auto":
+            # AutoAugment's policy was found on photographs; grey drawings are not what it fits.
+            augmentation = method.augmentation if spec.shape[0] == 3 else "base"
         resolved = dataclasses.replace(
             self,
+            data=dataclasses.replace(self.data, augmentation=augmentation),
             model=dataclasses.replace(self.model, name=self.model.name or spec.model),
             method=dataclasses.replace(self.method, weight=weight),
             threat=ThreatConfig(self.threat.norm, threat.eps, threat.step_size, threat.steps),

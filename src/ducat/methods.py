@@ -48,6 +48,8 @@ class Method:
             forwarded and `clean_logits` is empty.
         weight: the regulariser's default weight: beta or lambda of the method's paper.
         views: augmentations of each image, which the batch holds one after the other.
+        augmentation: what photographs are augmented with: "base" is random crop and flip, "strong" AutoAugment and
+            cutout as well.
     """
 
     title: str
@@ -58,6 +60,7 @@ class Method:
     reads_benign: bool = False
     weight: float = 0.0
     views: int = 1
+    augmentation: Literal["base", "strong"] = "base"
 
 
 def _trades(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float) -> Tensor:
@@ -91,7 +94,7 @@ METHODS: dict[str, Method] = {
     # Wang et al. 2020, ICLR: "Improving adversarial robustness requires revisiting misclassified examples"
     "mart": Method("MART", gaussian_start=True, regulariser=_mart, reads_benign=True, weight=6.0),
     # Tack et al. 2022, arXiv 2103.04623
-    "consistency": Method("Consistency-AT", regulariser=_consistency, weight=1.0, views=2),
+    "consistency": Method("Consistency-AT", regulariser=_consistency, weight=1.0, views=2, augmentation="strong"),
 }
 
 

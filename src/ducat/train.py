@@ -32,6 +32,7 @@ from ducat.runs import RunFolder, environment
 from ducat.schedules import epoch_of, learning_rate
 from ducat.seeding import generator
 
+AUGMENTATIONS = {"base": data.Augmentation.base, "strong": data.Augmentation.strong}
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
 COLLAPSE = 0.05  # a smaller fall of PGD accuracy is noise of the validation split
 BATCH_NORM_BATCHES = 20  # batches that the statistics of averaged weights are measured on
@@ -212,7 +213,7 @@ class _Loop:
             dataset.train,
             settings.batch_size,
             seed=settings.seed,
-            augment=data.Augmentation(dataset.spec.crop_padding, dataset.spec.flip),
+            augment=AUGMENTATIONS[config.data.augmentation](dataset.spec),
             device=device,
             views=methods.find(config.method.name).views,
             rank=self.accelerator.process_index,
