@@ -152,9 +152,10 @@ def read_only(*_: Any, **__: Any) -> None:
 def test_a_failed_write_names_the_file_and_leaves_the_old_one(
     saved: Path, monkeypatch: pytest.MonkeyPatch, where: str, failure: Callable, words: str
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(OSError, match=words) as raised:
+    with monkeypatch.context() as patch:
         patch.setattr(where, failure)
-        checkpoint.save(saved, {"weight": torch.ones(1)}, {}, keep_previous=True)
+        with pytest.raises(OSError, match=words) as raised:
+            checkpoint.save(saved, {"weight": torch.ones(1)}, {}, keep_previous=True)
     assert str(saved) in str(raised.value)
     assert_is(checkpoint.read(saved)[0], TENSORS)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name], "the half-written file is left"

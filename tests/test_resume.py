@@ -86,7 +86,7 @@ def start(folder: Path, config: Config = CONFIG, before: str = "") -> Run:
 
 
 def outcome(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return everything that a run's stops must not change: both checkpoints' tensors, and the metrics but for times."""
+    """Return everything that a run's stops must not change: both checkpoints' tensors, and metrics but for times."""
     folder = RunFolder.open(path)
     assert folder.manifest["status"] == "finished"
     tensors = {
@@ -359,7 +359,7 @@ def test_the_checkpoints_of_the_newest_epochs_are_kept(tmp_path: Path) -> None:
     assert all(torch.equal(newest[name], last[name]) for name in last)
     older = folder.load("epoch-3").state_dict()
     assert not all(torch.equal(older[name], last[name]) for name in last)
-    with pytest.raises(FileNotFoundError, match="no checkpoint epoch-1 .*choose from best, last, epoch-4, epoch-3"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint epoch-1 .*choose from best, last, epoch-4, epoch-3"):
         folder.load("epoch-1")
     with pytest.raises(ValueError, match="which='newest' is unknown"):
         folder.load("newest")
