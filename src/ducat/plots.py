@@ -1,45 +1,190 @@
-"""Figures, as self-contained SVG. Colours and marks are told apart without colour vision, and in black and white."""
+"""Figures. Colours and marks are told apart without colour vision, and on light and dark pages."""
+
+from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import re
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ducat import checkpoint
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito
-MARKS = ("o", "s", "D", "^", "v", "P")
-
-
-def trade_off(evaluations: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Draw clean accuracy against accuracy under attack, blind and robust joined by a line per run.
-
-    Args:
-        evaluations: contents of evaluation.json by the name to show; at least one.
-        path: the .svg or .png file to write; a file there is replaced.
-    """
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for index, (name, evaluation) in enumerate(evaluations.items()):
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito
+MARKS = ("o", "s", "D", "^", "v", "P")
+INK = "#1a1b1c"  # text and lines; inside a page it gives way to the page's own colour
+CURVES = ("clean", "blind", "robust")
+# Parts of the probability: name in behaviour.json, legend, colour, hatching.
+PARTS = (
+    ("real", "own class, real", "#0072B2", ""),
+    ("dummy", "own class, dummy", "#56B4E9", "////"),
+    ("other real", "other classes, real", "#D55E00", ""),
+    ("other dummy", "other classes, dummy", "#E69F00", "////"),
+)
+
+
+def trade_off(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """Draw clean accuracy against accuracy under attack, blind and robust joined by a line.
+
+    Args:
+        points: contents of evaluation.json, one for each training seed, by the name to show. Several give their mean,
+            with the sample standard deviation as a cross.
+    """
+    figure, axes = _figure(height=3.9)
+    for index, (name, evaluations) in enumerate(points.items()):
         colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
-        clean, blind, robust = (100 * value for value in (evaluation["clean"]["accuracy"], *_ends(evaluation)))
-        axes.plot([blind, robust], [clean, clean], color=colour, linewidth=1.5, zorder=1)
-        axes.plot(blind, clean, mark, markersize=8, markerfacecolor="white", markeredgecolor=colour, zorder=2)
-        axes.plot(robust, clean, mark, markersize=8, color=colour, zorder=3, label=name)
+        clean = _mean([evaluation["clean"]["accuracy"] for evaluation in evaluations])
+        blind, robust = (_mean([evaluation[key] for evaluation in evaluations]) for key in ("blind", "robust"))
+        axes.plot([blind[0], robust[0]], [clean[0], clean[0]], color=colour, linewidth=1.5, zorder=1)
+        for under_attack, face, label in ((blind, "none", None), (robust, colour, name)):
+            axes.errorbar(
+                under_attack[0],
+                clean[0],
+                xerr=under_attack[1],
+                yerr=clean[1],
+                fmt=mark,
+                markersize=8,
+                markerfacecolor=face,
+                color=colour,
+                linewidth=1,
+                zorder=3,
+                label=label,
+            )
     axes.set_xlabel("accuracy under attack (%)")
     axes.set_ylabel("clean accuracy (%)")
-    axes.set_title("Filled: attackers know recovery (robust). Hollow: they do not (blind).", fontsize=10, loc="left")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.08, y=0.2)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=1 if max(map(len, points)) > 24 else 2, frameon=False)
+    return figure
+
+
+def training_curves(metrics: Sequence[Mapping[str, Any]], start_epoch: int | None) -> Figure:
+    """Draw the loss, and the validation accuracies, over the epochs.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+        start_epoch: the first epoch with dummy classes in use, marked by a line; None for none.
+    """
+    figure, (above, below) = _figure(height=4.2, rows=2)
+    above.plot([row["epoch"] + 1 for row in metrics], [row["loss"] for row in metrics], color=INK, linewidth=1.2)
+    above.set_ylabel("training loss")
+    validated = [row for row in metrics if "robust" in row]
+    for quantity, colour, mark in zip(CURVES, COLOURS, MARKS, strict=False):
+        epochs, values = [row["epoch"] + 1 for row in validated], [100 * row[quantity] for row in validated]
+        below.plot(epochs, values, color=colour, marker=mark, markersize=4, linewidth=1.2, label=quantity)
+    below.set_ylabel("validation (%)")
+    below.set_xlabel("epochs done")
+    below.set_ylim(-3, 103)
+    for axes in (above, below):
+        axes.set_xlim(0, max(row["epoch"] for row in metrics) + 1.5)
+        if start_epoch is not None:
+            axes.axvline(start_epoch, color=INK, linewidth=1, linestyle=":")
+    below.legend(loc="best", frameon=False, ncols=3)
+    return figure
+
+
+def mass(shares: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Draw where probability goes, a bar for each kind of image; `shares` is "mass" of behaviour.json."""
+    figure, axes = _figure(height=2.2)
+    for row, (_, parts) in enumerate(shares.items()):
+        left = 0.0
+        for part, label, colour, hatch in PARTS:
+            if part in parts:
+                width = 100 * parts[part]
+                axes.barh(row, width, left=left, color=colour, hatch=hatch, edgecolor="white", label=label, height=0.6)
+                left += width
+    axes.set_yticks(range(len(shares)), list(shares))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("mean probability (%)")
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def reliability(signal: Mapping[str, Any]) -> Figure:
+    """Draw how often an image is adversarial against what the pairs say; `signal` is that of behaviour.json."""
+    figure, axes = _figure(height=3.2)
+    bins = signal["bins"]
+    largest = max(row["count"] for row in bins)
+    axes.plot([0, 100], [0, 100], color=INK, linewidth=1, linestyle=":", label="perfectly calibrated")
+    axes.plot(
+        [100 * row["signal"] for row in bins], [100 * row["adversarial"] for row in bins], color=COLOURS[0], linewidth=1
+    )
+    axes.scatter(
+        [100 * row["signal"] for row in bins],
+        [100 * row["adversarial"] for row in bins],
+        s=[12 + 110 * row["count"] / largest for row in bins],
+        color=COLOURS[0],
+        zorder=3,
+        label="images (area: how many)",
+    )
+    axes.set_xlabel("signal: the dummy class's share of its pair (%)")
+    axes.set_ylabel("of these adversarial (%)")
+    axes.set_xlim(-4, 104)
+    axes.set_ylim(-4, 104)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure on a white ground as an .svg or .png file; a file there is replaced."""
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
-    # Without these two, every drawing of the same numbers gives another file.
-    figure.savefig(buffer, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
+    # Without these, every drawing of the same numbers gives another file.
+    with rc_context({"svg.hashsalt": path.stem}):
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(buffer, format=path.suffix[1:], dpi=150, metadata=metadata, facecolor="white")
     checkpoint.write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
 
 
-def _ends(evaluation: Mapping[str, Any]) -> tuple[float, float]:
-    return evaluation["blind"], evaluation["robust"]
+def inline(figure: Figure, name: str) -> str:
+    """Return a figure as an <svg> element for a page: text stays text, in the page's colour, on no ground of its own.
+
+    Args:
+        figure: the figure.
+        name: unique on the page; it starts the ids of the element's parts.
+    """
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt" ', "", svg, count=1)
+    return svg.replace(INK, "currentColor")
+
+
+def _figure(height: float, rows: int = 1) -> tuple[Figure, Any]:
+    """Return a figure of the width of a phone, in inches, and its axes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    with rc_context({**ink, "font.size": 10, "hatch.linewidth": 0.6}):
+        figure = Figure(figsize=(4.6, height), layout="constrained")
+        made = figure.subplots(rows, sharex=rows > 1)
+        for axes in made if rows > 1 else [made]:
+            _plain(axes)
+    return figure, made
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(alpha=0.25, color=INK)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _mean(shares: Sequence[float]) -> tuple[float, float | None]:
+    """Return mean and sample standard deviation in %; no deviation of a single one."""
+    spread = 100 * statistics.stdev(shares) if len(shares) > 1 else None
+    return 100 * statistics.fmean(shares), spread

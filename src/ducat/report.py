@@ -1,103 +1,131 @@
-"""Tables and the page, made from the contents of evaluation.json. Blind and robust accuracy always stand together."""
+"""The page: one self-contained HTML file for one run or several. Blind and robust accuracy always stand together."""
 
+import json
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ducat import checkpoint
+from ducat import checkpoint, plots
+from ducat import compare as comparing
+from ducat.compare import Comparison, Run, Section
+from ducat.config import Config
 
-HEADERS = ("run", "clean", "blind", "robust", "sink gap")
-CAPTION = "Accuracy in % with 95 % intervals; sink gap in points = blind - robust."
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table, as text."""
-
-    name: str
-    clean: str
-    blind: str
-    robust: str
-    sink_gap: str
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        return self.name, self.clean, self.blind, self.robust, self.sink_gap
-
-
-def rows(evaluations: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """Return the table's lines for evaluations by name."""
-    return [
-        Row(
-            name,
-            _share(evaluation["clean"]["accuracy"], evaluation["clean"]["ci95"]),
-            _share(evaluation["blind"], evaluation["blind_ci95"]),
-            _share(evaluation["robust"], evaluation["robust_ci95"]),
-            f"{100 * evaluation['sink_gap']:.1f}",
-        )
-        for name, evaluation in evaluations.items()
-    ]
-
-
-def _share(accuracy: float, ci95: Sequence[float]) -> str:
-    return f"{100 * accuracy:.1f} [{100 * ci95[0]:.1f}, {100 * ci95[1]:.1f}]"
-
-
-def markdown(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the table as Markdown."""
-    lines = [HEADERS, ("---",) * len(HEADERS), *(row.cells for row in rows(evaluations))]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def setting(evaluation: Mapping[str, Any]) -> str:
-    """Return in one line what an evaluation measured: data, samples, budget, suite, seed."""
-    threat = evaluation["threat"]
-    return (
-        f"{evaluation['data']}, {evaluation['samples']} test images, {threat['norm']} eps {threat['eps']:.4g} on "
-        f"images in [0, 1], suite {evaluation['suite']}, seed {evaluation['seed']}"
-    )
+KINDS = {"benign": "Benign images", "adversarial": "Adversarial images"}
 
 
 def page(
-    path: Path,
-    title: str,
-    evaluations: Mapping[str, Mapping[str, Any]],
-    *,
-    text: Sequence[str] = (),
-    figure: Path | None = None,
-    command: str = "",
+    path: Path, title: str, comparison: Comparison, *, text: Sequence[str] = (), command: str | None = None
 ) -> None:
     """Write one HTML file that needs nothing else: no network, no script.
 
     Args:
         path: where to; a page there is replaced.
         title: heading of the page.
-        evaluations: contents of evaluation.json by name.
-        text: paragraphs above the table.
-        figure: an .svg file to put into the page.
-        command: the command that makes the same again.
+        comparison: the runs, from `compare.compare`; it may be of one.
+        text: paragraphs above the results.
+        command: the command that makes all of it again, if there is one beside those of the runs.
     """
-    from jinja2 import Environment
+    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     template = resources.files("ducat").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    svg = figure.read_text(encoding="utf-8") if figure is not None else ""
-    html = (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(template)
-        .render(
-            title=title,
-            text=text,
-            headers=HEADERS,
-            rows=rows(evaluations),
-            caption=CAPTION,
-            evaluations=evaluations,
-            settings={name: setting(evaluation) for name, evaluation in evaluations.items()},
-            # Ours, from matplotlib; the XML declaration before <svg> has no place inside HTML.
-            figure=Markup(svg[svg.index("<svg") :]) if svg else "",
-            command=command,
-        )
+    figures = {name: Markup(svg) for name, svg in _figures(comparison).items()}  # ours, from matplotlib
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    html = environment.from_string(template).render(
+        title=title,
+        text=text,
+        comparison=comparison,
+        comparing=comparing,
+        figures=figures,
+        descriptions={run.name: _describe(run) for run in comparison.runs},
+        commands={run.name: reproduce(run) for run in comparison.runs},
+        manifests={run.name: json.dumps(run.manifest, indent=2) for run in comparison.runs},
+        kinds=KINDS,
+        command=command,
     )
     checkpoint.write_text(path, html)
+
+
+def _figures(comparison: Comparison) -> dict[str, str]:
+    """Return the figures that there are data for, by a name that is unique on the page."""
+    figures = {}
+    for number, section in enumerate(comparison.sections):
+        figures[f"trade-off-{number}"] = plots.inline(plots.trade_off(points(section)), f"trade-off-{number}")
+    for number, run in enumerate(comparison.runs):
+        seen = run.behaviour or {}
+        if run.metrics:
+            config = Config.from_yaml(run.path / "config.yaml")
+            start = config.start_epoch if config.dummy.kind != "off" else None
+            name = f"training-{number}"
+            figures[name] = plots.inline(plots.training_curves(run.metrics, start), name)
+        if seen.get("mass"):
+            figures[f"mass-{number}"] = plots.inline(plots.mass(seen["mass"]), f"mass-{number}")
+        if seen.get("signal"):
+            figures[f"signal-{number}"] = plots.inline(plots.reliability(seen["signal"]), f"signal-{number}")
+    return figures
+
+
+def points(section: Section) -> dict[str, list[Mapping[str, Any]]]:
+    """Return what `plots.trade_off` draws of a section."""
+    return {group.name: [run.evaluation for run in group.runs] for group in section.groups}
+
+
+def _describe(run: Run) -> dict[str, str]:
+    """Return in words what the figures of a run show, for those who do not see them."""
+    texts = {}
+    validated = [row for row in run.metrics if "robust" in row]
+    if validated:
+        first, last = validated[0], validated[-1]
+        changes = ", ".join(f"{name} {100 * first[name]:.1f} to {100 * last[name]:.1f} %" for name in plots.CURVES)
+        texts["training"] = (
+            f"Training loss and validation accuracy by epoch. From epoch {first['epoch'] + 1} to {last['epoch'] + 1}: "
+            f"loss {first['loss']:.2f} to {last['loss']:.2f}, {changes}."
+        )
+    seen = run.behaviour or {}
+    if seen.get("mass"):
+        texts["mass"] = " ".join(
+            f"{KINDS[kind]}: {', '.join(f'{label} {100 * parts[part]:.1f} %' for part, label, *_ in plots.PARTS if part in parts)}."
+            for kind, parts in seen["mass"].items()
+        )
+    if seen.get("signal"):
+        pairs = ", ".join(
+            f"{100 * row['signal']:.0f} % and {100 * row['adversarial']:.0f} %" for row in seen["signal"]["bins"]
+        )
+        texts["signal"] = f"Signal and share of adversarial images, by bin: {pairs}."
+    return texts
+
+
+def reproduce(run: Run) -> list[str]:
+    """Return the commands that make a run and its evaluation again, under another name."""
+    name = f"{run.path.name}-again"
+    if "initial" in run.manifest:
+        # Its beginning is a file that only the command line of the time names.
+        program, *arguments = run.manifest["command"]
+        train = shlex.join([Path(program).name, *arguments])
+        target = run.path
+    else:
+        train = shlex.join(["ducat", "train", *_flags(run.settings), "--name", name])
+        target = Path("runs") / name
+    evaluation = run.evaluation
+    which = run.behaviour["which"] if run.behaviour else "best"
+    options = {
+        "suite": evaluation["suite"],
+        "samples": evaluation["samples"],
+        "seed": evaluation["seed"],
+        "which": which,
+    }
+    flags = [part for option, value in options.items() for part in (f"--{option}", str(value))]
+    return [train, shlex.join(["ducat", "evaluate", str(target), *flags])]
+
+
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    """Return the options whose values are not the default's."""
+    usual = Config().flat()
+    return [
+        part
+        for option, value in settings.items()
+        if option != "name" and value is not None and value != usual[option]
+        for part in (f"--{option}", json.dumps(value) if isinstance(value, list) else str(value))
+    ]

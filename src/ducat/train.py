@@ -527,10 +527,8 @@ class _Loop:
             try:
                 self.folder.save(which, tensors, state)
             except OSError as error:
-                message = (
-                    f"{error.strerror}; continue from the checkpoint before: ducat train --resume {self.folder.path}"
-                )
-                raise OSError(error.errno, message) from error
+                resume = f"ducat train --resume {self.folder.path}"
+                raise OSError(error.errno, f"{error.strerror}; the checkpoint before it is whole: {resume}") from error
         self.saved_at = time.monotonic()
 
 
