@@ -58,12 +58,13 @@ class Audit:
     only_black_box: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the measurements as values for JSON."""
-        return asdict(self)
+        """Return the measurements as values for JSON, whose keys are strings."""
+        steps = {str(steps): count for steps, count in self.standing_after_steps.items()}
+        return {**asdict(self), "standing_after_steps": steps}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Audit":
-        """Undo `to_dict`; JSON has made the numbers of steps strings."""
+        """Undo `to_dict`."""
         steps = {int(steps): count for steps, count in values["standing_after_steps"].items()}
         return cls(**{**values, "standing_after_steps": steps})
 
