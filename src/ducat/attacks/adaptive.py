@@ -1,11 +1,13 @@
 """The recovery-aware ensemble: every attack aims at the classifier that is deployed, the worst case counts."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ducat import losses
 from ducat.attacks.pgd import attackable, pgd
 from ducat.dummy import RecoveredClassifier, dummy_head, recover
 from ducat.threat import ThreatModel
@@ -13,20 +15,27 @@ from ducat.threat import ThreatModel
 Images = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
 
-SILENT = -1e4  # logit of a dummy class that never fires: exp(SILENT) is 0 in float32, and SILENT * 0 is not NaN
-
 
 @dataclass(frozen=True)
 class Round:
-    """One attack of the ensemble: an objective, its steps, and its restarts."""
+    """One attack of the ensemble.
+
+    Attributes:
+        objective: a name in `objectives.OBJECTIVES` that knows recovery.
+        steps: its steps.
+        restarts: independent random starts.
+        share: of the samples that withstood the rounds before, the share that came closest to being fooled, in
+            (0, 1]; the round attacks only those. Late rounds seldom break a sample that stayed far from it.
+    """
 
     objective: str
     steps: int
     restarts: int = 1
+    share: float = 1.0
 
 
-def _targets(steps: int, ranks: int) -> tuple[Round, ...]:
-    return tuple(Round(f"targeted-pair-{rank + 1}", steps) for rank in range(ranks))
+def _targets(steps: int, ranks: range, share: float = 1.0) -> tuple[Round, ...]:
+    return tuple(Round(f"targeted-pair-{rank}", steps, share=share) for rank in ranks)
 
 
 BUDGETS: dict[str, tuple[Round, ...]] = {
@@ -35,14 +44,14 @@ BUDGETS: dict[str, tuple[Round, ...]] = {
         Round("recovered-cross-entropy", 50),
         Round("weighted-pair", 50),
         Round("recovered-margin", 50),
-        *_targets(50, ranks=9),
+        *_targets(50, range(1, 10)),
     ),
     "full": (
         Round("recovered-cross-entropy", 100, restarts=5),
         Round("recovered-max-cross-entropy", 100, restarts=2),
         Round("weighted-pair", 100, restarts=5),
         Round("recovered-margin", 100, restarts=2),
-        *_targets(100, ranks=9),
+        *_targets(100, range(1, 10)),
     ),
 }
 
@@ -56,7 +65,8 @@ class SilentDummies(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.model(x)
-        return torch.cat([logits, torch.full_like(logits, SILENT)], dim=1)
+        # Half of the lowest number: its exponential is 0, and differences with it stay finite.
+        return torch.cat([logits, torch.full_like(logits, torch.finfo(logits.dtype).min / 2)], dim=1)
 
 
 def with_dummy_classes(model: nn.Module) -> nn.Module:
@@ -82,7 +92,7 @@ def adaptive(
 
     The objectives are those that work on both members of each pair of real and dummy class: recovered cross-entropy,
     recovered margin, weighted pair, and targeted pair for the strongest wrong classes. Each runs with momentum and step
-    halving in the manner of Auto-PGD, on the samples that survived the ones before it. `threat.steps` and
+    halving in the manner of Auto-PGD, on samples that survived the ones before it. `threat.steps` and
     `threat.step_size` are not used: the budget sets the steps.
 
     Args:
@@ -96,7 +106,7 @@ def adaptive(
 
     Returns:
         Images in the ball, shape of x: for a sample that was broken, one whose recovered prediction is wrong (the
-        benign image itself if that is wrong already); for the others, the last attack's best iterate.
+        benign image itself if that is wrong already); for the others, the image that came closest to it.
 
     Raises:
         ValueError: if the budget is unknown.
@@ -104,17 +114,18 @@ def adaptive(
     if budget not in BUDGETS:
         raise ValueError(f"budget {budget!r} is unknown: choose from {', '.join(BUDGETS)}")
     network = with_dummy_classes(model)
-    adversarial = x.clone()
-    alive = torch.arange(len(x), device=x.device)
-    alive = alive[_correct(network, x, y)]
+    adversarial, margin = x.clone(), _margin(network, x, y)
     for attack in BUDGETS[budget]:
-        if not len(alive):
+        standing = (margin <= 0).nonzero().squeeze(1)
+        if not len(standing):
             break
+        closest = margin[standing].argsort(descending=True, stable=True)[: math.ceil(attack.share * len(standing))]
+        rows = standing[closest]
         ball = replace(threat, steps=attack.steps)
         found = pgd(
             network,
-            x[alive],
-            y[alive],
+            x[rows],
+            y[rows],
             ball,
             attack.objective,
             attack.restarts,
@@ -122,11 +133,12 @@ def adaptive(
             keep="first",
             adaptive_steps=True,
         )
-        adversarial[alive] = found
-        alive = alive[_correct(network, found, y[alive])]
+        reached = _margin(network, found, y[rows])
+        closer = reached > margin[rows]
+        adversarial[rows[closer]], margin[rows[closer]] = found[closer], reached[closer]
     return adversarial
 
 
-def _correct(network: nn.Module, x: Tensor, y: Tensor) -> Bool[Tensor, " batch"]:
+def _margin(network: nn.Module, x: Tensor, y: Tensor) -> Float[Tensor, " batch"]:
     with attackable(network), torch.no_grad():
-        return recover(network(x)).argmax(1) == y
+        return losses.margin(recover(network(x)).to(x.dtype), y)

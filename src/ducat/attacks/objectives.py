@@ -31,15 +31,18 @@ class Objective:
         knows_recovery: whether the attacker knows that predictions are recovered.
         reference: `(clean_logits, y)` to a tensor with a row per sample that stays fixed during the attack, for
             objectives that compare with the benign image; None for the others.
+        targeted: whether y holds the classes that the attacker wants, instead of the true labels.
     """
 
     value: Callable[[Tensor, Tensor, Any], Tensor]
     knows_recovery: bool = False
     reference: Callable[[Tensor, Tensor], Tensor] | None = None
+    targeted: bool = False
 
     def fooled(self, logits: Logits, y: Labels) -> Bool[Tensor, " batch"]:
-        """Tell which samples this attacker believes to be misclassified."""
-        return (recover(logits) if self.knows_recovery else logits).argmax(1) != y
+        """Tell which samples this attacker believes to be misclassified; when `targeted`, classified as y."""
+        prediction = (recover(logits) if self.knows_recovery else logits).argmax(1)
+        return prediction == y if self.targeted else prediction != y
 
 
 def dlr(logits: Logits, y: Labels) -> PerSample:
@@ -106,6 +109,12 @@ OBJECTIVES: dict[str, Objective] = {
         lambda logits, y, clean: losses.kl(recover(clean, "logsumexp"), recover(logits, "logsumexp")),
         knows_recovery=True,
         reference=_clean,
+    ),
+    "targeted-cross-entropy": Objective(lambda logits, y, reference: -losses.cross_entropy(logits, y), targeted=True),
+    "recovered-targeted-cross-entropy": Objective(
+        lambda logits, y, reference: -losses.cross_entropy(recover(logits, "logsumexp"), y),
+        knows_recovery=True,
+        targeted=True,
     ),
     "weighted-pair": Objective(lambda logits, y, reference: weighted_pair(logits, y), knows_recovery=True),
     **{f"targeted-pair-{rank + 1}": Objective(targeted_pair, True, runner_up(rank)) for rank in range(9)},

@@ -1,0 +1,179 @@
+"""Attacks of other libraries, behind the signature of ours: AutoAttack, Square, and the L2 attacks C&W and DDN.
+
+They attack a plain classifier, images to one logit per class. For a network with dummy classes that is either
+`RecoveredClassifier(network)`, the classifier that is deployed, or the network itself, when the attacker is blind.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ducat.attacks.pgd import attackable
+from ducat.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from foolbox.attacks.base import MinimizationAttack
+    from pyautoattack import AutoAttack
+
+Images = Float[Tensor, "batch channels height width"]
+Labels = Int[Tensor, " batch"]
+
+TARGETS = 9  # AutoAttack's number of target classes, where there are that many wrong ones
+TARGETED_DLR = 4  # classes: the targeted loss of AutoAttack divides by a difference of the first, third and fourth
+
+
+def autoattack(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    threat: ThreatModel,
+    generator: torch.Generator | None = None,
+) -> Images:
+    """AutoAttack in its standard version (Croce & Hein 2020, arXiv 2003.01690), from `pyautoattack`.
+
+    It runs APGD on cross-entropy, targeted APGD, targeted FAB and Square, each on the samples that withstood the ones
+    before. With fewer than 4 classes targeted APGD is left out, since its loss needs 4.
+
+    Args:
+        model: maps images in [0, 1], shape (B, channels, H, W), to logits, shape (B, K).
+        x: benign images.
+        y: labels, shape (B,).
+        threat: the ball; its steps and step size are not used.
+        generator: source of the seed; PyTorch's global one by default.
+
+    Returns:
+        Images in the ball, of x's shape: one that fools the model where one was found, else the benign image.
+    """
+    if not len(x):
+        return x.clone()
+    with _guarded(model, generator) as seed:
+        attack = _autoattack(model, x, threat, seed)
+        with torch.no_grad():
+            classes = model(x[:1]).shape[1]
+        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(TARGETS, classes - 1)
+        if classes < TARGETED_DLR:
+            attack.attacks_to_run.remove("apgd-t")
+        found, _ = attack.run_standard_evaluation(x.float().contiguous(), y, batch_size=len(x))
+    return threat.project(found.to(x), x)
+
+
+def square(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    threat: ThreatModel,
+    generator: torch.Generator | None = None,
+    *,
+    queries: int = 1000,
+) -> Images:
+    """Square, a random search that uses no gradients (Andriushchenko et al. 2020, arXiv 1912.00049).
+
+    Where it does better than gradients, the gradients mislead. Arguments and result as for `autoattack`; `queries` is
+    the number of passes through the model.
+    """
+    if not len(x):
+        return x.clone()
+    with _guarded(model, generator) as seed:
+        attack = _autoattack(model, x, threat, seed).square
+        attack.n_queries = queries
+        found = attack.perturb(x.float().contiguous(), y)
+    return threat.project(found.to(x), x)
+
+
+def carlini_wagner(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    threat: ThreatModel,
+    generator: torch.Generator | None = None,
+    *,
+    steps: int = 200,
+    searches: int = 6,
+) -> Images:
+    """The L2 attack of Carlini & Wagner (2017, arXiv 1608.04644), from `foolbox`.
+
+    It looks for the closest image that fools the model. Arguments and result as for `autoattack`; `steps` is the
+    number of Adam steps in each of the `searches` rounds of the search for its constant.
+
+    Raises:
+        ValueError: if the threat model is not l2.
+    """
+    from foolbox.attacks import L2CarliniWagnerAttack
+
+    attack = L2CarliniWagnerAttack(binary_search_steps=searches, steps=steps, initial_const=1.0)
+    return _closest(attack, model, x, y, threat, generator)
+
+
+def ddn(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    threat: ThreatModel,
+    generator: torch.Generator | None = None,
+    *,
+    steps: int = 100,
+) -> Images:
+    """Decoupled direction and norm, a fast search for the closest image in L2 (Rony et al. 2019, arXiv 1811.09600).
+
+    From `foolbox`. Arguments and result as for `autoattack`.
+
+    Raises:
+        ValueError: if the threat model is not l2.
+    """
+    from foolbox.attacks import DDNAttack
+
+    return _closest(DDNAttack(init_epsilon=threat.radius, steps=steps), model, x, y, threat, generator)
+
+
+def _autoattack(model: nn.Module, x: Tensor, threat: ThreatModel, seed: int) -> "AutoAttack":
+    from pyautoattack import AutoAttack
+
+    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+    attack = AutoAttack(model, norm=norm, eps=threat.radius, seed=seed, device=x.device)
+    # What AutoAttack has to say about the model, `ducat.evaluate` says in its own warnings.
+    silent = logging.Logger("autoattack", level=logging.CRITICAL + 1)
+    attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = silent
+    return attack
+
+
+def _closest(
+    attack: "MinimizationAttack",
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return the closest image that the attack finds where it is in the ball, else the benign image."""
+    from foolbox import PyTorchModel
+    from foolbox.criteria import Misclassification
+
+    if threat.norm != "l2":
+        raise ValueError(f"{type(attack).__name__} measures distances in l2, but the threat model is {threat.norm}")
+    if not len(x):
+        return x.clone()
+    with _guarded(model, generator):
+        classifier = PyTorchModel(model, bounds=(0, 1), device=x.device)
+        found = attack.run(classifier, x, Misclassification(y))
+    inside = threat.allows(found, x).view(-1, *[1] * (x.ndim - 1))
+    return torch.where(inside, found, x)
+
+
+@contextmanager
+def _guarded(model: nn.Module, generator: torch.Generator | None) -> Iterator[int]:
+    """Keep the libraries from leaving anything changed: the model, the global generator, the tracing of Python."""
+    device = generator.device if generator is not None else "cpu"
+    seed = int(torch.randint(2**31, (), generator=generator, device=device))
+    trace = sys.gettrace()
+    try:
+        with attackable(model), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            yield seed
+    finally:
+        sys.settrace(trace)
