@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ducat import plots, report
-from ducat.config import Config, DataConfig, DummyConfig, Kind, MethodConfig, TrainConfig
+from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, TrainConfig
 from ducat.evaluate import evaluate_run
 from ducat.train import Listener, train
 
-EPOCHS, START_EPOCH = 60, 30
-METHODS: dict[str, tuple[str, Kind]] = {
-    "natural": ("natural", "off"),
-    "PGD-AT": ("pgd-at", "off"),
-    "DUCAT, published": ("pgd-at", "published"),
-    "DUCAT, recovery-aware": ("pgd-at", "recovery-aware"),
+EPOCHS = 60
+METHODS: dict[str, tuple[str, DummyConfig]] = {
+    "natural": ("natural", DummyConfig("off")),
+    "PGD-AT": ("pgd-at", DummyConfig("off")),
+    "DUCAT, published": ("pgd-at", DummyConfig("published", start_epoch=0.5)),
+    "DUCAT, recovery-aware": ("pgd-at", DummyConfig("recovery-aware", start_epoch=0.75)),
 }
 
 
@@ -68,7 +68,7 @@ def run(
     Args:
         folder: where the runs, the plot and the page go; it must not exist.
         seed: of everything random.
-        epochs: length of each training; dummy classes come in at half of it.
+        epochs: length of each training; dummy classes come in after a half of it (published) or three quarters.
         listener: makes the listener to a training from its name.
         attacks: makes, from the name of a method, what is called with each attack on it.
 
@@ -78,11 +78,11 @@ def run(
     if folder.exists():
         raise FileExistsError(f"{folder} exists, and nothing is overwritten: give another --out")
     demo = Demo(folder)
-    for title, (method, kind) in METHODS.items():
+    for title, (method, dummy) in METHODS.items():
         config = Config(
             data=DataConfig("digits"),
             method=MethodConfig(method),
-            dummy=DummyConfig(kind, start_epoch=START_EPOCH / EPOCHS),
+            dummy=dummy,
             train=TrainConfig(
                 epochs=epochs,
                 learning_rate=0.3,
