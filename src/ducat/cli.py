@@ -12,12 +12,15 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 import ducat
-from ducat import checkpoint, data, report
+from ducat import behaviour, checkpoint, data, report
+from ducat import compare as comparing
 from ducat import demo as demo_room
 from ducat import train as train_room
 from ducat.adapt import adapt, settings
+from ducat.compare import Comparison, Run
 from ducat.config import Config, config_parser
 from ducat.evaluate import evaluate_run
 from ducat.runs import RunFolder, Which
@@ -199,7 +202,39 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
         )
     if arguments.json is not None:
         checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
-    print_table(console, {folder.name: measured})
+    behaviour.measure_run(folder, arguments.which)
+    comparison = comparing.compare([Run.read(folder.path)])
+    page = folder.path / "report.html"
+    report.page(page, folder.name, comparison)
+    print_comparison(console, comparison)
+    _print(console, f"Page: {page}")
+
+
+def _run_compare(arguments: Namespace, console: Console) -> None:
+    files = {name: getattr(arguments, name) for name in (*comparing.FORMATS, "html")}
+    for option, path in files.items():
+        if path is not None and path.exists():
+            raise FileExistsError(f"--{option}: {path} exists, and nothing is overwritten")
+    comparison = comparing.compare([Run.read(path) for path in arguments.runs])
+    print_comparison(console, comparison)
+    for section in comparison.sections:
+        for pair in section.pairs:
+            difference = f"robust {100 * pair.difference:+.1f} points"
+            _print(console, f"{pair.second} against {pair.first}: {difference}, McNemar's exact p = {pair.p_value:.2g}")
+    for name, write in comparing.FORMATS.items():
+        if files[name] is not None:
+            checkpoint.write_text(files[name], write(comparison))
+    if files["html"] is not None:
+        report.page(files["html"], "Comparison of runs", comparison)
+
+
+def _compare_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _parser("ducat compare")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders, evaluated; seeds of one setting are grouped")
+    parser.add_argument("--html", type=Path | None, help="write the page to this new file")
+    for name in comparing.FORMATS:
+        parser.add_argument(f"--{name}", type=Path | None, help=f"write the table as {name} to this new file")
+    return parser
 
 
 def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
@@ -222,7 +257,7 @@ def _run_demo(arguments: Namespace, console: Console) -> None:
             listener=live.training,
             attacks=live.attacks,
         )
-    print_table(console, made.evaluations)
+    print_comparison(console, made.comparison)
     for sentence in made.sentences:
         console.print(sentence, highlight=False)
     console.print(f"Runs, plot and page: {made.folder}/ (open {made.folder / 'report.html'})", highlight=False)
@@ -245,22 +280,29 @@ COMMANDS: dict[str, Command] = {
     "train": Command("train a network and leave a run folder", _train_parser, _run_train),
     "adapt": Command("give a trained network dummy classes and train it on", _adapt_parser, _run_adapt),
     "evaluate": Command("attack a run, blind and recovery-aware", _evaluate_parser, _run_evaluate),
+    "compare": Command("put evaluated runs side by side", _compare_parser, _run_compare),
     "data": Command("list, prepare and verify data sets", _data_parser, _run_data),
 }
 
 
-def print_table(console: Console, evaluations: dict[str, dict[str, Any]]) -> None:
-    """Print evaluations as a table, with what was measured above and the warnings below."""
-    first = next(iter(evaluations.values()))
-    console.print(f"{report.setting(first)}. {report.CAPTION}", highlight=False)
-    table = Table(*report.HEADERS)
-    for row in report.rows(evaluations):
-        # The interval goes below its number, so that the table fits 80 columns.
-        table.add_row(*(cell.replace(" [", "\n[") for cell in row.cells))
-    console.print(table, highlight=False, markup=False)
-    for name, evaluation in evaluations.items():
-        for warning in evaluation["warnings"]:
-            console.print(f"[bold]warning[/bold] {name}: {warning}", highlight=False)
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """Print runs as tables, with what was measured above each and what a reader must know below."""
+    for section in comparison.sections:
+        _print(console, f"{section.title}. {comparing.caption(section)}")
+        table = Table(*comparing.headers(section))
+        for cells in comparing.cells(section):
+            # The interval goes below its number, so that the table fits 80 columns.
+            table.add_row(*(cell.replace(" [", "\n[") for cell in cells))
+        console.print(table, highlight=False, markup=False)
+    for note in comparison.notes:
+        _print(console, note, label="note")
+    for run in comparison.runs:
+        for warning in run.evaluation["warnings"]:
+            _print(console, f"{run.name}: {warning}", label="warning")
+
+
+def _print(console: Console, text: str, label: str = "") -> None:
+    console.print(Text.assemble((f"{label} " if label else "", "bold"), text), highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

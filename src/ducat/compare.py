@@ -217,17 +217,18 @@ def _identity(run: Run) -> str:
 
 
 def _pairs(runs: Sequence[Run]) -> list[Pair]:
-    from ducat import evaluate
+    from ducat.evaluate import Evaluation
+    from ducat.evaluate import compare as compare_samples
 
     measured = {}
     for run in runs:
         try:
-            measured[run.name] = evaluate.Evaluation.load(run.path)
+            measured[run.name] = Evaluation.load(run.path)
         except FileNotFoundError:
             continue
     pairs = []
     for (first, one), (second, other) in combinations(measured.items(), 2):
-        robust = evaluate.compare(one, other)["robust"]
+        robust = compare_samples(one, other)["robust"]
         pairs.append(Pair(first, second, robust.difference, robust.p_value))
     return pairs
 
@@ -264,14 +265,14 @@ def _seed_notes(sections: Sequence[Section]) -> list[str]:
 
 
 def _state_notes(runs: Sequence[Run]) -> list[str]:
-    notes = []
-    for run in runs:
-        if run.manifest.get("status") != "finished":
-            done, all_epochs = len(run.metrics), run.settings["train.epochs"]
-            notes.append(f"{run.name} is not finished: {done} of {all_epochs} epochs ({run.manifest.get('status')})")
-        if (run.manifest.get("git") or {}).get("changed"):
-            notes.append(f"{run.name} was made with uncommitted changes to the code")
-    return notes
+    notes = [
+        f"{run.name} is not finished: {len(run.metrics)} of {run.settings['train.epochs']} epochs "
+        f"({run.manifest.get('status')})"
+        for run in runs
+        if run.manifest.get("status") != "finished"
+    ]
+    changed = [run.name for run in runs if (run.manifest.get("git") or {}).get("changed")]
+    return notes + ([f"made with uncommitted changes to the code: {', '.join(changed)}"] if changed else [])
 
 
 def _listed(kinds: Sequence[Sequence[Run]]) -> str:

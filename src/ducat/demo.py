@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ducat import plots, report
+from ducat import behaviour, plots, report
+from ducat.compare import Comparison, Run, compare
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, TrainConfig
 from ducat.evaluate import evaluate_run
 from ducat.train import Listener, train
@@ -26,11 +27,18 @@ class Demo:
     Attributes:
         folder: where it is.
         evaluations: the contents of evaluation.json by name of the method.
+        paths: the run folders, likewise.
         sentences: what the reader is looking at.
     """
 
     folder: Path
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    paths: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def comparison(self) -> Comparison:
+        """The runs side by side."""
+        return compare([Run.read(path, name) for name, path in self.paths.items()])
 
     @property
     def sentences(self) -> Sequence[str]:
@@ -95,14 +103,15 @@ def run(
         demo.evaluations[title] = evaluate_run(
             made, "light", which="last", seed=seed, progress=attacks(title) if attacks else None
         )
-    figure = folder / "trade-off.svg"
-    plots.trade_off(demo.evaluations, figure)
+        behaviour.measure_run(made, "last")
+        demo.paths[title] = made.path
+    comparison = demo.comparison
+    plots.save(plots.trade_off(report.points(comparison.sections[0])), folder / "trade-off.svg")
     report.page(
         folder / "report.html",
         "Dummy classes on digits: what they do and what they hide",
-        demo.evaluations,
+        comparison,
         text=demo.sentences,
-        figure=figure,
         command=f"ducat demo --out {folder} --seed {seed} --epochs {epochs}",
     )
     return demo

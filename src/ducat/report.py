@@ -85,16 +85,17 @@ def _describe(run: Run) -> dict[str, str]:
         )
     seen = run.behaviour or {}
     if seen.get("mass"):
-        texts["mass"] = " ".join(
-            f"{KINDS[kind]}: {', '.join(f'{label} {100 * parts[part]:.1f} %' for part, label, *_ in plots.PARTS if part in parts)}."
-            for kind, parts in seen["mass"].items()
-        )
+        texts["mass"] = " ".join(f"{KINDS[kind]}: {_shares(parts)}." for kind, parts in seen["mass"].items())
     if seen.get("signal"):
         pairs = ", ".join(
             f"{100 * row['signal']:.0f} % and {100 * row['adversarial']:.0f} %" for row in seen["signal"]["bins"]
         )
         texts["signal"] = f"Signal and share of adversarial images, by bin: {pairs}."
     return texts
+
+
+def _shares(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{label} {100 * parts[part]:.1f} %" for part, label, *_ in plots.PARTS if part in parts)
 
 
 def reproduce(run: Run) -> list[str]:
