@@ -88,7 +88,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir()), "something was left behind"
 
 
-def test_an_image_folder_is_prepared_listed_and_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_folder_goes_the_whole_road(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split, label, number in itertools.product(("train", "test"), ("cat", "dog"), range(20)):
         file = tmp_path / "pets" / split / label / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -103,6 +103,11 @@ def test_an_image_folder_is_prepared_listed_and_verified(tmp_path: Path, capsys:
     listed, _ = said(capsys)
     assert "pets" in listed
     assert "not prepared" in listed
+    settings = ["--data.name", "pets", "--data.root", "cache", "--model.name", "small", "--name", "pets"]
+    short = ["--train.epochs", "1", "--train.batch_size", "16", "--threat.steps", "2", "--train.precision", "float32"]
+    assert main(["train", *settings, *short]) == 0
+    assert main(["evaluate", "runs/pets", "--suite", "quick"]) == 0
+    assert "pets, 40 test images, linf eps 0.03137" in said(capsys)[0]
 
 
 def test_adapt_leaves_a_run_with_dummy_classes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from ducat.attacks.adaptive import SilentDummies
 from ducat.attacks.pgd import attackable
 from ducat.attacks.suites import SUITES, Attack, attack_name
 from ducat.audit import AUDITED, Audit, find_warnings, measure_signs
-from ducat.data import SPECS, load_test
+from ducat.data import load_test
 from ducat.dummy import RecoveredClassifier, dummy_head, recover
 from ducat.runs import RunFolder, Which
 from ducat.seeding import generator as seeded
@@ -543,19 +543,18 @@ def evaluate_run(
         progress: told of each attack and chunk as it starts.
     """
     config = folder.config
-    spec = SPECS[config.data.name]
     model = folder.load(which)
     return _evaluate_and_save(
         model,
         load_test(config.data.name, samples, config.data.root),
-        threat or config.threat.build(spec),
+        threat or config.threat.build(None),
         folder.evaluation_path,
         device,
         suite=suite,
         num_classes=_num_classes(model),
         seed=seed,
         batch_size=batch_size,
-        data=spec.title,
+        data=folder.manifest["data"]["title"],
         progress=progress or (lambda attack: None),
     )
 

@@ -171,8 +171,9 @@ def _folder_spec(name: str, splits: Splits) -> DataSpec:
     counts = [channel.flatten().bincount(minlength=256).double() for channel in images.unbind(1)]
     levels = torch.arange(256, dtype=torch.float64) / 255
     means = [float(count @ levels / count.sum()) for count in counts]
+    # A channel that is the same everywhere must not be divided by zero.
     deviations = [
-        float((count @ (levels - mean).square() / count.sum()).sqrt())
+        max(float((count @ (levels - mean).square() / count.sum()).sqrt()), 1 / 255)
         for count, mean in zip(counts, means, strict=True)
     ]
     channels, height, width = images.shape[1:]
