@@ -272,7 +272,7 @@ def test_a_recipe_is_read(path: Path) -> None:
     made = Config.from_yaml(path)
     assert path.stem.startswith(made.data.name)
     if path.stem.endswith("-paper"):
-        # arXiv 2410.12671, section 5: 130 epochs, the rate falls at 100 and 105, dummy classes from 105.
+        # arXiv 2410.12671: 130 epochs, the rate falls at 100 and 105, dummy classes from 105.
         assert made.dummy.kind == "published"
         assert (made.train.epochs, made.start_epoch) == (130, 105)
         rates = [
