@@ -169,8 +169,9 @@ def _figure(height: float, rows: int = 1) -> tuple[Figure, Any]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with rc_context({**ink, "font.size": 10, "hatch.linewidth": 0.6}):
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    settings: dict[Any, Any] = {**dict.fromkeys(inked, INK), "font.size": 10, "hatch.linewidth": 0.6}
+    with rc_context(settings):
         figure = Figure(figsize=(4.6, height), layout="constrained")
         made = figure.subplots(rows, sharex=rows > 1)
         for axes in made if rows > 1 else [made]:
