@@ -35,10 +35,11 @@ TRAINING = {
     },
     "cifar10": {
         "model.name": "resnet8",
-        "train.epochs": 6,
+        "model.width": 8,
+        "train.epochs": 4,
         "train.learning_rate": 0.2,
         "train.schedule": "one-cycle",
-        "train.validate_every": 6,
+        "train.validate_every": 4,
         "dummy.start_epoch": 0.5,
     },
 }
