@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import ducat
@@ -176,3 +177,28 @@ def test_python_m_ducat_and_the_version() -> None:
     for command in (["-m", "ducat.cli"], ["-m", "ducat"]):
         result = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, timeout=60)
         assert result.stdout.strip() == f"ducat {ducat.__version__}", result.stderr
+
+
+def test_any_checkpoint_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--train.epochs", "1", "--name", "mine", "--dummy.kind", "published"]) == 0
+    network = RunFolder.open(Path("runs/mine")).load("last")
+    torch.save({"state_dict": network.state_dict()}, "weights.pt")
+    options = ["--model", "small", "--data", "digits", "--suite", "quick", "--samples", "40"]
+    assert main(["evaluate", "--checkpoint", "weights.pt", "--num-classes", "10", *options, "--json", "new.json"]) == 0
+    assert "Digits, 40 test images, linf eps 0.2" in said(capsys)[0]
+    measured = json.loads(Path("new.json").read_text())
+    assert main(["evaluate", "runs/mine", "--which", "last", "--suite", "quick", "--samples", "40"]) == 0
+    of_the_run = json.loads(Path("runs/mine/evaluation.json").read_text())
+    for name in ("clean", "blind", "robust"):
+        assert measured[name] == of_the_run[name], name
+    assert main(["evaluate", "--checkpoint", "weights.pt", "--num-classes", "7", *options]) == 2
+    assert "num_classes=7, but digits has 10 classes" in said(capsys)[1]
+
+
+def test_a_run_can_be_evaluated_in_another_ball(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--train.epochs", "1", "--name", "mine"]) == 0
+    for options in (["--eps", "0.05"], ["--norm", "l2", "--eps", "0.3"]):
+        assert main(["evaluate", "runs/mine", "--suite", "quick", "--samples", "20", *options]) == 0
+        evaluation = json.loads(Path("runs/mine/evaluation.json").read_text())
+        assert evaluation["threat"]["eps"] == float(options[-1])
+    assert evaluation["threat"]["norm"] == "l2"

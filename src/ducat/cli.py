@@ -21,16 +21,19 @@ from ducat import demo as demo_room
 from ducat import train as train_room
 from ducat.adapt import adapt, settings
 from ducat.compare import Comparison, Run
-from ducat.config import Config, config_parser
-from ducat.evaluate import evaluate_run
+from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, config_parser
+from ducat.evaluate import evaluate_checkpoint, evaluate_run
 from ducat.runs import RunFolder, Which
+from ducat.threat import Norm
 from ducat.train import Interrupted
 
 BAD_INPUT = 2
 # What a user can cause; anything else is a defect of ours and shows its traceback.
 USER_ERRORS = (ArgumentError, ValueError, OSError, FloatingPointError)
 
-Suite = Literal["quick", "light", "standard"]
+Suite = Literal["quick", "light", "standard", "full"]
+NORMALIZATION = "of a checkpoint: whether its network takes images normalised by the data's mean and deviation"
+EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
 
 
 class Command(NamedTuple):
@@ -193,9 +196,14 @@ def _data_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 
 def _run_evaluate(arguments: Namespace, console: Console) -> None:
-    folder = RunFolder.open(arguments.run)
+    if (arguments.run is None) == (arguments.checkpoint is None):
+        raise ValueError("ducat evaluate: give a run folder, or --checkpoint with a file of weights")
     if arguments.json is not None and arguments.json.exists():
         raise FileExistsError(f"--json: {arguments.json} exists, and nothing is overwritten")
+    if arguments.checkpoint is not None:
+        _evaluate_checkpoint(arguments, console)
+        return
+    folder = RunFolder.open(arguments.run)
     with Live(console) as live:
         measured = evaluate_run(
             folder,
@@ -203,6 +211,7 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
             samples=arguments.samples,
             seed=arguments.seed,
             which=arguments.which,
+            threat=_threat(arguments).build(None) if arguments.norm or arguments.eps else None,
             progress=live.attacks(folder.name),
         )
     if arguments.json is not None:
@@ -213,6 +222,31 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
     report.page(page, folder.name, comparison)
     print_comparison(console, comparison)
     _print(console, f"Page: {page}")
+
+
+def _threat(arguments: Namespace) -> ThreatConfig:
+    return ThreatConfig(arguments.norm or "linf", arguments.eps)
+
+
+def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
+    config = Config(
+        data=DataConfig(arguments.data),
+        model=ModelConfig(arguments.model, arguments.width, arguments.normalization),
+        threat=_threat(arguments),
+    )
+    source = arguments.checkpoint
+    with Live(console) as live:
+        measured = evaluate_checkpoint(
+            source,
+            config,
+            arguments.suite,
+            num_classes=arguments.num_classes,
+            samples=arguments.samples,
+            seed=arguments.seed,
+            path=arguments.json,
+            progress=live.attacks(source.stem),
+        )
+    print_comparison(console, comparing.compare([Run(source.stem, source, config.flat(), {}, [], measured)]))
 
 
 def _run_compare(arguments: Namespace, console: Console) -> None:
@@ -244,7 +278,17 @@ def _compare_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = _parser("ducat evaluate")
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=Path | None, nargs="?", help="run folder")
+    parser.add_argument("--checkpoint", type=Path | None, help="instead of a run: file of weights, from anywhere")
+    parser.add_argument("--model", type=str | None, help="of a checkpoint: its network; default: the data's usual one")
+    parser.add_argument("--width", type=int | None, help="of a checkpoint: channels of its network's first stage")
+    parser.add_argument(
+        "--num-classes", type=int | None, help="of a checkpoint: real classes, checked against the data"
+    )
+    parser.add_argument("--normalization", type=Literal["data", "none"], default="data", help=NORMALIZATION)
+    parser.add_argument("--data", type=str, default="cifar10", help="for a checkpoint: data set to evaluate on")
+    parser.add_argument("--norm", type=Norm | None, help="linf or l2; default: the run's, or linf")
+    parser.add_argument("--eps", type=float | str | None, help=EPS)
     parser.add_argument("--suite", type=Suite, default="standard", help="which attacks to run")
     parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the attacks")

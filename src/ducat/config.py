@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from ducat import methods
+from ducat.data.images import Dataset
 from ducat.data.specs import DataSpec
+from ducat.models.architecture import Architecture
 from ducat.schedules import SCHEDULES, epoch_of
 from ducat.threat import Norm, ThreatModel
 from ducat.tracking import TRACKERS
@@ -253,6 +255,22 @@ class Config:
             threat=ThreatConfig(self.threat.norm, threat.eps, threat.step_size, threat.steps),
         )
         return dataclasses.replace(resolved, name=self.name or resolved.run_name)
+
+    def architecture(self, dataset: Dataset) -> Architecture:
+        """Return the network that a resolved config asks for on its data."""
+        spec, channels = dataset.spec, dataset.spec.shape[0]
+        normalized = self.model.normalization == "data"
+        assert self.model.name is not None
+        return Architecture(
+            name=self.model.name,
+            num_classes=len(dataset.classes),
+            dummy_classes=self.dummy.kind != "off",
+            channels=channels,
+            mean=spec.mean if normalized else (0.0,) * channels,
+            std=spec.std if normalized else (1.0,) * channels,
+            width=self.model.width,
+            stem_stride=2 if spec.shape[1] >= 64 else 1,
+        )
 
     @property
     def run_name(self) -> str:

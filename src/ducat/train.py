@@ -116,7 +116,7 @@ def train(
     dataset = data.load(config.data.name, samples=config.data.samples, root=config.data.root)
     config = config.resolve(dataset.spec)
     assert config.name is not None
-    architecture = _architecture(config, dataset)
+    architecture = config.architecture(dataset)
     if initial is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)
@@ -155,23 +155,6 @@ def resume(path: Path, listener: Listener | None = None) -> RunFolder:
     loop = _Loop(config, dataset, path, listener or _Silent(), architecture, model)
     loop.restore(tensors, state)
     return loop.run()
-
-
-def _architecture(config: Config, dataset: data.Dataset) -> Architecture:
-    """Return the network that the settings and the data ask for."""
-    spec, channels = dataset.spec, dataset.spec.shape[0]
-    normalized = config.model.normalization == "data"
-    assert config.model.name is not None
-    return Architecture(
-        name=config.model.name,
-        num_classes=len(dataset.classes),
-        dummy_classes=config.dummy.kind != "off",
-        channels=channels,
-        mean=spec.mean if normalized else (0.0,) * channels,
-        std=spec.std if normalized else (1.0,) * channels,
-        width=config.model.width,
-        stem_stride=2 if spec.shape[1] >= 64 else 1,
-    )
 
 
 class _Loop:
