@@ -16,9 +16,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ducat import report
 from ducat.checkpoint import write_text
 from ducat.cli import main as ducat
+from ducat.compare import Run, compare, to_markdown
 from ducat.methods import METHODS
 from ducat.runs import RunFolder
 
@@ -56,9 +56,13 @@ def run(*arguments: str) -> str:
     return line
 
 
+def _folder(work: Path, data: str, method: str, kind: str) -> RunFolder:
+    return RunFolder(work / "runs" / f"{data}-{method}-{kind}")
+
+
 def make(data: str, method: str, kind: str, work: Path) -> dict[str, Any]:
     """Train and evaluate one line of the table, unless that has been done, and return what is known of it."""
-    folder = RunFolder(work / "runs" / f"{data}-{method}-{kind}")
+    folder = _folder(work, data, method, kind)
     commands = folder.path / "commands.json"
     if not commands.is_file():
         options = {
@@ -101,7 +105,7 @@ def make(data: str, method: str, kind: str, work: Path) -> dict[str, Any]:
     }
 
 
-def markdown(lines: list[dict[str, Any]], command: str) -> str:
+def markdown(lines: list[dict[str, Any]], command: str, work: Path) -> str:
     """Return the table as Markdown, with the conditions that it was measured under."""
     text = [
         "# Four methods, without and with dummy classes",
@@ -121,16 +125,19 @@ def markdown(lines: list[dict[str, Any]], command: str) -> str:
         )
         settings = ", ".join(f"{name} {value}" for name, value in TRAINING[data].items())
         names = {"off": "", "published": " + dummy classes, published", "recovery-aware": " + dummy classes, aware"}
-        rows = {METHODS[line["method"]].title + names[line["dummy_classes"]]: line["evaluation"] for line in chosen}
+        runs = [
+            Run.read(_folder(work, data, line["method"], line["dummy_classes"]).path, title)
+            for line in chosen
+            for title in [METHODS[line["method"]].title + names[line["dummy_classes"]]]
+        ]
         text += [
             "",
             f"## {first['data_title']}",
             "",
             f"{first['training_images']:,} training images; {settings}; trained in {first['precision']}.",
-            f"Measured: {report.setting(first['evaluation'])}.",
             f"Attacks: {attacks}.",
             "",
-            report.markdown(rows).rstrip(),
+            to_markdown(compare(runs)).rstrip(),
         ]
     return "\n".join(text) + "\n"
 
@@ -150,7 +157,7 @@ def main() -> None:
     command = shlex.join(["python", "-m", "benchmarks.methods_table", *sys.argv[1:]])
     arguments.out.mkdir(exist_ok=True)
     write_text(arguments.out / "methods.json", json.dumps({"command": command, "lines": lines}, indent=1) + "\n")
-    write_text(arguments.out / "methods.md", markdown(lines, command))
+    write_text(arguments.out / "methods.md", markdown(lines, command, arguments.work))
     print(f"written: {arguments.out / 'methods.md'}, {arguments.out / 'methods.json'}")
 
 

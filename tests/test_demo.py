@@ -48,10 +48,10 @@ def test_the_sentences_say_what_was_measured(tmp_path: Path) -> None:
     numbers = [(0.0, 0.0), (0.7, 0.7), (0.8, 0.3), (0.75, 0.69)]
     demo = Demo(tmp_path, {name: evaluation(*pair) for name, pair in zip(METHODS, numbers, strict=True)})
     published, aware = demo.sentences
-    assert "+10.0 points" in published
-    assert "50.0 points" in published
-    assert "-40.0 points" in published
-    assert "-1.0 points" in aware
+    assert "are 10.0 points above PGD-AT while" in published
+    assert "takes 50.0 points away" in published
+    assert "leaves them 40.0 points below PGD-AT (robust)" in published
+    assert "are 1.0 points below PGD-AT (robust)" in aware
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,8 @@ def test_a_run_leaves_its_folder_and_its_deployed_model(tmp_path: Path) -> None:
     folder = train(with_dummies("published"), tmp_path)
     assert folder.path == tmp_path / "run"
     assert folder.config == with_dummies("published").resolve(ducat.data.SPECS["digits"])
+    ids = json.loads((folder.path / "train_ids.json").read_text())
+    assert ids == ducat.data.load("digits", samples=64).train.ids.tolist()
     manifest = json.loads((folder.path / "manifest.json").read_text())
     assert manifest["status"] == "finished"
     assert manifest["seed"] == 0

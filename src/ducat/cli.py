@@ -98,11 +98,16 @@ class Training:
 
 
 def _run_train(arguments: Namespace, console: Console) -> None:
-    with Live(console) as live:
-        if arguments.resume is not None:
-            folder = train_room.resume(arguments.resume, live.training(arguments.resume.name))
-        else:
-            config = _config(arguments)
+    if arguments.resume is not None:
+        folder = RunFolder.open(arguments.resume)
+        if folder.manifest["status"] == "finished":
+            _print(console, f"{folder.path} is finished: nothing was left to do")
+            return
+        with Live(console) as live:
+            train_room.resume(folder.path, live.training(folder.name))
+    else:
+        config = _config(arguments)
+        with Live(console) as live:
             folder = train_room.train(config, arguments.runs, live.training(config.name or config.method.name))
     _print_trained(console, folder)
 

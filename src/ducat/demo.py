@@ -44,23 +44,19 @@ class Demo:
     def sentences(self) -> Sequence[str]:
         """Two sentences that say what the measured numbers show, whatever they are."""
         base, published, aware = list(self.evaluations.values())[1:]
-        points = {
-            "up": _points(published["blind"] - base["blind"]),
-            "gap": _points(published["sink_gap"]),
-            "left": _points(published["robust"] - base["robust"]),
-            "aware": _points(aware["robust"] - base["robust"]),
-        }
+        lost = 100 * published["sink_gap"]
         return (
-            f"Dummy classes as published stand {points['up']} against PGD-AT while the attacker does not know that "
-            f"predictions are recovered; against one who does, {points['gap']} of that are gone, which leaves them "
-            f"{points['left']} against PGD-AT.",
-            f"Trained against a recovery-aware attacker instead, dummy classes stand {points['aware']} against PGD-AT "
-            "where it counts, in the column `robust`.",
+            f"Dummy classes as published are {_against(published['blind'], base['blind'])} while the attacker does not "
+            f"know that predictions are recovered (blind); one who knows takes {lost:.1f} points away, which leaves "
+            f"them {_against(published['robust'], base['robust'])} (robust).",
+            f"Trained against an attacker who knows, dummy classes are {_against(aware['robust'], base['robust'])} "
+            "(robust): what they keep of the blind number's promise.",
         )
 
 
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f} points"
+def _against(accuracy: float, base: float) -> str:
+    points = 100 * (accuracy - base)
+    return f"{abs(points):.1f} points {'above' if points >= 0 else 'below'} PGD-AT"
 
 
 def run(

@@ -26,6 +26,7 @@ PARTS = (
     ("other real", "other classes, real", "#D55E00", ""),
     ("other dummy", "other classes, dummy", "#E69F00", "////"),
 )
+SPAN = 10  # points of clean accuracy that a figure shows at least
 
 
 def trade_off(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
@@ -58,6 +59,11 @@ def trade_off(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     axes.set_xlabel("accuracy under attack (%)")
     axes.set_ylabel("clean accuracy (%)")
     axes.margins(x=0.08, y=0.2)
+    low, high = axes.get_ylim()
+    if high - low < SPAN:
+        # Networks that hardly differ must not look far apart; accuracy ends at 100.
+        low = min((low + high - SPAN) / 2, 101 - SPAN)
+        axes.set_ylim(low, low + SPAN)
     figure.legend(loc="outside lower center", ncols=1 if max(map(len, points)) > 24 else 2, frameon=False)
     return figure
 
@@ -169,8 +175,9 @@ def _figure(height: float, rows: int = 1) -> tuple[Figure, Any]:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with rc_context({**ink, "font.size": 10, "hatch.linewidth": 0.6}):
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    settings: dict[Any, Any] = {**dict.fromkeys(inked, INK), "font.size": 10, "hatch.linewidth": 0.6}
+    with rc_context(settings):
         figure = Figure(figsize=(4.6, height), layout="constrained")
         made = figure.subplots(rows, sharex=rows > 1)
         for axes in made if rows > 1 else [made]:

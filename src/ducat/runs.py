@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -155,6 +155,10 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         checkpoint.write_text(self.config_path, config.to_yaml())
+
+    def write_ids(self, ids: Sequence[int]) -> None:
+        """Record which images of its publisher's training split a subset holds."""
+        checkpoint.write_text(self.path / "train_ids.json", json.dumps(list(ids)) + "\n")
 
     def update_manifest(self, values: dict[str, Any]) -> None:
         """Write the manifest, or add to it."""

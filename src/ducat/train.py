@@ -261,6 +261,8 @@ class _Loop:
                         **manifest,
                     }
                 )
+                if self.config.data.samples is not None:
+                    folder.write_ids(self.dataset.train.ids.tolist())
                 folder.save("last", tensors, state)
         self.accelerator.wait_for_everyone()
 

@@ -47,7 +47,7 @@ class Images:
 
 
 def floats(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return images as float32 in [0, 1], the same to the last bit on every device."""
+    """Return images as float32 in [0, 1]: the value / 255, correctly rounded."""
     # GPUs multiply by 1 / 255 when the divisor is a number; a tensor they divide by.
     return images / torch.full((), 255.0, device=images.device)
 
