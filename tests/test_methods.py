@@ -186,7 +186,7 @@ def test_validation_measures_fgsm_and_pgd_where_training_takes_one_step(
 @pytest.mark.parametrize(
     "settings",
     [
-        config({"name": "trades", "label_smoothing": 0.1}, "published", **EMA),
+        config({"name": "trades", "weight": 2, "label_smoothing": 0.1}, "published", **EMA),
         config({"name": "consistency"}, "recovery-aware", **SWA),
         config({"name": "mart", "attack": "n-fgsm"}, "recovery-aware", awp=0.01, awp_start_epoch=1),
     ],

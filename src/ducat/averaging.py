@@ -41,7 +41,7 @@ class WeightAverage(nn.Module):
 
     updates: Tensor
 
-    def __init__(self, model: nn.Module, decay: float | None = None) -> None:
+    def __init__(self, model: nn.Module, decay: float | int | None = None) -> None:
         super().__init__()
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"decay={decay} is outside [0, 1): give for example 0.999, or none for a plain mean")
@@ -114,7 +114,9 @@ def update_batch_norm(model: nn.Module, batches: Iterable[Float[Tensor, "batch c
 
 
 @contextmanager
-def perturbed_weights(model: nn.Module, loss: Callable[[], Float[Tensor, ""]], gamma: float = 5e-3) -> Iterator[None]:
+def perturbed_weights(
+    model: nn.Module, loss: Callable[[], Float[Tensor, ""]], gamma: float | int = 5e-3
+) -> Iterator[None]:
     """Within the context the weights are where, nearby, the loss is worse: adversarial weight perturbation (AWP).
 
     One ascent step on the loss, `w + gamma * |w| * g / |g|` for each weight w with gradient g and Frobenius norms |.|

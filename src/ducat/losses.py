@@ -28,7 +28,7 @@ def soft_cross_entropy(logits: Logits, targets: Logits) -> PerSample:
     return -(targets * F.log_softmax(logits, dim=1)).sum(1)
 
 
-def cross_entropy(logits: Logits, y: Labels, label_smoothing: float = 0.0) -> PerSample:
+def cross_entropy(logits: Logits, y: Labels, label_smoothing: float | int = 0.0) -> PerSample:
     """CE(z, y) = -log softmax(z)_y, for labels y of shape (B,).
 
     Label smoothing s in [0, 1] makes the target (1 - s) e_y + s / K (Szegedy et al. 2016, arXiv 1512.00567).

@@ -56,23 +56,23 @@ class Method:
     objective: str | None = "cross-entropy"
     gaussian_start: bool = False
     target: Literal["benign", "adversarial"] = "adversarial"
-    regulariser: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None = None
+    regulariser: Callable[[Tensor, Tensor, Tensor, float | int], Tensor] | None = None
     reads_benign: bool = False
     weight: float = 0.0
     views: int = 1
     augmentation: Literal["base", "strong"] = "base"
 
 
-def _trades(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float) -> Tensor:
+def _trades(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float | int) -> Tensor:
     return weight * losses.kl(clean_logits, adversarial_logits)
 
 
-def _mart(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float) -> Tensor:
+def _mart(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float | int) -> Tensor:
     divergence = losses.mart_divergence(clean_logits, adversarial_logits, y)
     return losses.mart_margin(adversarial_logits, y) + weight * divergence
 
 
-def _consistency(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float) -> Tensor:
+def _consistency(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float | int) -> Tensor:
     first, second = adversarial_logits.chunk(2)
     return weight * losses.js(first, second, CONSISTENCY_TEMPERATURE)
 
@@ -190,9 +190,9 @@ class Objective:
     method: Method
     reading: Reading = "all"
     targets: TwoHot | None = None
-    weight: float = 0.0
+    weight: float | int = 0.0
     inner: InnerAttack = ATTACKS["pgd"]
-    label_smoothing: float = 0.0
+    label_smoothing: float | int = 0.0
 
     @property
     def needs_benign(self) -> bool:
