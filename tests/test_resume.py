@@ -69,7 +69,7 @@ sys.exit(main({line!r}))
 
     def end(self) -> tuple[int, str]:
         """Wait for it; return its exit code, negative for a signal, and what it printed."""
-        self.process.join(60)
+        self.process.join(120)
         assert self.process.exitcode is not None, "the process hangs"
         return self.process.exitcode, self.output.read_text()
 

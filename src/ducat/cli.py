@@ -338,7 +338,9 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     """Print runs as tables, with what was measured above each and what a reader must know below."""
     for section in comparison.sections:
         _print(console, f"{section.title}. {comparing.caption(section)}")
-        table = Table(*comparing.headers(section))
+        table = Table()
+        for header in comparing.headers(section):
+            table.add_column(header, overflow="fold")
         for cells in comparing.cells(section):
             # The interval goes below its number, so that the table fits 80 columns.
             table.add_row(*(cell.replace(" [", "\n[") for cell in cells))

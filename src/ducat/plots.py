@@ -64,7 +64,9 @@ def trade_off(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         # Networks that hardly differ must not look far apart; accuracy ends at 100.
         low = min((low + high - SPAN) / 2, 101 - SPAN)
         axes.set_ylim(low, low + SPAN)
-    figure.legend(loc="outside lower center", ncols=1 if max(map(len, points)) > 24 else 2, frameon=False)
+    figure.legend(
+        loc="outside lower center", ncols=1 if max(map(len, points)) > 24 else 2, frameon=False, labelcolor=INK
+    )
     return figure
 
 
@@ -89,7 +91,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], start_epoch: int | Non
         axes.set_xlim(0, max(row["epoch"] for row in metrics) + 1.5)
         if start_epoch is not None:
             axes.axvline(start_epoch, color=INK, linewidth=1, linestyle=":")
-    below.legend(loc="best", frameon=False, ncols=3)
+    figure.legend(loc="outside lower center", frameon=False, labelcolor=INK, ncols=3)
     return figure
 
 
@@ -109,7 +111,7 @@ def mass(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.set_xlabel("mean probability (%)")
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=2, frameon=False, labelcolor=INK)
     return figure
 
 
@@ -134,7 +136,7 @@ def reliability(signal: Mapping[str, Any]) -> Figure:
     axes.set_ylabel("of these adversarial (%)")
     axes.set_xlim(-4, 104)
     axes.set_ylim(-4, 104)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=INK)
     return figure
 
 
