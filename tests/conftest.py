@@ -27,3 +27,22 @@ def images() -> torch.Tensor:
 @pytest.fixture
 def labels() -> torch.Tensor:
     return torch.randint(0, 4, (12,), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def templates() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
+    """A linear classifier of C = 4 random patterns, and noisy images of the patterns with their labels.
+
+    In L-inf, image x of class y withstands exactly the eps below min_k (w_y - w_k) x / ||w_y - w_k||_1, about 0.1.
+    """
+    generator = torch.Generator().manual_seed(3)
+    patterns = torch.randint(0, 2, (4, 64), generator=generator).float() * 2 - 1
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with torch.no_grad():
+        model[1].weight.copy_(patterns)
+        model[1].bias.zero_()
+        model[1].bias.copy_(-model(torch.full((1, 1, 8, 8), 0.5))[0])
+    y = torch.arange(40) % 4
+    noise = 0.1 * torch.randn(40, 64, generator=generator)
+    x = (0.5 + 0.1 * patterns[y] + noise).clamp(0, 1).view(40, 1, 8, 8)
+    return model, x, y

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ducat import checkpoint, weights
+from ducat import checkpoint, losses, weights
 from ducat.attacks.adaptive import SilentDummies
 from ducat.attacks.pgd import attackable
 from ducat.attacks.suites import SUITES, Attack, attack_name
@@ -76,7 +76,7 @@ class Evaluation:
         robust: whether the sample survives every attack: whether the saved image, looked at once more, is classified
             correctly or is outside the ball.
         attacks: a result per attack.
-        adversarial: for each sample the image that broke it, or the last attack's, float32, shape
+        adversarial: for each sample the image that first broke it, or the one that came closest, float32, shape
             (samples, channels, H, W).
         unrepeatable: samples that an attack broke and whose saved image did not when it was looked at once more.
         audit: further measurements for the warnings, where the suite asks for them.
@@ -313,20 +313,25 @@ class _Job:
     def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.to(self.device) for tensor in tensors)
 
-    def correct(self, x: Tensor, y: Tensor) -> Tensor:
+    def margin(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return whether the recovered prediction is right, and the recovered margin."""
         with torch.no_grad(), _float32():
-            return recover(self.network(x)).argmax(1) == y
+            logits = recover(self.network(x)).float()
+        return logits.argmax(1) == y, losses.margin(logits, y)
+
+    def correct(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.margin(x, y)[0]
 
     def withstands(self, x: Tensor, y: Tensor, adversarial: Tensor) -> Tensor:
         """Tell which samples survive their adversarial image; one outside the ball breaks nothing."""
         x, y, adversarial = self.to_device(x, y, adversarial)
-        survived = self.correct(adversarial, y)
+        survived = self.correct(adversarial, y) | ~self.threat.allows(adversarial, x)
         # A benign image that is classified wrongly is its own adversarial image, whatever was made of it.
-        return ((survived | ~self.threat.allows(adversarial, x)) & self.correct(x, y)).cpu()
+        return (survived & self.correct(x, y)).cpu()
 
     def attack(self, number: int, x: Tensor, y: Tensor, progress: Callable[[Attack], None]) -> _Part:
         x, y = self.to_device(x, y)
-        clean = self.correct(x, y)
+        clean, margin = self.margin(x, y)
         rows = clean.nonzero().squeeze(1)
         adversarial, standing = x.clone(), clean.clone()
         plain = isinstance(self.network, SilentDummies)
@@ -347,8 +352,11 @@ class _Job:
                 noise = seeded(self.seed, "evaluate", attack.strategy, number)
                 found = x.clone()
                 found[rows] = attack.run(view, x[rows], y[rows], self.threat, noise)
-                correct &= self.correct(found, y) | ~self.threat.allows(found, x)
-                adversarial[standing] = found[standing]
+                right, reached = self.margin(found, y)
+                inside = self.threat.allows(found, x)
+                correct &= right | ~inside
+                better = standing & inside & (~right | (reached > margin))
+                adversarial[better], margin[better] = found[better], reached[better]
                 standing &= correct
             results[attack.name] = AttackResult(
                 attack.strategy, attack.knows_recovery, correct.cpu(), time.perf_counter() - began, attack.black_box

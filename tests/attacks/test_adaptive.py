@@ -1,0 +1,113 @@
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import ducat
+from ducat.attacks.adaptive import BUDGETS, Round, SilentDummies, with_dummy_classes
+from ducat.attacks.objectives import OBJECTIVES
+
+THREATS = [ducat.ThreatModel("linf", 0.1), ducat.ThreatModel("l2", 0.7)]
+
+
+def attack(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, threat: ducat.ThreatModel, **kwargs: str
+) -> torch.Tensor:
+    return ducat.attacks.adaptive(model, x, y, threat, generator=torch.Generator().manual_seed(0), **kwargs)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_objective_of_a_budget_knows_recovery(budget: str) -> None:
+    assert all(OBJECTIVES[each.objective].knows_recovery for each in BUDGETS[budget])
+    assert all(0 < each.share <= 1 for each in BUDGETS[budget])
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=["linf", "l2"])
+def test_images_stay_in_the_ball_and_are_reproducible(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor, threat: ducat.ThreatModel
+) -> None:
+    state = torch.random.get_rng_state()
+    deployed = ducat.RecoveredClassifier(network)
+    found = attack(deployed, images, labels, threat, budget="quick")
+    assert threat.allows(found, images).all()
+    assert torch.equal(found, attack(deployed, images, labels, threat, budget="quick"))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_benign_image_that_is_wrong_already_stays_as_it_is(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor
+) -> None:
+    deployed = ducat.RecoveredClassifier(network).eval()
+    wrong = deployed(images).argmax(1) != labels
+    assert 0 < wrong.sum() < len(images)
+    found = attack(deployed, images, labels, THREATS[0], budget="quick")
+    assert torch.equal(found[wrong], images[wrong])
+
+
+class Sink(nn.Module):
+    """A linear classifier of brightness with two classes, whose dummy classes win as soon as a pixel leaves a grid.
+
+    The recovered prediction is the linear one, whatever the dummy classes do.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        brightness = x.flatten(1).mean(1)
+        real = torch.stack([0.5 - brightness, brightness - 0.5], dim=1)
+        disturbance = (x.flatten(1) - 0.4).abs().mean(1, keepdim=True)
+        return torch.cat([real, real + 50 * disturbance - 0.01], dim=1)
+
+
+def test_it_gets_past_a_dummy_class_that_stops_a_blind_attack() -> None:
+    x, y = torch.full((4, 1, 4, 4), 0.4), torch.zeros(4, dtype=torch.long)
+    threat = ducat.ThreatModel(eps=0.11)
+    deployed = ducat.RecoveredClassifier(Sink())
+    blind = ducat.attacks.adaptive(
+        ducat.RecoveredClassifier(SilentDummies(Sink())), x, y, threat, generator=torch.Generator().manual_seed(0)
+    )
+    assert (deployed(blind).argmax(1) == y).all()
+    assert (Sink()(blind).argmax(1) == y + 2).all(), "the blind attacker thinks it has won"
+    assert (deployed(attack(Sink(), x, y, threat)).argmax(1) == 0).all(), "a bare network counts as a plain classifier"
+    assert (deployed(attack(deployed, x, y, threat)).argmax(1) != y).all()
+
+
+def test_a_network_with_a_dummy_head_is_attacked_as_deployed() -> None:
+    model = ducat.add_dummy_classes(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)))
+    assert with_dummy_classes(model) is model
+    assert with_dummy_classes(ducat.RecoveredClassifier(model)) is model
+    assert isinstance(with_dummy_classes(nn.Linear(4, 3)), SilentDummies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", ["max", "logsumexp"])
+def test_silent_dummies_change_neither_outputs_nor_gradients(dtype: torch.dtype, how: str) -> None:
+    z = (1e3 * torch.randn(5, 4, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
+    recovered = ducat.recover(SilentDummies(nn.Identity())(z), how)
+    assert torch.equal(recovered, z)
+    (gradient,) = torch.autograd.grad(recovered.float().logsumexp(1).sum(), z)
+    assert torch.allclose(gradient, z.float().softmax(1).to(dtype))
+
+
+def test_later_rounds_attack_only_the_closest_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five images, darker and darker: with the ball of 0 none is broken, and the brightest are the closest."""
+    sizes: list[list[float]] = []
+
+    class Brightness(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            brightness = x.flatten(1).mean(1)
+            sizes.append([round(value, 3) for value in brightness.tolist()])
+            return torch.stack([0.5 - brightness, brightness - 0.5], dim=1)
+
+    rounds = (Round("recovered-margin", 1), Round("weighted-pair", 1, share=0.4))
+    monkeypatch.setitem(sys.modules["ducat.attacks.adaptive"].BUDGETS, "standard", rounds)
+    x = torch.tensor([0.1, 0.3, 0.2, 0.6, 0.4]).view(5, 1, 1, 1)
+    attack(Brightness(), x, torch.zeros(5, dtype=torch.long), ducat.ThreatModel(eps=0.0))
+    attacked = [set(seen) for seen in sizes]
+    assert attacked[0] == {0.1, 0.3, 0.2, 0.6, 0.4}
+    assert attacked[1] == {0.1, 0.3, 0.2, 0.4}, "a sample that is wrong already is not attacked"
+    assert attacked[-1] == {0.4, 0.3}
+
+
+def test_an_unknown_budget_is_named(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="budget 'huge' is unknown: choose from quick, standard, full"):
+        attack(network, images, labels, THREATS[0], budget="huge")
