@@ -202,3 +202,25 @@ def test_a_run_can_be_evaluated_in_another_ball(capsys: pytest.CaptureFixture[st
         evaluation = json.loads(Path("runs/mine/evaluation.json").read_text())
         assert evaluation["threat"]["eps"] == float(options[-1])
     assert evaluation["threat"]["norm"] == "l2"
+
+
+def test_runs_are_analysed_together(capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in ("0", "1"):
+        assert main(["train", *TINY, "--train.epochs", "2", "--name", f"s{seed}", "--train.seed", seed]) == 0
+        assert main(["evaluate", f"runs/s{seed}", "--which", "last", "--suite", "quick", "--samples", "40"]) == 0
+    capsys.readouterr()
+    runs = ["runs/s0", "runs/s1"]
+    assert main(["analyze", "always-failed", *runs, "--json", "failed.json", "--figure", "failed.svg"]) == 0
+    study = json.loads(Path("failed.json").read_text())
+    failed = [~ducat.Evaluation.load(Path(run)).robust for run in runs]
+    assert study["failed_on_every"] == int((failed[0] & failed[1]).sum())
+    assert f"{study['failed_on_every']} of 40 test images fail on every model" in said(capsys)[0]
+    assert "<svg" in Path("failed.svg").read_text()
+    assert main(["analyze", "transfer", *runs, "--which", "last", "--figure", "transfer.png"]) == 0
+    assert "on 2" in said(capsys)[0]
+    assert main(["analyze", "always-failed", *runs, "--figure", "failed.svg"]) == 2
+    assert "failed.svg exists" in said(capsys)[1]
+    assert main(["analyze", "corruption", "runs/s0"]) == 2
+    assert "no corrupted images of digits" in said(capsys)[1]
+    assert main(["analyze", "always-failed", "runs/s0"]) == 2
+    assert "at least two" in said(capsys)[1]

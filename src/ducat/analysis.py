@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ducat.data import SPECS, load_corruptions
+from ducat.data import load as load_data
 from ducat.evaluate import Evaluation
 from ducat.runs import RunFolder, Which, load
 
@@ -76,7 +77,7 @@ def always_failed(runs: Sequence[Path]) -> AlwaysFailed:
     first = next(iter(evaluations.values()))
     return AlwaysFailed(
         runs=tuple(evaluations),
-        classes=_classes(runs[0], int(first.labels.max()) + 1),
+        classes=_classes(runs[0]),
         labels=first.labels,
         failed=torch.stack([~one.robust for one in evaluations.values()]),
     )
@@ -225,9 +226,9 @@ def _evaluations(runs: Sequence[Path]) -> dict[str, Evaluation]:
     return {str(run) if repeated else run.name: one for run, one in zip(runs, evaluations, strict=True)}
 
 
-def _classes(run: Path, count: int) -> tuple[str, ...]:
-    names = SPECS[RunFolder.open(run).config.data.name].classes
-    return names or tuple(str(index) for index in range(count))
+def _classes(run: Path) -> tuple[str, ...]:
+    config = RunFolder.open(run).config.data
+    return load_data(config.name, root=config.root).classes
 
 
 def _deployed(run: Path, which: Which) -> nn.Module:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import ducat
-from ducat import behaviour, checkpoint, data, report
+from ducat import analysis, behaviour, checkpoint, data, plots, report
 from ducat import compare as comparing
 from ducat import demo as demo_room
 from ducat import train as train_room
@@ -324,12 +324,107 @@ def _parser(prog: str) -> ArgumentParser:
     return ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
 
 
+def _run_analyze(arguments: Namespace, console: Console) -> None:
+    for option, path in (("json", arguments.json), ("figure", arguments.figure)):
+        if path is not None and path.exists():
+            raise FileExistsError(f"--{option}: {path} exists, and nothing is overwritten")
+    if arguments.figure is not None and arguments.figure.suffix not in (".svg", ".png"):
+        raise ValueError(f"--figure: {arguments.figure} must end in .svg or .png")
+    study = STUDIES[arguments.study]
+    with Live(console) as live:
+        measured = study.measure(arguments, live.attacks(arguments.study)).to_dict()
+    console.print(study.table(measured), markup=False, highlight=False)
+    if arguments.json is not None:
+        checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
+    if arguments.figure is not None:
+        plots.save(study.draw(measured), arguments.figure)
+
+
+class Study(NamedTuple):
+    """A row of the table of analyses: how to measure it, its table on the terminal, and its figure."""
+
+    measure: Callable[[Namespace, Callable[[str], None]], Any]
+    table: Callable[[dict[str, Any]], Table]
+    draw: Callable[[dict[str, Any]], Any]
+
+
+def _always_failed_table(study: dict[str, Any]) -> Table:
+    title = (
+        f"{study['failed_on_every']} of {study['samples']} test images fail on every model, each under its own attack: "
+        f"{100 * study['share_of_samples']:.1f} % of the test images, "
+        f"{100 * study['share_of_failures']:.1f} % of those that fail on some model"
+    )
+    table = Table("class", "images", "fail on some", "fail on every", title=title, title_justify="left")
+    for name, row in study["classes"].items():
+        table.add_row(name, *(str(row[key]) for key in ("samples", "failed_on_some", "failed_on_every")))
+    return table
+
+
+def _transfer_table(study: dict[str, Any]) -> Table:
+    title = (
+        "Of the images that the target (column) classifies correctly, the share in % that the source's (row) "
+        "adversarial images make it lose: all / effective on the source / ineffective on it"
+    )
+    numbers = [str(number) for number in range(1, len(study["runs"]) + 1)]
+    table = Table("", "source", *(f"on {number}" for number in numbers), title=title, title_justify="left")
+    layers = [study[name] for name in ("success", "effective", "ineffective")]
+    for row, name in enumerate(study["runs"]):
+        columns = ([layer[row][column] for layer in layers] for column in range(len(study["runs"])))
+        texts = (" / ".join("-" if cell is None else f"{100 * cell:.1f}" for cell in cells) for cells in columns)
+        table.add_row(numbers[row], name, *texts)
+    return table
+
+
+def _corruption_table(study: dict[str, Any]) -> Table:
+    title = f"Accuracy in % by severity; mean error {100 * study['mean_error']:.1f} %"
+    table = Table("corruption", *"12345", title=title, title_justify="left")
+    for name, accuracy in study["accuracy"].items():
+        table.add_row(name, *(f"{100 * value:.1f}" for value in accuracy))
+    return table
+
+
+def _only(runs: list[Path]) -> Path:
+    if len(runs) != 1:
+        raise ValueError("ducat analyze corruption: give one run")
+    return runs[0]
+
+
+STUDIES: dict[str, Study] = {
+    "always-failed": Study(
+        lambda given, progress: analysis.always_failed(given.runs), _always_failed_table, plots.always_failed
+    ),
+    "transfer": Study(
+        lambda given, progress: analysis.transfer(given.runs, given.which, progress), _transfer_table, plots.transfer
+    ),
+    "corruption": Study(
+        lambda given, progress: analysis.corruption(
+            _only(given.runs), samples=given.samples, which=given.which, progress=progress
+        ),
+        _corruption_table,
+        plots.corruption,
+    ),
+}
+
+
+def _analyze_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _parser("ducat analyze")
+    studies = Literal["always-failed", "transfer", "corruption"]
+    parser.add_argument("study", type=studies, help="always-failed, transfer or corruption")
+    parser.add_argument("runs", type=Path, nargs="+", help="evaluated run folders; one for corruption")
+    parser.add_argument("--which", type=Which, default="best", help="checkpoint that was evaluated: best or last")
+    parser.add_argument("--samples", type=int | None, help="for corruption: images of each; default: all")
+    parser.add_argument("--json", type=Path | None, help="also write the numbers to this new file")
+    parser.add_argument("--figure", type=Path | None, help="also draw them into this new .svg or .png file")
+    return parser
+
+
 COMMANDS: dict[str, Command] = {
     "demo": Command("the whole road on digits, offline, in minutes", _demo_parser, _run_demo),
     "train": Command("train a network and leave a run folder", _train_parser, _run_train),
     "adapt": Command("give a trained network dummy classes and train it on", _adapt_parser, _run_adapt),
     "evaluate": Command("attack a run, blind and recovery-aware", _evaluate_parser, _run_evaluate),
     "compare": Command("put evaluated runs side by side", _compare_parser, _run_compare),
+    "analyze": Command("what several evaluated runs say together", _analyze_parser, _run_analyze),
     "data": Command("list, prepare and verify data sets", _data_parser, _run_data),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -137,6 +138,53 @@ def reliability(signal: Mapping[str, Any]) -> Figure:
     axes.set_xlim(-4, 104)
     axes.set_ylim(-4, 104)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=INK)
+    return figure
+
+
+def always_failed(study: Mapping[str, Any]) -> Figure:
+    """Draw, for each class, the samples that fail on some and on every model; `study` is `AlwaysFailed.to_dict()`."""
+    classes = study["classes"]
+    figure, axes = _figure(height=1.2 + 0.28 * len(classes))
+    places = range(len(classes))
+    for key, colour, label in (
+        ("samples", "#BBBBBB", "test images"),
+        ("failed_on_some", "#E69F00", "fail on some model"),
+        ("failed_on_every", "#D55E00", "fail on every model"),
+    ):
+        axes.barh(places, [row[key] for row in classes.values()], color=colour, label=label, height=0.7)
+    axes.set_yticks(places, list(classes))
+    axes.invert_yaxis()
+    axes.set_xlabel("test images")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
+    return figure
+
+
+def transfer(matrix: Mapping[str, Any]) -> Figure:
+    """Draw how far attacks on each model fool each other; `matrix` is `Transfer.to_dict()`."""
+    runs, cells = matrix["runs"], matrix["success"]
+    figure, axes = _figure(height=1.8 + 0.5 * len(runs))
+    axes.grid(visible=False)
+    shares = [[100 * cell if cell is not None else float("nan") for cell in row] for row in cells]
+    axes.imshow(shares, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for row, column in itertools.product(range(len(runs)), repeat=2):
+        share = shares[row][column]
+        axes.text(column, row, f"{share:.0f}", ha="center", va="center", color="black" if share > 55 else "white")
+    axes.set_xticks(range(len(runs)), runs, rotation=30, ha="right", fontsize=8)
+    axes.set_yticks(range(len(runs)), runs, fontsize=8)
+    axes.set_xlabel("target: images that it loses (%)")
+    axes.set_ylabel("source of the attack")
+    return figure
+
+
+def corruption(measured: Mapping[str, Any]) -> Figure:
+    """Draw accuracy against severity, a line for each corruption; `measured` is `Corruption.to_dict()`."""
+    figure, axes = _figure(height=4.5)
+    for index, (name, accuracy) in enumerate(measured["accuracy"].items()):
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index // len(COLOURS) % len(MARKS)]}
+        axes.plot(range(1, len(accuracy) + 1), [100 * value for value in accuracy], label=name, markersize=4, **style)
+    axes.set_xlabel("severity")
+    axes.set_ylabel("accuracy (%)")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK, fontsize=7)
     return figure
 
 
