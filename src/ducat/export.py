@@ -23,7 +23,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ducat import checkpoint, data, report
+from ducat import behaviour, checkpoint, data
+from ducat import compare as comparing
 from ducat.dummy import recover
 from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder, Which
@@ -89,7 +90,7 @@ class Format(NamedTuple):
     `write(source, path)` makes a file or a folder; `read(path)` returns a function of images to one output or a tuple.
     """
 
-    write: Callable[["_Source", Path], None]
+    write: Callable[["Source", Path], None]
     read: Callable[[Path], Callable[[Tensor], Any]]
 
 
@@ -109,18 +110,54 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A run's classifier, and what is known of it.
+class Source:
+    """A run's deployed classifier, and what is known of it.
 
-    `evaluation` is None where this checkpoint has not been evaluated.
+    Attributes:
+        folder: the run.
+        which: the checkpoint.
+        classifier: in evaluation mode; its classes are numbers if the data are not at hand.
+        evaluated: None where this checkpoint has not been evaluated.
+        images: a few in [0, 1], shape (n, channels, H, W): test images, or random ones if the data are not at hand.
+        images_name: what they are.
     """
 
     folder: RunFolder
     which: Which
     classifier: Classifier
-    evaluation: Mapping[str, Any] | None
+    evaluated: comparing.Run | None
     images: Tensor
     images_name: str
+
+    @classmethod
+    def read(cls, run: Path | str, which: Which = "best", *, detector: bool = False) -> "Source":
+        """Read a run.
+
+        Raises:
+            FileNotFoundError: if there is no such run or checkpoint.
+            ValueError: if the checkpoint is damaged, or a detector is asked of a network without dummy classes.
+        """
+        folder = RunFolder.open(run)
+        network = folder.load(which)
+        architecture = Architecture(**checkpoint.read(folder.checkpoint_path(which))[1]["model"])
+        settings = folder.config.data
+        try:
+            dataset = data.load(settings.name, root=settings.root)
+            classes, images = dataset.classes, dataset.test.floats()[:COMPARED]
+            name = f"{dataset.spec.title} test images"
+        except FileNotFoundError:  # The run may have come from another machine.
+            spec = data.SPECS.get(settings.name)
+            side = 32 if spec is None else spec.shape[1]
+            shape = COMPARED, architecture.channels, side, side
+            images, name = torch.rand(shape, generator=torch.Generator().manual_seed(0)), "random images"
+            classes = tuple(map(str, range(architecture.num_classes)))
+        classifier = Classifier(architecture, classes, detector)
+        classifier.model.load_state_dict(network.state_dict())
+        return cls(folder, which, classifier.eval(), _evaluated(folder, which), images, name)
+
+    @property
+    def evaluation(self) -> Mapping[str, Any] | None:
+        return self.evaluated.evaluation if self.evaluated is not None else None
 
     @property
     def program(self) -> torch.export.ExportedProgram:
@@ -142,8 +179,8 @@ def export(run: Path | str, format: str, out: Path | str, *, which: Which = "bes
     Raises:
         FileNotFoundError: if there is no such run or checkpoint.
         FileExistsError: if there is something at `out`; nothing is overwritten.
-        ValueError: if the format is unknown or has no second output, or the network has no dummy classes for a detector.
-        ModuleNotFoundError: if a format needs packages that are not installed; the message names the extra.
+        ValueError: if the format is unknown or needs packages that are not installed, or a detector is asked of a
+            network without dummy classes or of a format with one output.
         RuntimeError: if what was written does not agree with the network; it is then not left at `out`.
     """
     if format not in FORMATS:
@@ -153,7 +190,7 @@ def export(run: Path | str, format: str, out: Path | str, *, which: Which = "bes
         raise FileExistsError(f"out: {out} exists, and nothing is overwritten")
     if detector and format == "robustbench":
         raise ValueError("detector: RobustBench takes classifiers with one output")
-    source = _source(RunFolder.open(run), which, detector)
+    source = Source.read(run, which, detector=detector)
     with _making(out) as part:
         FORMATS[format].write(source, part)
         difference = _compare(source.classifier, FORMATS[format].read(part), source.images)
@@ -175,40 +212,13 @@ def load(path: Path | str) -> Classifier:
     return classifier.eval()
 
 
-def deployed(run: Path | str, which: Which = "best", *, detector: bool = False) -> Classifier:
-    """Return a run's deployed model with the names of its classes, which are numbers if the data are not at hand.
-
-    Raises:
-        FileNotFoundError: if there is no such run or checkpoint.
-        ValueError: if the checkpoint is damaged, or a detector is asked of a network without dummy classes.
-    """
-    return _source(RunFolder.open(run), which, detector).classifier
-
-
-def _source(folder: RunFolder, which: Which, detector: bool) -> _Source:
-    network = folder.load(which)
-    architecture = Architecture(**checkpoint.read(folder.checkpoint_path(which))[1]["model"])
-    settings = folder.config.data
-    try:
-        dataset = data.load(settings.name, root=settings.root)
-        classes, images, name = dataset.classes, dataset.test.floats()[:COMPARED], f"{dataset.spec.title} test images"
-    except FileNotFoundError:  # The run may have come from another machine.
-        spec = data.SPECS.get(settings.name)
-        side = 32 if spec is None else spec.shape[1]
-        shape = COMPARED, architecture.channels, side, side
-        images, name = torch.rand(shape, generator=torch.Generator().manual_seed(0)), "random images"
-        classes = tuple(map(str, range(architecture.num_classes)))
-    classifier = Classifier(architecture, classes, detector)
-    classifier.model.load_state_dict(network.state_dict())
-    return _Source(folder, which, classifier.eval(), _evaluation(folder, which), images, name)
-
-
-def _evaluation(folder: RunFolder, which: Which) -> dict[str, Any] | None:
+def _evaluated(folder: RunFolder, which: Which) -> comparing.Run | None:
     if not folder.evaluation_path.is_file():
         return None
-    evaluation = json.loads(folder.evaluation_path.read_text())
     # Numbers of another checkpoint say nothing of this one.
-    return evaluation if evaluation.get("which", which) == which else None
+    seen = behaviour.read(folder)
+    measured = seen["which"] if seen else "best"
+    return comparing.Run.read(folder.path) if measured == which else None
 
 
 @contextmanager
@@ -263,10 +273,10 @@ def _need(extra: str, *modules: str) -> None:
 
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise ModuleNotFoundError(f'{", ".join(missing)} is not installed: pip install "ducat[{extra}]"')
+        raise ValueError(f"{', '.join(missing)} is not installed: pip install 'ducat[{extra}]'")
 
 
-def _write_onnx(source: _Source, path: Path) -> None:
+def _write_onnx(source: Source, path: Path) -> None:
     _need("onnx", "onnx", "onnxscript", "onnxruntime")
     names = ["logits", "adversarial"] if source.classifier.detector else ["logits"]
     with _quiet("torch.onnx"):
@@ -285,7 +295,7 @@ def _read_onnx(path: Path) -> Callable[[Tensor], Any]:
     return lambda images: tuple(session.run(None, {"images": images.numpy()}))
 
 
-def _write_torch_export(source: _Source, path: Path) -> None:
+def _write_torch_export(source: Source, path: Path) -> None:
     with _quiet("torch.export"), open(path, "wb") as file:
         torch.export.save(source.program, file)
 
@@ -295,7 +305,7 @@ def _read_torch_export(path: Path) -> Callable[[Tensor], Any]:
         return torch.export.load(file).module()
 
 
-def _write_safetensors(source: _Source, path: Path) -> None:
+def _write_safetensors(source: Source, path: Path) -> None:
     classifier = source.classifier
     state = {
         "model": asdict(classifier.architecture),
@@ -305,7 +315,7 @@ def _write_safetensors(source: _Source, path: Path) -> None:
     checkpoint.save(path, checkpoint.named("model", classifier.model.state_dict()), state)
 
 
-def _write_hub(source: _Source, path: Path) -> None:
+def _write_hub(source: Source, path: Path) -> None:
     path.mkdir()
     checkpoint.write_text(path / "README.md", _card(source))
     source.classifier.save_pretrained(path)
@@ -317,7 +327,7 @@ def _read_hub(path: Path) -> Callable[[Tensor], Any]:
         return Classifier.from_pretrained(path)
 
 
-def _card(source: _Source) -> str:
+def _card(source: Source) -> str:
     classifier, manifest = source.classifier, source.folder.manifest
     front = {
         "library_name": "ducat",
@@ -357,27 +367,24 @@ def _card(source: _Source) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _has_dummies(source: _Source) -> bool:
+def _has_dummies(source: Source) -> bool:
     return source.classifier.architecture.dummy_classes
 
 
-def _method(source: _Source) -> str:
+def _method(source: Source) -> str:
     config = source.folder.config
     kind = config.dummy.kind
     return config.method.name + ("" if kind == "off" else f" with {kind} dummy classes")
 
 
-def _accuracy(source: _Source) -> list[str]:
-    evaluation = source.evaluation
-    if evaluation is None:
+def _accuracy(source: Source) -> list[str]:
+    if source.evaluated is None:
         return [
             "**Not evaluated.** Nothing has been measured of this checkpoint, neither its clean accuracy nor its "
             f"robustness: run `ducat evaluate` with `--which {source.which}` on its run folder, and export again."
         ]
     lines = [
-        f"{report.setting(evaluation)}. {report.CAPTION}",
-        "",
-        report.markdown({source.folder.name: evaluation}),
+        comparing.to_markdown(comparing.compare([source.evaluated])),
         "`blind` is the worst case over attacks that do not know that predictions are recovered, `robust` over all "
         "attacks, those that know included. Only `robust` is robustness.",
         "",
@@ -385,10 +392,12 @@ def _accuracy(source: _Source) -> list[str]:
         "| --- | --- | --- |",
         *(
             f"| {attack['name']} | {'yes' if attack['knows_recovery'] else 'no'} | {100 * attack['accuracy']:.1f} |"
-            for attack in evaluation["attacks"]
+            for attack in source.evaluated.evaluation["attacks"]
         ),
     ]
-    return lines + [line for warning in evaluation["warnings"] for line in ("", f"**Warning**: {warning}.")]
+    return lines + [
+        line for warning in source.evaluated.evaluation["warnings"] for line in ("", f"**Warning**: {warning}.")
+    ]
 
 
 _LOADER = '''"""The model of this folder for RobustBench: images in [0, 1] to logits, one deterministic forward pass."""
@@ -421,7 +430,7 @@ _DUMMY_PAPER = (
 )
 
 
-def _write_robustbench(source: _Source, path: Path) -> None:
+def _write_robustbench(source: Source, path: Path) -> None:
     path.mkdir()
     _write_safetensors(source, path / "weights.safetensors")
     (path / "model.py").write_text(_LOADER)
@@ -438,7 +447,7 @@ def _read_robustbench(path: Path) -> Callable[[Tensor], Any]:
     return module.load_model()
 
 
-def _paper(source: _Source) -> tuple[str, str]:
+def _paper(source: Source) -> tuple[str, str]:
     """Return title and address of the paper of the method, each empty where there is none."""
     config = source.folder.config
     return _DUMMY_PAPER if config.dummy.kind != "off" else _PAPERS.get(config.method.name, ("", ""))
@@ -463,7 +472,7 @@ def _autoattack(evaluation: Mapping[str, Any], knows_recovery: bool) -> float | 
     return min(found, default=None)
 
 
-def _claim(source: _Source) -> str:
+def _claim(source: Source) -> str:
     """Fill RobustBench's issue form for new models, with what was measured and nothing else."""
     evaluation, manifest = source.evaluation, source.folder.manifest
     title, address = _paper(source)
@@ -523,7 +532,7 @@ def _claim(source: _Source) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _model_info(source: _Source) -> dict[str, Any]:
+def _model_info(source: Source) -> dict[str, Any]:
     """Return RobustBench's record of a model; null is what was not measured or is not known."""
     evaluation, manifest = source.evaluation, source.folder.manifest
     title, address = _paper(source)
