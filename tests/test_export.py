@@ -261,6 +261,7 @@ def test_a_network_without_dummy_classes_has_no_detector(tiny_run: Path) -> None
     torch.testing.assert_close(classifier(images), classifier.model(images))
 
 
+@pytest.mark.filterwarnings("ignore:Please import:DeprecationWarning")  # pyautoattack's import of SciPy
 def test_autoattack_and_foolbox_run_on_a_loaded_model_as_it_is(tiny_run: Path) -> None:
     import foolbox
     from pyautoattack import AutoAttack
