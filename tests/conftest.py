@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
@@ -46,3 +48,18 @@ def templates() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
     noise = 0.1 * torch.randn(40, 64, generator=generator)
     x = (0.5 + 0.1 * patterns[y] + noise).clamp(0, 1).view(40, 1, 8, 8)
     return model, x, y
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on digits of a few seconds, with recovery-aware dummy classes, evaluated."""
+    from ducat import behaviour, train
+    from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
+    from ducat.evaluate import evaluate_run
+
+    settings = TrainConfig(epochs=4, batch_size=32, learning_rate=0.1, schedule="constant", precision="float32")
+    config = Config("tiny", DataConfig("digits", 400), dummy=DummyConfig("recovery-aware", 1), train=settings)
+    folder = train.train(config, tmp_path_factory.mktemp("tiny"))
+    evaluate_run(folder, "quick", samples=50, which="best")
+    behaviour.measure_run(folder, "best")
+    return folder.path

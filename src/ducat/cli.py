@@ -34,6 +34,7 @@ USER_ERRORS = (ArgumentError, ValueError, OSError, FloatingPointError)
 Suite = Literal["quick", "light", "standard", "full"]
 NORMALIZATION = "of a checkpoint: whether its network takes images normalised by the data's mean and deviation"
 EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
+Format = Literal["onnx", "safetensors", "torch-export", "hub", "robustbench"]
 
 
 class Command(NamedTuple):
@@ -297,6 +298,42 @@ def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
     return parser
 
 
+def _run_export(arguments: Namespace, console: Console) -> None:
+    from ducat.export import export
+
+    with console.status(f"exporting {arguments.run}"):
+        made = export(
+            arguments.run, arguments.format, arguments.out, which=arguments.which, detector=arguments.detector
+        )
+    _print(console, f"{made.path}: differs from the network by at most {made.difference:.1g} on {made.images}")
+
+
+def _export_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _parser("ducat export")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--format", type=Format, required=True, help="what to write; hub and robustbench are folders")
+    parser.add_argument("--out", type=Path, required=True, help="new file or folder to write")
+    parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
+    parser.add_argument(
+        "--detector", action="store_true", help="second output: the probability that an image is adversarial"
+    )
+    return parser
+
+
+def _run_serve(arguments: Namespace, console: Console) -> None:
+    from ducat.serve import serve
+
+    serve(arguments.run, arguments.which, port=arguments.port, ready=lambda url: _print(console, f"open {url}"))
+
+
+def _serve_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _parser("ducat serve")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
+    parser.add_argument("--port", type=int, default=7860, help="port on 127.0.0.1; 0 is any free one")
+    return parser
+
+
 def _run_demo(arguments: Namespace, console: Console) -> None:
     with Live(console) as live:
         made = demo_room.run(
@@ -425,6 +462,8 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("attack a run, blind and recovery-aware", _evaluate_parser, _run_evaluate),
     "compare": Command("put evaluated runs side by side", _compare_parser, _run_compare),
     "analyze": Command("what several evaluated runs say together", _analyze_parser, _run_analyze),
+    "export": Command("write a run for ONNX, a model hub and other tools", _export_parser, _run_export),
+    "serve": Command("a local page to try a run on", _serve_parser, _run_serve),
     "data": Command("list, prepare and verify data sets", _data_parser, _run_data),
 }
 
@@ -448,7 +487,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 
 
 def _print(console: Console, text: str, label: str = "") -> None:
-    console.print(Text.assemble((f"{label} " if label else "", "bold"), text), highlight=False)
+    console.print(Text.assemble((f"{label} " if label else "", "bold"), text), highlight=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
