@@ -58,6 +58,19 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         n_features_in_: size of the second dimension of `X`.
     """
 
+    dummy: Any
+    method: Any
+    norm: Any
+    eps: Any
+    steps: Any
+    model: Any
+    epochs: Any
+    batch_size: Any
+    learning_rate: Any
+    image_shape: Any
+    run_folder: Any
+    random_state: Any
+
     @no_type_check  # scikit-learn sets parameters to anything, and expects to hear of it from `fit`
     def __init__(
         self,
@@ -141,7 +154,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         if len(unknown):
             raise ValueError(f"y holds {unknown[0]!r}, which is not among the classes that fit saw")
         numbers = torch.from_numpy(np.searchsorted(self.classes_, labels)).long()
-        threat = ThreatConfig(self.norm, self.eps, steps=self.steps).build(None)  # type: ignore[arg-type]
+        threat = ThreatConfig(self.norm, self.eps, steps=self.steps).build(None)
         return evaluate(self.network_, images, numbers, threat, suite, num_classes=len(self.classes_), seed=seed)
 
     def _images(self, X: Any) -> Tensor:  # noqa: N803
@@ -177,8 +190,8 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
             data=DataConfig("arrays", root=path.with_name(f"{path.name}-data")),
             model=ModelConfig(self.model),
             method=MethodConfig(self.method),
-            dummy=DummyConfig(self.dummy, start_epoch=0.75),  # type: ignore[arg-type]
-            threat=ThreatConfig(self.norm, self.eps, steps=self.steps),  # type: ignore[arg-type]
+            dummy=DummyConfig(self.dummy, start_epoch=0.75),
+            threat=ThreatConfig(self.norm, self.eps, steps=self.steps),
             train=TrainConfig(
                 epochs=self.epochs,
                 batch_size=min(self.batch_size, max(2, training)),
