@@ -34,6 +34,7 @@ from ducat.seeding import generator
 
 AUGMENTATIONS = {"base": data.Augmentation.base, "strong": data.Augmentation.strong}
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
+ECHO = 10.0  # seconds within which a launcher passes a signal on
 COLLAPSE = 0.05  # a smaller fall of PGD accuracy is noise of the validation split
 BATCH_NORM_BATCHES = 20  # batches that the statistics of averaged weights are measured on
 
@@ -259,6 +260,7 @@ class _Loop:
         rank = self.accelerator.process_index
         if rank < len(state["random"]):
             checkpoint.set_random_state(checkpoint.part(f"random.{rank}", tensors), state["random"][rank])
+            self.model.load_state_dict(checkpoint.part(f"buffers.{rank}", tensors), strict=False)
         self.meter = Meter(self.accelerator.device, earlier=state["spent"])
 
     def run(self) -> RunFolder:
@@ -274,7 +276,7 @@ class _Loop:
                     tracker = tracking.Tracker.start(
                         settings.tracker, self.folder.path, self.config.flat(), self.position.epoch
                     )
-                with _signals() as self.received:
+                with _signals(launched=self.accelerator.num_processes > 1) as self.received:
                     while self.position.epoch < settings.epochs:
                         self._epoch(tracker)
                 status = "finished"
@@ -486,15 +488,19 @@ class _Loop:
         """Return everything that the rest of the run depends on: tensors by name, and the rest for JSON."""
         from accelerate.utils import gather_object
 
+        rank = self.accelerator.process_index
         moments, rest = checkpoint.split_optimizer(self.optimizer.optimizer)
-        randoms = gather_object([checkpoint.random_state()])
+        # Batch-norm statistics are each process's own, and its next attack depends on them.
+        buffers = {name: buffer.cpu() for name, buffer in self.model.named_buffers()} if rank else {}
+        everyones = gather_object([(*checkpoint.random_state(), buffers)])
         # "model" is always what is deployed; where that is an average, "raw" is what training goes on from.
         tensors = {
             **checkpoint.named("model", self.deployed.state_dict()),
             **checkpoint.named("optimizer", moments),
         }
-        for rank, (generators, _) in enumerate(randoms):
+        for rank, (generators, _, statistics) in enumerate(everyones):
             tensors.update(checkpoint.named(f"random.{rank}", generators))
+            tensors.update(checkpoint.named(f"buffers.{rank}", statistics))
         if self.deployed is not self.model:
             tensors.update(checkpoint.named("raw", self.model.state_dict()))
         return tensors, {
@@ -502,7 +508,7 @@ class _Loop:
             "position": asdict(self.position),
             "optimizer": rest,
             "averaged": int(self.average.updates) if self.average is not None else 0,
-            "random": [others for _, others in randoms],
+            "random": [others for _, others, _ in everyones],
             "spent": self.meter.read(),
         }
 
@@ -544,9 +550,14 @@ def _precision(settings: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying in the middle of a step; a second one acts at once."""
+def _signals(launched: bool) -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying in the middle of a step; a second one acts at once.
+
+    Of several processes, each may get one signal twice, from the cluster and from the launcher that passes it on. So
+    there a second one within `ECHO` seconds counts as the first.
+    """
     received: list[int] = []
+    first: list[float] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
@@ -557,8 +568,14 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        restore()
+        if not received:
+            received.append(signum)
+            first.append(time.monotonic())
+            if not launched:
+                restore()
+        elif time.monotonic() - first[0] > ECHO:
+            restore()
+            signal.raise_signal(signum)
 
     for signum in handlers:
         signal.signal(signum, handle)
