@@ -289,3 +289,9 @@ def test_what_must_raise(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.name=resnet8, but .* holds a small"):
         adapt(other.path, replace(TINY, name="again", model=ModelConfig("resnet8")), tmp_path)
     assert json.loads((other.path / "manifest.json").read_text()).get("initial") is None
+
+
+def test_a_file_near_the_root_of_the_disk_is_only_a_file() -> None:
+    # Such a path has fewer folders above it than a checkpoint in a run has.
+    with pytest.raises(ValueError, match="/etc/passwd is damaged"):
+        adapt(Path("/etc/passwd"))

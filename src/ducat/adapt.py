@@ -105,6 +105,6 @@ def _doubled(found: Weights, architecture: Architecture) -> tuple[Architecture, 
 
 def _run_of(source: Path) -> RunFolder | None:
     """Return the run that a path is, or that it is a checkpoint of."""
-    folder = RunFolder(source if source.is_dir() else source.resolve().parents[2])
+    folder = RunFolder(source if source.is_dir() else source.resolve().parent.parent.parent)
     ours = source.is_dir() or source.resolve() in (folder.checkpoint_path("best"), folder.checkpoint_path("last"))
     return folder if ours and folder.config_path.is_file() else None
