@@ -57,7 +57,7 @@ class Live:
             TaskProgressColumn(),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=not console.is_interactive,
             transient=True,
         )
 
@@ -93,7 +93,7 @@ class Training:
         if "robust" in row:
             shares = ", ".join(f"{name} {100 * row[name]:.1f}" for name in ("clean", "blind", "robust"))
             text += f", validation {shares}"
-            if not self.live.console.is_terminal:
+            if not self.live.console.is_interactive:
                 self.live.console.print(text, highlight=False, soft_wrap=True)
         self.live.progress.update(self.task, description=text)
 
