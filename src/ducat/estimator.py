@@ -112,7 +112,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"y holds 1 class, {self.classes_[0]!r}: a classifier needs at least 2 classes")
+            raise ValueError(f"y holds 1 class, {self.classes_[:1].tolist()[0]!r}: a classifier needs at least 2 classes")
         images = self._images(X)
         seed = self.random_state
         if not isinstance(seed, int | np.integer):
@@ -152,7 +152,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         images, labels = self._checked(X), np.asarray(y)
         unknown = np.setdiff1d(labels, self.classes_)
         if len(unknown):
-            raise ValueError(f"y holds {unknown[0]!r}, which is not among the classes that fit saw")
+            raise ValueError(f"y holds {unknown[0].item()!r}, which is not among the classes that fit saw")
         numbers = torch.from_numpy(np.searchsorted(self.classes_, labels)).long()
         threat = ThreatConfig(self.norm, self.eps, steps=self.steps).build(None)
         return evaluate(self.network_, images, numbers, threat, suite, num_classes=len(self.classes_), seed=seed)
