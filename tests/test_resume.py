@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -247,6 +249,39 @@ def test_a_second_signal_quits_at_once(tmp_path: Path, signum: signal.Signals, c
     assert run.end()[0] == code
     position = checkpoint.read(RunFolder(tmp_path / "run").checkpoint_path("last"))[1]["position"]
     assert (position["epoch"], position["step"]) == (1, 0), "it went on to save the step"
+
+
+def together(*arguments: object, before: str = "") -> list[tuple[int, str]]:
+    """Run a command in two processes that train together, as `accelerate launch` starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in "01":
+        launched = {
+            **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        }
+        ranks.append(Run(*arguments, before=f"os.environ.update({launched})\n{before}"))
+    return [rank.end() for rank in ranks]
+
+
+def test_processes_that_train_together_stop_together_and_continue_bit_by_bit(tmp_path: Path) -> None:
+    config = replace(CONFIG, train=replace(CONFIG.train, device="cpu"))
+    for name in ("unbroken", "stopped"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(config.to_yaml())
+    whole, path = tmp_path / "unbroken", tmp_path / "stopped" / "run"
+    ended = together("train", "--config", whole / "config.yaml", "--runs", whole)
+    assert [code for code, _ in ended] == [0, 0], ended
+    # The second process gets the signal alone, and twice: from the cluster, and from the launcher.
+    signalled = f'if os.environ["RANK"] == "1":\n{textwrap.indent(signal_at("step", signal.SIGTERM, times=2), "    ")}'
+    ended = together("train", "--config", path.parent / "config.yaml", "--runs", path.parent, before=signalled)
+    assert [code for code, _ in ended] == [128 + signal.SIGTERM] * 2, ended
+    assert RunFolder(path).manifest["status"] == "interrupted"
+    ended = together("train", "--resume", path)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert_same(path, outcome(whole / "run"))
 
 
 @pytest.mark.parametrize(
