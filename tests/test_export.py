@@ -272,12 +272,12 @@ def test_autoattack_and_foolbox_run_on_a_loaded_model_as_it_is(tiny_run: Path) -
         norm="Linf",
         eps=0.1,
         version="custom",
-        attacks_to_run=["apgd-ce", "apgd-dlr"],
-        device="cpu",
-        verbose=False,
+        attacks=["apgd-ce", "apgd-dlr"],
+        seed=0,
     )
     attack.apgd.n_iter, attack.apgd.n_restarts = 5, 1
-    adversarial = attack.run_standard_evaluation(x, y, bs=24)
+    with torch.random.fork_rng():
+        adversarial, _ = attack.run_standard_evaluation(x, y, batch_size=24)
     assert (adversarial - x).abs().max() <= 0.1 + 1e-6
     clean = model(x).argmax(1) == y
     assert (model(adversarial).argmax(1) == y).sum() < clean.sum()
