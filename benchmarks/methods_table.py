@@ -34,12 +34,13 @@ TRAINING = {
         "dummy.start_epoch": 0.5,
     },
     "cifar10": {
+        "data.samples": 1000,
         "model.name": "resnet8",
         "model.width": 8,
-        "train.epochs": 4,
+        "train.epochs": 3,
         "train.learning_rate": 0.2,
         "train.schedule": "one-cycle",
-        "train.validate_every": 4,
+        "train.validate_every": 3,
         "dummy.start_epoch": 0.5,
     },
 }
