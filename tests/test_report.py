@@ -173,6 +173,13 @@ def test_the_command_makes_the_same_settings(runs: list[Run]) -> None:
     assert {**again.flat(), "name": "first-run"} == runs[0].settings
 
 
+def test_an_evaluation_in_another_ball_is_made_again_in_that_ball(runs: list[Run]) -> None:
+    settings = {**runs[0].settings, "threat.eps": 8 / 255}
+    assert "--eps" not in reproduce(replace(runs[0], settings=settings))[1]
+    other = {**runs[0].evaluation, "threat": {"norm": "l2", "eps": 0.5}}
+    assert reproduce(replace(runs[0], settings=settings, evaluation=other))[1].endswith("--norm l2 --eps 0.5")
+
+
 def test_a_run_that_began_elsewhere_is_made_again_by_its_own_command(runs: list[Run]) -> None:
     manifest = {**runs[0].manifest, "initial": {"checkpoint": "x"}, "command": ["/usr/bin/ducat", "adapt", "a b.pt"]}
     assert reproduce(replace(runs[0], manifest=manifest))[0] == "ducat adapt 'a b.pt'"

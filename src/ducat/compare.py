@@ -269,7 +269,7 @@ def _state_notes(runs: Sequence[Run]) -> list[str]:
         f"{run.name} is not finished: {len(run.metrics)} of {run.settings['train.epochs']} epochs "
         f"({run.manifest.get('status')})"
         for run in runs
-        if run.manifest.get("status") != "finished"
+        if run.manifest.get("status", "finished") != "finished"
     ]
     changed = [run.name for run in runs if (run.manifest.get("git") or {}).get("changed")]
     return notes + ([f"made with uncommitted changes to the code: {', '.join(changed)}"] if changed else [])

@@ -111,12 +111,11 @@ def reproduce(run: Run) -> list[str]:
         target = Path("runs") / name
     evaluation = run.evaluation
     which = run.behaviour["which"] if run.behaviour else "best"
-    options = {
-        "suite": evaluation["suite"],
-        "samples": evaluation["samples"],
-        "seed": evaluation["seed"],
-        "which": which,
-    }
+    options = {"suite": evaluation["suite"], "samples": evaluation["samples"], "seed": evaluation["seed"]}
+    options["which"] = which
+    ball = evaluation["threat"]
+    if (ball["norm"], ball["eps"]) != (run.settings["threat.norm"], run.settings["threat.eps"]):
+        options |= {"norm": ball["norm"], "eps": ball["eps"]}
     flags = [part for option, value in options.items() for part in (f"--{option}", str(value))]
     return [train, shlex.join(["ducat", "evaluate", str(target), *flags])]
 
