@@ -37,15 +37,15 @@ TRAINING = {
         "data.samples": 1000,
         "model.name": "resnet8",
         "model.width": 8,
-        "train.epochs": 3,
+        "train.epochs": 2,
         "train.learning_rate": 0.2,
         "train.schedule": "one-cycle",
-        "train.validate_every": 3,
+        "train.validate_every": 2,
         "dummy.start_epoch": 0.5,
     },
 }
 SAMPLES = {"digits": 500, "cifar10": 200}
-SUITE = "light"
+SUITES = {"digits": "light", "cifar10": "quick"}
 
 
 def run(*arguments: str) -> str:
@@ -80,7 +80,7 @@ def make(data: str, method: str, kind: str, work: Path) -> dict[str, Any]:
         resumed = folder.path.is_dir()
         train = run("train", *(["--resume", str(folder.path)] if resumed else given))
         evaluate = run(
-            "evaluate", str(folder.path), "--which", "last", "--suite", SUITE, "--samples", str(SAMPLES[data])
+            "evaluate", str(folder.path), "--which", "last", "--suite", SUITES[data], "--samples", str(SAMPLES[data])
         )
         train = shlex.join(["ducat", "train", *given]) if resumed else train
         write_text(commands, json.dumps([train, evaluate]))
