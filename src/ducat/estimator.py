@@ -112,7 +112,9 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"y holds 1 class, {self.classes_[:1].tolist()[0]!r}: a classifier needs at least 2 classes")
+            raise ValueError(
+                f"y holds 1 class, {self.classes_[:1].tolist()[0]!r}: a classifier needs at least 2 classes"
+            )
         images = self._images(X)
         seed = self.random_state
         if not isinstance(seed, int | np.integer):
