@@ -1,0 +1,138 @@
+"""Every command and every Python block of the README and of the pages in docs/ is run, page by page, in order.
+
+What would take long is run in short: `REDUCTIONS` says how. What cannot run inside a test is in `ELSEWHERE`, with where
+it is run instead.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from ducat.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+# Options that take the place of a command's own, or are added to it.
+SHORT_TRAINING = {"--train.epochs": "3", "--data.samples": "200", "--train.batch_size": "64", "--threat.steps": "2"}
+REDUCTIONS: dict[str, dict[str, str]] = {
+    "demo": {"--epochs": "2"},
+    "train": SHORT_TRAINING,
+    "adapt": {**SHORT_TRAINING, "--train.epochs": "1"},
+    "evaluate": {"--suite": "quick", "--samples": "30"},
+}
+ELSEWHERE = {
+    "python3 -m venv": "CI installs in fresh environments and runs the commands after it",
+    ".venv/bin/": "CI installs in fresh environments and runs the commands after it",
+    "ducat serve": "runs until it is stopped: tests/test_serve.py serves a run, and clicks through the page",
+}
+# Too large for a test, or to be downloaded: tests/data prepares them from archives of their layout.
+DOWNLOADED = re.compile(r"\b(cifar10|cifar100|tiny-imagenet|cifar10-c|fashion-mnist)\b")
+PYTHON_REDUCTIONS = {"epochs=30": "epochs=2"}
+EXTRAS = {"onnx": "onnx", "onnxruntime": "onnx"}
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    line: int
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```(sh|python)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(text[: match.start()].count("\n") + 2, match[1], match[2]) for match in found]
+
+
+def commands(text: str) -> list[str]:
+    """Return the commands of a block, without comments, continued lines joined."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line for line in (re.sub(r"\s+#.*$|^#.*$", "", line).strip() for line in lines) if line]
+
+
+def reduced(arguments: list[str]) -> list[str]:
+    kept = list(arguments)
+    for option, value in REDUCTIONS.get(arguments[0], {}).items():
+        if option in kept:
+            kept[kept.index(option) + 1] = value
+        else:
+            kept += [option, value]
+    if "photos" in kept and arguments[0] == "train":  # 320 images, of which no 200 need be asked for.
+        position = kept.index("--data.samples")
+        del kept[position : position + 2]
+    return kept
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DUCAT_DATA", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    return tmp_path
+
+
+RUN = [page for page in PAGES if any(block.language for block in blocks(page))]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_a_page_tells_to_do_works(page: Path, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = page.read_text(encoding="utf-8")
+    missing = [
+        module for module, extra in EXTRAS.items() if f"import {module}\n" in text or f"--format {extra}" in text
+    ]
+    if any(find_spec(module) is None for module in missing):
+        pytest.skip(f"the extra {EXTRAS[missing[0]]} is not installed")
+    if page.name == "README.md":
+        # Its commands go on from a network that the reader has.
+        assert main(["train", *reduced(["train", "--data.name", "digits", "--name", "base"])[1:]]) == 0
+    namespace: dict[str, object] = {}
+    for block in blocks(page):
+        if block.language == "python":
+            source = block.text
+            for long, short in PYTHON_REDUCTIONS.items():
+                source = source.replace(long, short)
+            exec(compile("\n" * (block.line - 1) + source, str(page), "exec"), namespace)
+            continue
+        for command in commands(block.text):
+            if any(part in command for part in ELSEWHERE) or DOWNLOADED.search(command):
+                continue
+            program, *arguments = shlex.split(command)
+            assert program == "ducat", f"{page.name}: {command}: say in ELSEWHERE where this is run"
+            assert main(reduced(arguments)) == 0, f"{page.name}: {command}: {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_named_in_the_text_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for command in re.findall(r"`ducat ([a-z]+)[ `]", text):
+        assert command in COMMANDS
+
+
+def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
+    if find_spec("mkdocs") is None or find_spec("mkdocstrings") is None:
+        pytest.skip("the extra docs is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert {"tutorial", "evaluation", "api"} <= {path.parent.name for path in pages}
+    assert "RecoveredClassifier" in (tmp_path / "site" / "api" / "index.html").read_text()
+    for path in pages:
+        loaded = re.findall(
+            r"""<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(https?://[^"]+)""", path.read_text()
+        )
+        assert not loaded, f"{path.name} loads {loaded[0]}"
