@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             dummy=DummyConfig(kind, start_epoch=3),
         )
         folder = train(config, root)
-        evaluate_run(folder, "quick", samples=SAMPLES, threat=ducat.ThreatModel(eps=0.05))
+        evaluate_run(folder, "quick", samples=SAMPLES, threat=ducat.ThreatModel(eps=0.03))
         made.append(folder.path)
     return made
 
