@@ -50,7 +50,7 @@ class Demo:
             f"know that predictions are recovered (blind); one who knows takes {lost:.1f} points away, which leaves "
             f"them {_against(published['robust'], base['robust'])} (robust).",
             f"Trained against an attacker who knows, dummy classes are {_against(aware['robust'], base['robust'])} "
-            "(robust): what they keep of the blind number's promise.",
+            "(robust).",
         )
 
 
