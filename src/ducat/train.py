@@ -28,6 +28,7 @@ from ducat.dummy import dummy_head
 from ducat.evaluate import evaluate
 from ducat.meter import Meter
 from ducat.models.architecture import Architecture
+from ducat.models.folded import fold_batch_norm
 from ducat.runs import RunFolder, environment
 from ducat.schedules import epoch_of, learning_rate
 from ducat.seeding import generator
@@ -192,6 +193,7 @@ class _Loop:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
+        self.folded = fold_batch_norm(self.model, dataset.train.select(torch.arange(2)).floats().to(device))
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.batches = data.Batches(
             dataset.train,
@@ -369,8 +371,9 @@ class _Loop:
 
     def _attack(self, objective: methods.Objective, x: Tensor, y: Tensor, *key: int | str) -> Tensor:
         noise = generator(self.config.train.seed, *key, self.accelerator.process_index)
+        network = self.model if self.folded is None else self.folded.refresh()
         with self._autocast():
-            return objective.attack(self.model, x, y, self.threat, noise)
+            return objective.attack(network, x, y, self.threat, noise)
 
     def _loss(
         self, objective: methods.Objective, model: nn.Module, *, x: Tensor, adversarial: Tensor, y: Tensor
@@ -440,7 +443,7 @@ class _Loop:
         from accelerate.utils import broadcast_object_list
 
         split = self.dataset.validation.to(self.accelerator.device)
-        single_step = methods.ATTACKS[self.config.method.attack].step is not None
+        single_step = methods.ATTACKS[self.config.method.attack].single_step
         measured = evaluate(
             self.deployed,
             split.floats(),
