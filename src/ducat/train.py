@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ducat import checkpoint, data, methods, tracking
+from ducat.attacks.pgd import attackable
 from ducat.averaging import WeightAverage, perturbed_weights, update_batch_norm
 from ducat.config import Config, TrainConfig
 from ducat.dummy import dummy_head
@@ -193,8 +194,12 @@ class _Loop:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
-        self.folded = fold_batch_norm(self.model, dataset.train.select(torch.arange(2)).floats().to(device))
+        example = dataset.train.select(torch.arange(2)).floats().to(device)
+        self.folded = fold_batch_norm(self.model, example)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.attacked: nn.Module = self.model if self.folded is None else self.folded
+        if settings.compile:
+            self.wrapped, self.attacked = self._compiled(example, self.wrapped, self.attacked)
         self.batches = data.Batches(
             dataset.train,
             settings.batch_size,
@@ -365,15 +370,30 @@ class _Loop:
             images = x.reshape(-1, *x.shape[-3:]).to(memory_format=layout)
             yield images, y.repeat(self.batches.views)
 
+    def _compiled(self, example: Tensor, *networks: nn.Module) -> Sequence[nn.Module]:
+        """Return the networks compiled, or as they are with a notice where the compiler does not work."""
+        compiled: list[Any] = [torch.compile(network) for network in networks]
+        try:
+            for network in compiled:
+                with attackable(network), torch.no_grad(), self._autocast():
+                    network(example)
+        except (
+            Exception
+        ) as error:  # no C compiler, an operation it does not know: whatever it is, it can be done without
+            self.listener.warning(f"torch.compile does not work here ({type(error).__name__}): training without it")
+            return networks
+        return compiled
+
     def _autocast(self) -> torch.autocast:
         device = self.accelerator.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.precision is torch.bfloat16)
 
     def _attack(self, objective: methods.Objective, x: Tensor, y: Tensor, *key: int | str) -> Tensor:
         noise = generator(self.config.train.seed, *key, self.accelerator.process_index)
-        network = self.model if self.folded is None else self.folded.refresh()
+        if self.folded is not None:
+            self.folded.refresh()
         with self._autocast():
-            return objective.attack(network, x, y, self.threat, noise)
+            return objective.attack(self.attacked, x, y, self.threat, noise)
 
     def _loss(
         self, objective: methods.Objective, model: nn.Module, *, x: Tensor, adversarial: Tensor, y: Tensor
