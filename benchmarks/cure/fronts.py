@@ -78,7 +78,7 @@ def _turns_left(a: tuple[float, float], b: tuple[float, float], c: tuple[float, 
 
 
 def above(point: Point, hull: Sequence[tuple[float, float]]) -> float | None:
-    """Return the robust accuracy less the hull's at the same clean one; None where the row is more accurate than all."""
+    """Return the robust accuracy less the hull's at the same clean one; None beyond the hull's most accurate end."""
     if point.clean <= hull[0][0]:
         return point.robust - hull[0][1]
     for (low, high_robust), (high, low_robust) in pairwise(hull):
