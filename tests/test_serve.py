@@ -37,13 +37,13 @@ def address(tiny_run: Path) -> Iterator[str]:
     assert line.startswith("open http://127.0.0.1:"), process.communicate()
     yield line.split()[1]
     process.terminate()
-    process.communicate(timeout=30)
+    process.communicate(timeout=300)
 
 
 def ask(
     address: str, path: str, body: bytes | None = None, host: str | None = None, content_type: str = "image/png"
 ) -> tuple[int, dict[str, str], bytes]:
-    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=300)
     headers = {"Content-Type": content_type, **({"Host": host} if host else {})}
     connection.request("GET" if body is None else "POST", path, body, headers)
     answer = connection.getresponse()
@@ -172,7 +172,7 @@ def test_a_click_through_in_a_browser(address: str, tmp_path: Path) -> None:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     service = webdriver.ChromeService(shutil.which("chromedriver"))
     with webdriver.Chrome(options, service) as browser:
-        wait = WebDriverWait(browser, 60)
+        wait = WebDriverWait(browser, 300)
         browser.get(address)
         examples = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#examples button"))
         assert len(examples) == 12
