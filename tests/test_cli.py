@@ -191,6 +191,7 @@ def test_any_checkpoint_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None
     of_the_run = json.loads(Path("runs/mine/evaluation.json").read_text())
     for name in ("clean", "blind", "robust"):
         assert measured[name] == of_the_run[name], name
+    assert (measured["checkpoint"], of_the_run["checkpoint"]) == (None, "last")
     assert main(["evaluate", "--checkpoint", "weights.pt", "--num-classes", "7", *options]) == 2
     assert "num_classes=7, but digits has 10 classes" in said(capsys)[1]
 
@@ -216,7 +217,7 @@ def test_runs_are_analysed_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert study["failed_on_every"] == int((failed[0] & failed[1]).sum())
     assert f"{study['failed_on_every']} of 40 test images fail on every model" in said(capsys)[0]
     assert "<svg" in Path("failed.svg").read_text()
-    assert main(["analyze", "transfer", *runs, "--which", "last", "--figure", "transfer.png"]) == 0
+    assert main(["analyze", "transfer", *runs, "--figure", "transfer.png"]) == 0
     assert "on 2" in said(capsys)[0]
     assert main(["analyze", "always-failed", *runs, "--figure", "failed.svg"]) == 2
     assert "failed.svg exists" in said(capsys)[1]

@@ -34,6 +34,7 @@ USER_ERRORS = (ArgumentError, ValueError, OSError, FloatingPointError)
 Suite = Literal["quick", "light", "standard", "full"]
 NORMALIZATION = "of a checkpoint: whether its network takes images normalised by the data's mean and deviation"
 EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
+EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption the best"
 Format = Literal["onnx", "safetensors", "torch-export", "hub", "robustbench"]
 
 
@@ -217,7 +218,7 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
         )
     if arguments.json is not None:
         checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
-    behaviour.measure_run(folder, arguments.which)
+    behaviour.measure_run(folder)
     comparison = comparing.compare([Run.read(folder.path)])
     page = folder.path / "report.html"
     report.page(page, folder.name, comparison)
@@ -435,7 +436,7 @@ STUDIES: dict[str, Study] = {
     ),
     "corruption": Study(
         lambda given, progress: analysis.corruption(
-            _only(given.runs), samples=given.samples, which=given.which, progress=progress
+            _only(given.runs), samples=given.samples, which=given.which or "best", progress=progress
         ),
         _corruption_table,
         plots.corruption,
@@ -448,7 +449,7 @@ def _analyze_parser(arguments: Sequence[str]) -> ArgumentParser:
     studies = Literal["always-failed", "transfer", "corruption"]
     parser.add_argument("study", type=studies, help="always-failed, transfer or corruption")
     parser.add_argument("runs", type=Path, nargs="+", help="evaluated run folders; one for corruption")
-    parser.add_argument("--which", type=Which, default="best", help="checkpoint that was evaluated: best or last")
+    parser.add_argument("--which", type=Which | None, help=EVALUATED)
     parser.add_argument("--samples", type=int | None, help="for corruption: images of each; default: all")
     parser.add_argument("--json", type=Path | None, help="also write the numbers to this new file")
     parser.add_argument("--figure", type=Path | None, help="also draw them into this new .svg or .png file")

@@ -242,7 +242,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     trained: dict[str, Callable[[Run], Any]] = {
         "training data": lambda run: run.manifest.get("data", {}).get("fingerprint"),
         "code": lambda run: json.dumps([run.manifest.get("ducat"), run.manifest.get("git")]),
-        "checkpoints": lambda run: run.behaviour["which"] if run.behaviour else None,
+        "checkpoints": lambda run: run.evaluation.get("checkpoint"),
     }
     for what, key in trained.items():
         if len(kinds := _partition(runs, key)) > 1:
@@ -365,7 +365,8 @@ def to_csv(comparison: Comparison) -> str:
                 evaluation = run.evaluation
                 row: dict[str, Any] = {"run": run.name, "group": group.name, "training_seed": run.seed}
                 row |= {name: evaluation[name] for name in ("data", "samples", "suite", "seed")}
-                row |= {"fingerprint": evaluation.get("fingerprint", ""), **_ball(evaluation)}
+                row |= {name: evaluation.get(name, "") for name in ("checkpoint", "fingerprint")}
+                row |= _ball(evaluation)
                 for quantity in QUANTITIES[:-1]:
                     low, high = run.ci95(quantity)
                     row |= {quantity: run.share(quantity), f"{quantity}_low": low, f"{quantity}_high": high}

@@ -23,7 +23,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ducat import behaviour, checkpoint, data
+from ducat import checkpoint, data
 from ducat import compare as comparing
 from ducat.dummy import recover
 from ducat.models.architecture import Architecture
@@ -215,10 +215,9 @@ def load(path: Path | str) -> Classifier:
 def _evaluated(folder: RunFolder, which: Which) -> comparing.Run | None:
     if not folder.evaluation_path.is_file():
         return None
+    evaluated = comparing.Run.read(folder.path)
     # Numbers of another checkpoint say nothing of this one.
-    seen = behaviour.read(folder)
-    measured = seen["which"] if seen else "best"
-    return comparing.Run.read(folder.path) if measured == which else None
+    return evaluated if evaluated.evaluation.get("checkpoint") == which else None
 
 
 @contextmanager
