@@ -150,6 +150,8 @@ def test_a_port_in_use_is_said(address: str, tiny_run: Path, capsys: pytest.Capt
     port = str(urlsplit(address).port)
     assert main(["serve", str(tiny_run), "--port", port]) == 2
     assert "give another --port" in capsys.readouterr().err
+    assert main(["serve", str(tiny_run), "--port", "65536"]) == 2
+    assert capsys.readouterr().err == "ducat: port=65536 is outside [0, 65535]\n"
 
 
 @pytest.mark.browser

@@ -1,6 +1,7 @@
 """The command line: one thin function per command. Bad input gives one line and exit code 2."""
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -166,7 +167,11 @@ def _adapt_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 
 def _run_data(arguments: Namespace, console: Console) -> None:
+    if arguments.action != "prepare" and (arguments["from"] or arguments.size):
+        raise ValueError(f"ducat data {arguments.action}: --from and --size are for prepare")
     if arguments.action == "list":
+        if arguments.name is not None:
+            raise ValueError(f"ducat data list: it lists all data sets; `ducat data verify {arguments.name}` shows one")
         statuses = data.list_datasets(arguments.root)
     elif arguments.name is None:
         raise ValueError(f"ducat data {arguments.action}: name a data set; `ducat data list` shows them")
@@ -518,7 +523,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if traceback:
             raise
-        _complain(str(error))
+        _complain(_told(error))
         return BAD_INPUT
     return 0
 
@@ -537,6 +542,18 @@ def _find(name: str) -> Command:
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
         raise ValueError(f"command {name!r} is unknown: {hint}")
     return COMMANDS[name]
+
+
+def _told(error: BaseException) -> str:
+    """Return an error's message in the words of the command line, without those of Python."""
+    message = str(error)
+    if isinstance(error, OSError):
+        message = re.sub(r"^\[Errno \d+\] ", "", message)
+    if isinstance(error, ArgumentError):
+        message = re.sub(r'^Parser key "([^"]+)"', r"\1", message)
+        message = re.sub(r"Expected a typing\.Literal\[([^\]]+)\]\.", r"choose from \1.", message)
+        message = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", message)
+    return message
 
 
 def _complain(message: str) -> None:

@@ -224,9 +224,11 @@ def serve(
 
     Raises:
         FileNotFoundError: if there is no such run or checkpoint.
-        ValueError: if the packages of the extra `serve` are not installed.
+        ValueError: if the packages of the extra `serve` are not installed, or there is no such port.
         OSError: if the port is taken.
     """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port={port} is outside [0, {2**16 - 1}]")
     missing = [module for module in ("starlette", "uvicorn") if find_spec(module) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} is not installed: pip install 'ducat[serve]'")
