@@ -53,11 +53,12 @@ class Run:
     Args:
         arguments: the command line.
         before: Python to run first, for example to make a fault; its `tell()` is what `told` waits for.
+        output: the file for what it prints; by default beside what the last argument names.
     """
 
-    def __init__(self, *arguments: object, before: str = "") -> None:
+    def __init__(self, *arguments: object, before: str = "", output: Path | None = None) -> None:
         line = [str(argument) for argument in arguments]
-        self.output = Path(line[-1]).parent / f"output-{time.monotonic_ns()}"
+        self.output = output or Path(line[-1]).parent / f"output-{time.monotonic_ns()}"
         # Whoever started the tests in the background may have had SIGINT ignored.
         code = f"""
 import os, signal, sys, time, torch
@@ -453,6 +454,23 @@ def test_a_disk_that_is_full_is_told_and_the_run_goes_on_when_there_is_room(smal
     assert f"the checkpoint before it is whole: ducat train --resume {path}" in output
     assert output.count("\n") == 1
     os.system(f"mount -o remount,size=8m {small_disk}")
+    code, output = Run("train", "--resume", path).end()
+    assert code == 0, output
+    assert_same(path, unbroken)
+
+
+def test_a_disk_that_has_become_read_only_is_told_and_the_run_goes_on_when_it_is_not(
+    small_disk: Path, tmp_path: Path, unbroken: Any
+) -> None:
+    path = small_disk / "run"
+    os.system(f"mount -o remount,size=8m {small_disk}")
+    assert start(small_disk, before=signal_at("step", signal.SIGTERM)).end()[0] == 128 + signal.SIGTERM
+    os.system(f"mount -o remount,ro {small_disk}")
+    code, output = Run("train", "--resume", path, output=tmp_path / "output").end()
+    assert code == 2, output
+    assert "Read-only file system" in output
+    assert output.count("\n") == 1
+    os.system(f"mount -o remount,rw {small_disk}")
     code, output = Run("train", "--resume", path).end()
     assert code == 0, output
     assert_same(path, unbroken)
