@@ -76,6 +76,7 @@ def test_train_then_evaluate_twice_gives_the_same_numbers(capsys: pytest.Capture
         ("data verify digits --size 3", "--from and --size are for prepare"),
         ("evaluate . --suite huge", "suite: choose from 'quick'"),
         ("evaluate . --seed x", "seed: expected int. Got value: x"),
+        ("evaluate . --samples 1.5", "samples: expected int. Got value: 1.5"),
         ("train --resume nowhere", "nowhere is not a run folder"),
         ("evalute", "command 'evalute' is unknown: did you mean evaluate?"),
     ],

@@ -31,6 +31,12 @@ from ducat.train import Interrupted
 BAD_INPUT = 2
 # What a user can cause; anything else is a defect of ours and shows its traceback.
 USER_ERRORS = (ArgumentError, ValueError, OSError, FloatingPointError)
+# What the parser of arguments says, and how to say it to those who do not know Python's types.
+ARGUMENT_ERRORS = {
+    r"Does not validate against any of the Union subtypes.*?(Expected an? .*?)\n.*Given value: ": r"\1. Got value: ",
+    r"Expected an? <class '(\w+)'>": r"expected \1",
+    r"Expected a typing\.Literal\[([^\]]+)\]": r"choose from \1",
+}
 
 Suite = Literal["quick", "light", "standard", "full"]
 NORMALIZATION = "of a checkpoint: whether its network takes images normalised by the data's mean and deviation"
@@ -551,8 +557,8 @@ def _told(error: BaseException) -> str:
         message = re.sub(r"^\[Errno \d+\] ", "", message)
     if isinstance(error, ArgumentError):
         message = re.sub(r'^Parser key "([^"]+)"', r"\1", message)
-        message = re.sub(r"Expected a typing\.Literal\[([^\]]+)\]\.", r"choose from \1.", message)
-        message = re.sub(r"Expected an? <class '(\w+)'>", r"expected \1", message)
+        for pattern, plain in ARGUMENT_ERRORS.items():
+            message = re.sub(pattern, plain, message, flags=re.DOTALL)
     return message
 
 

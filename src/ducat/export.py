@@ -138,8 +138,8 @@ class Source:
             ValueError: if the checkpoint is damaged, or a detector is asked of a network without dummy classes.
         """
         folder = RunFolder.open(run)
-        network = folder.load(which)
-        architecture = Architecture(**checkpoint.read(folder.checkpoint_path(which))[1]["model"])
+        tensors, state = folder.read(which)
+        architecture = Architecture(**state["model"])
         settings = folder.config.data
         try:
             dataset = data.load(settings.name, root=settings.root)
@@ -152,7 +152,7 @@ class Source:
             images, name = torch.rand(shape, generator=torch.Generator().manual_seed(0)), "random images"
             classes = tuple(map(str, range(architecture.num_classes)))
         classifier = Classifier(architecture, classes, detector)
-        classifier.model.load_state_dict(network.state_dict())
+        classifier.model.load_state_dict(checkpoint.part("model", tensors))
         return cls(folder, which, classifier.eval(), _evaluated(folder, which), images, name)
 
     @property
