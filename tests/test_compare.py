@@ -208,6 +208,7 @@ def test_a_run_without_an_evaluation_is_told_with_what_to_do(make: Make, capsys:
 
 def test_a_damaged_evaluation_is_told(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     path = make("one", evaluation())
-    (path / "evaluation.json").write_text("{")
-    assert main(["compare", str(path)]) == 2
-    assert "evaluation.json is damaged" in capsys.readouterr().err
+    for content, told in (("{", "is damaged"), ("[]", "is not of"), ('{"schema": 2}', "is not of")):
+        (path / "evaluation.json").write_text(content)
+        assert main(["compare", str(path)]) == 2
+        assert f"evaluation.json {told}" in capsys.readouterr().err

@@ -45,6 +45,7 @@ def evaluated(path: Path, config: Config, robust: float, warnings: list[str]) ->
             accuracies = {"clean": 0.5 + 0.1 * epoch, "blind": 0.4, "robust": 0.3}
             folder.append_metrics({"epoch": epoch, "loss": loss, "seconds": 2.0, **accuracies})
         evaluation = {
+            "schema": 1,
             "data": "Digits",
             "checkpoint": "last",
             "fingerprint": "same",

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ducat import checkpoint
+from ducat import checkpoint, data
+from ducat.evaluate import Evaluation
 from ducat.runs import RunFolder
 
 Images = Float[Tensor, "samples channels height width"]
@@ -178,9 +179,6 @@ def measure_run(folder: RunFolder) -> dict[str, Any]:
     Raises:
         FileNotFoundError: if there is no evaluation, no such checkpoint, or the data are gone.
     """
-    from ducat import data
-    from ducat.evaluate import Evaluation
-
     evaluation, settings = Evaluation.load(folder.path), folder.config.data
     x, y = data.load_test(settings.name, len(evaluation.labels), settings.root)
     classes = data.load(settings.name, root=settings.root).classes

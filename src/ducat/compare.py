@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ducat import behaviour
+from ducat.evaluate import SCHEMA, Evaluation
+from ducat.evaluate import compare as compare_samples
 from ducat.runs import RunFolder
 
 QUANTITIES = ("clean", "blind", "robust", "sink gap")
@@ -60,6 +62,10 @@ class Run:
             seen = behaviour.read(folder)
         except ValueError as error:
             raise ValueError(f"{folder.evaluation_path} is damaged: run `ducat evaluate {path}` again") from error
+        if not isinstance(evaluation, dict) or evaluation.get("schema") != SCHEMA:
+            raise ValueError(
+                f"{folder.evaluation_path} is not of this version's schema: run `ducat evaluate {path}` again"
+            )
         settings = folder.config.flat()
         return cls(name or folder.name, path, settings, folder.manifest, folder.metrics, evaluation, seen)
 
@@ -217,9 +223,6 @@ def _identity(run: Run) -> str:
 
 
 def _pairs(runs: Sequence[Run]) -> list[Pair]:
-    from ducat.evaluate import Evaluation
-    from ducat.evaluate import compare as compare_samples
-
     measured = {}
     for run in runs:
         try:
