@@ -214,6 +214,37 @@ def test_the_outer_loss_and_its_gradient(method: str, kind: str, epoch: int, smo
     np.testing.assert_allclose(linear.weight.grad.numpy(), numeric_gradient(reference, weight), atol=2e-6)
 
 
+def test_mixed_training_weighs_the_two_cross_entropies() -> None:
+    z, z2 = draw(B, C, seed=5), draw(B, C, seed=6)
+    images = [torch.tensor(logits).view(B, C, 1, 1) for logits in (z, z2)]
+    loss = Config(method=MethodConfig("mixed", weight=0.3)).objective(0).loss(nn.Flatten(), *images, torch.tensor(Y))
+    benign, attacked = (np_cross_entropy(softmax(logits), one_hot(Y, C)).mean() for logits in (z, z2))
+    assert loss.item() == pytest.approx(0.3 * benign + 0.7 * attacked, rel=1e-10)
+
+
+@pytest.mark.parametrize("pair", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_weight_of_the_pair_scales_the_within_pair_term_alone(pair: float, smoothing: float) -> None:
+    z, z2 = draw(B, 2 * C, seed=5), draw(B, 2 * C, seed=6)
+    made = Config(
+        method=MethodConfig(label_smoothing=smoothing),
+        dummy=DummyConfig(
+            "recovery-aware", 0, benign_weight=W_BENIGN, adversarial_weight=W_ADVERSARIAL, pair_weight=pair
+        ),
+    ).objective(0)
+    u = (1 - smoothing) * one_hot(Y, C) + smoothing / C
+    # With label smoothing the recovered classes are smoothed, and every class's pair counts by its share.
+    expected = []
+    for logits, w in ((z, W_BENIGN), (z2, W_ADVERSARIAL)):
+        p = softmax(logits)
+        q = p[:, :C] + p[:, C:]
+        s = p[:, C:] / q
+        expected.append((u * (-np.log(q) + pair * (-(1 - w) * np.log(1 - s) - w * np.log(s)))).sum(1).mean())
+    images = [torch.tensor(logits).view(B, 2 * C, 1, 1) for logits in (z, z2)]
+    loss = made.loss(nn.Flatten(), *images, torch.tensor(Y)).item()
+    assert loss == pytest.approx(np.mean(expected), rel=1e-6)
+
+
 @pytest.mark.parametrize("w", [W_BENIGN, 0.6])
 def test_smoothed_two_hot_cross_entropy_decomposes_over_all_classes(w: float) -> None:
     x, y, smoothing = draw(B, 2 * C, seed=5), torch.tensor(Y), 0.2

@@ -120,6 +120,30 @@ def test_the_noise_of_n_fgsm_leaves_the_ball_but_never_the_range_of_pixels() -> 
         assert eps < (found - x).abs().max() <= 3 * eps
 
 
+def test_pgd_cosine_is_as_strong_as_ten_equal_steps_in_half_of_them(
+    templates: tuple[nn.Sequential, torch.Tensor, torch.Tensor],
+) -> None:
+    # A network that is not linear in the ball: some kinks for the long first steps to run into.
+    linear, x, y = templates
+    model = nn.Sequential(linear, nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4)).double()
+    with torch.no_grad():
+        random = torch.Generator().manual_seed(0)
+        for layer in (model[1], model[3]):
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=random))
+            layer.bias.zero_()
+    calls: list[int] = []
+    model.register_full_backward_hook(lambda *_: calls.append(1))
+    threat, reached = ThreatModel(eps=0.05), {}
+    for name in ("pgd", "pgd-cosine"):
+        objective = Objective(METHODS["pgd-at"], inner=ATTACKS[name])
+        calls.clear()
+        found = objective.attack(model, x.double(), y, threat, torch.Generator().manual_seed(1))
+        reached[name] = len(calls), nn.functional.cross_entropy(model(found), y).item()
+        assert threat.allows(found, x.double()).all()
+    assert [reached[name][0] for name in reached] == [10, 5]
+    assert reached["pgd-cosine"][1] >= 0.995 * reached["pgd"][1]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_single_step_attack_takes_one_gradient(method: str) -> None:
     calls = []
@@ -297,7 +321,10 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MethodConfig(attack="fgsm"), r"method\.attack=fgsm is unknown: choose from pgd, fgsm-rs, n-fgsm"),
+        (
+            lambda: MethodConfig(attack="fgsm"),
+            r"method\.attack=fgsm is unknown: choose from pgd, pgd-cosine, fgsm-rs, n-fgsm",
+        ),
         (lambda: MethodConfig(label_smoothing=1.0), r"method\.label_smoothing=1\.0 is outside \[0, 1\)"),
         (
             lambda: TrainConfig(schedule="cyclic"),
@@ -307,6 +334,11 @@ def test_there_are_recipes() -> None:
         (lambda: TrainConfig(averaging_decay=1.0), r"train\.averaging_decay=1\.0 is outside \[0, 1\)"),
         (lambda: TrainConfig(awp=-1.0), r"train\.awp=-1\.0 must be at least 0"),
         (lambda: TrainConfig(epochs=9, awp_start_epoch=9), r"train\.awp_start_epoch=9 is not an epoch"),
+        (lambda: DummyConfig(pair_weight=-1), r"dummy\.pair_weight=-1 must be at least 0"),
+        (
+            lambda: Config(method=MethodConfig("mixed"), dummy=DummyConfig("published")),
+            r"dummy\.kind=published mixes .* choose pgd-at, and the share of the benign ones by dummy\.benign_share",
+        ),
         (lambda: config(kind="published", epochs=1, milestones=()), r"dummy\.start_epoch=1 is not an epoch"),
     ],
 )

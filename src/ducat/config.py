@@ -81,12 +81,13 @@ class MethodConfig:
     """How to train it."""
 
     name: str = "pgd-at"
-    """natural, or a method of adversarial training, for example pgd-at, trades, mart, consistency."""
+    """natural, or a method of adversarial training: pgd-at, trades, mart, consistency, mixed."""
     weight: float | int | None = None
     """Weight of the method's regulariser (beta or lambda of its paper); the paper's value by default."""
     attack: str = "pgd"
-    """How training finds adversarial images: pgd takes threat.steps steps; fgsm-rs and n-fgsm take one, which is cheap
-    and risks catastrophic overfitting: validation then looks out for it."""
+    """How training finds adversarial images: pgd takes threat.steps steps; pgd-cosine 5 that become shorter, about as
+    strong as 10 equal ones of eps / 4; fgsm-rs and n-fgsm take one, which is cheap and risks catastrophic overfitting:
+    validation then looks out for it."""
     label_smoothing: float | int = 0.0
     """Share of the target that is spread evenly over all classes, in [0, 1)."""
 
@@ -113,6 +114,8 @@ class DummyConfig:
     benign_share: float | int = 0.5
     """What the benign half of the batch counts in the two-hot loss, in [0, 1]; less of it trades clean accuracy for
     robustness. The paper's is 0.5."""
+    pair_weight: float | int = 1.0
+    """Weight, 0 or more, of telling benign from adversarial within a pair; the paper's is 1."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("off", "published", "recovery-aware"):
@@ -121,6 +124,7 @@ class DummyConfig:
         _within("dummy.benign_weight", self.benign_weight, 0, 1)
         _within("dummy.adversarial_weight", self.adversarial_weight, 0, 1)
         _within("dummy.benign_share", self.benign_share, 0, 1)
+        _at_least("dummy.pair_weight", self.pair_weight, 0)
 
 
 @dataclass(frozen=True)
@@ -235,6 +239,11 @@ class Config:
                 f"dummy.kind={self.dummy.kind} needs adversarial images, which method.name=natural has none of: "
                 "choose an adversarial method"
             )
+        if self.method.name == "mixed" and self.dummy.kind != "off":
+            raise ValueError(
+                f"dummy.kind={self.dummy.kind} mixes benign and adversarial images itself: instead of "
+                "method.name=mixed choose pgd-at, and the share of the benign ones by dummy.benign_share"
+            )
         if self.dummy.kind != "off":
             epoch_of(self.dummy.start_epoch, self.train.epochs, "dummy.start_epoch")
 
@@ -296,7 +305,7 @@ class Config:
         if self.dummy.kind == "recovery-aware":
             reading = "recovered" if active else "real"
         dummy = self.dummy
-        weights = methods.TwoHot(dummy.benign_weight, dummy.adversarial_weight, dummy.benign_share)
+        weights = methods.TwoHot(dummy.benign_weight, dummy.adversarial_weight, dummy.benign_share, dummy.pair_weight)
         targets = weights if active else None
         attack = methods.ATTACKS[self.method.attack]
         return methods.Objective(method, reading, targets, weight, attack, self.method.label_smoothing)

@@ -22,6 +22,7 @@ from ducat.audit import AUDITED, Audit, find_warnings, measure_signs
 from ducat.config import Config
 from ducat.data import load, load_test
 from ducat.dummy import RecoveredClassifier, dummy_head, recover
+from ducat.models.folded import fold_batch_norm
 from ducat.runs import RunFolder, Which
 from ducat.seeding import generator as seeded
 from ducat.statistics import mcnemar, wilson
@@ -249,8 +250,8 @@ def evaluate(
     _check(x, y, num_classes)
     network = _with_dummy_classes(model, x, num_classes)
     fingerprint = _digest(x, y)
-    job = _Job(network, threat, suite, seed)
     with attackable(network):
+        job = _Job(network, fold_batch_norm(network, x[:2].to(_device(network))) or network, threat, suite, seed)
         identity = _digest(*network.state_dict().values()), fingerprint, str(threat), suite, seed, batch_size
         chunks = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
         done = _shared(job, chunks, list(map(str, identity)), progress, parts)
@@ -268,7 +269,7 @@ def evaluate(
             by_gradients = torch.stack([clean, *(a.correct for a in attacks if not a.black_box)]).all(0)
             rows = clean.nonzero().squeeze(1)[:AUDITED]
             few = job.to_device(x[rows.to(x.device)], y[rows.to(y.device)], by_gradients[rows])
-            measured = measure_signs(network, few[0], few[1], threat, few[2], seed)
+            measured = measure_signs(job.attacked, few[0], few[1], threat, few[2], seed)
     evaluation = Evaluation(
         data=data,
         threat=threat,
@@ -301,14 +302,14 @@ class _Job:
     """What is done to every chunk."""
 
     network: nn.Module  # with 2C outputs
+    attacked: nn.Module  # the same, in the form that is fastest to attack
     threat: ThreatModel
     suite: str
     seed: int
 
     @property
     def device(self) -> torch.device:
-        tensors = (*self.network.parameters(), *self.network.buffers())
-        return tensors[0].device if tensors else torch.device("cpu")
+        return _device(self.network)
 
     def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.to(self.device) for tensor in tensors)
@@ -348,7 +349,7 @@ class _Job:
             progress(attack)
             correct, began = clean.clone(), time.perf_counter()
             if len(rows):
-                view = self.network if attack.knows_recovery else SilentDummies(self.network)
+                view = self.attacked if attack.knows_recovery else SilentDummies(self.attacked)
                 noise = seeded(self.seed, "evaluate", attack.strategy, number)
                 found = x.clone()
                 found[rows] = attack.run(view, x[rows], y[rows], self.threat, noise)
@@ -362,6 +363,11 @@ class _Job:
                 attack.strategy, attack.knows_recovery, correct.cpu(), time.perf_counter() - began, attack.black_box
             )
         return _Part(clean.cpu(), adversarial.cpu(), list(results.values()))
+
+
+def _device(network: nn.Module) -> torch.device:
+    tensors = (*network.parameters(), *network.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _shared(
@@ -432,7 +438,7 @@ def _with_dummy_classes(model: nn.Module, x: Tensor, num_classes: int) -> nn.Mod
     """Return a view of the model with 2C logits, after a look at its outputs."""
     network = model.model if isinstance(model, RecoveredClassifier) else model
     with attackable(network), torch.no_grad():
-        logits = network(x[:1].to(_Job(network, ThreatModel(), "quick", 0).device))
+        logits = network(x[:1].to(_device(network)))
     if not torch.isfinite(logits).all():
         raise ValueError("the model's outputs are not finite: no attack can be measured on it")
     if logits.shape[1] == num_classes:

@@ -9,6 +9,7 @@ Dummy classes plug into every row by the same rules, so that no method is writte
   the regulariser read recovered logits, where a pair is one class.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -77,8 +78,14 @@ def _consistency(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, we
     return weight * losses.js(first, second, CONSISTENCY_TEMPERATURE)
 
 
+def _mixed(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float | int) -> Tensor:
+    return weight * (losses.cross_entropy(clean_logits, y) - losses.cross_entropy(adversarial_logits, y))
+
+
 METHODS: dict[str, Method] = {
     "natural": Method("natural", objective=None),
+    # Goodfellow et al. 2015, arXiv 1412.6572: the weight is the share of the benign images in the cross-entropy.
+    "mixed": Method("benign + adversarial", regulariser=_mixed, reads_benign=True, weight=0.5),
     # Madry et al. 2018, arXiv 1706.06083
     "pgd-at": Method("PGD-AT"),
     # Zhang et al. 2019, arXiv 1901.08573
@@ -103,42 +110,48 @@ class InnerAttack:
     """How training solves the inner problem: a row of a table. Lengths are in units of eps.
 
     Attributes:
-        step: length of the one step; None for the steps of the threat model.
+        strides: length of each step; None for the steps of the threat model.
         noise: radius of the uniform random start.
         ball: radius of the ball that the result is cut to.
     """
 
-    step: float | None = None
+    strides: tuple[float, ...] | None = None
     noise: float = 1.0
     ball: float = 1.0
 
+    @property
+    def single_step(self) -> bool:
+        """Whether training with it risks catastrophic overfitting."""
+        return self.strides is not None and len(self.strides) == 1
+
     def start(self, x: Images, threat: ThreatModel, generator: torch.Generator | None) -> Images:
         """Draw where the attack begins."""
-        return _with_radius(threat, self.noise).random_start(x, generator)
+        return _scaled(threat, self.noise).random_start(x, generator)
 
-    def within(self, threat: ThreatModel) -> ThreatModel:
-        """Return the ball and the steps that training attacks with."""
-        if self.step is None:
-            return threat
-        return replace(_with_radius(threat, self.ball), step_size=_length(threat, self.step), steps=1)
-
-
-def _length(threat: ThreatModel, factor: float) -> float:
-    length = factor * threat.radius
-    return min(length, 1.0) if threat.norm == "linf" else length
+    def run(self, model: nn.Module, x: Images, y: Labels, threat: ThreatModel, objective: str, start: Images) -> Images:
+        """Return the last iterate."""
+        strides = None if self.strides is None else [factor * threat.radius for factor in self.strides]
+        return pgd(model, x, y, _scaled(threat, self.ball), objective, start=start, keep="last", strides=strides)
 
 
-def _with_radius(threat: ThreatModel, factor: float) -> ThreatModel:
-    return replace(threat, eps=_length(threat, factor))
+def _scaled(threat: ThreatModel, factor: float) -> ThreatModel:
+    radius = factor * threat.radius
+    return replace(threat, eps=min(radius, 1.0) if threat.norm == "linf" else radius)
+
+
+def _cosine(steps: int, first: float) -> tuple[float, ...]:
+    return tuple(first * (1 + math.cos(math.pi * (step + 0.5) / steps)) / 2 for step in range(steps))
 
 
 ATTACKS: dict[str, InnerAttack] = {
     "pgd": InnerAttack(),
+    # Ours: long steps first, then ever shorter ones. docs/performance.md measures how strong it is for its cost.
+    "pgd-cosine": InnerAttack(_cosine(5, 1.5)),
     # Wong et al. 2020, arXiv 2001.03994
-    "fgsm-rs": InnerAttack(step=1.25),
+    "fgsm-rs": InnerAttack((1.25,)),
     # de Jorge et al. 2022, arXiv 2202.01181, with k = 2. Nothing is cut to the ball of radius eps, so that an image may
     # change by (k + 1) eps: the noise is an augmentation, and the step of length eps is the attack.
-    "n-fgsm": InnerAttack(step=1.0, noise=2.0, ball=3.0),
+    "n-fgsm": InnerAttack((1.0,), noise=2.0, ball=3.0),
 }
 
 
@@ -163,11 +176,14 @@ class TwoHot:
         benign: the dummy class's share of a benign image's target.
         adversarial: the dummy class's share of an adversarial image's target.
         benign_share: what the benign half of the batch counts in the loss; the adversarial half counts the rest.
+        pair: weight, 0 or more, of the term that tells benign from adversarial within a pair. The two-hot cross-entropy
+            is that of the recovered classes plus this term: CE(z, t(y, w)) = -log q_y + BCE(w, p_{y+C} / q_y).
     """
 
     benign: float | int = 0.25
     adversarial: float | int = 1.0
     benign_share: float | int = 0.5
+    pair: float | int = 1.0
 
 
 @dataclass(frozen=True)
@@ -206,7 +222,7 @@ class Objective:
         """Solve the inner problem: return the adversarial images to train on (the benign ones for natural training)."""
         if self.method.objective is None:
             return x
-        if self.method.gaussian_start and self.inner.step is None:
+        if self.method.gaussian_start and not self.inner.single_step:
             device = generator.device if generator is not None else x.device
             noise = torch.randn(x.shape, generator=generator, device=device).to(x)
             start = threat.project(x + GAUSSIAN_START * noise, x)
@@ -214,7 +230,7 @@ class Objective:
             start = self.inner.start(x, threat, generator)
         name = f"recovered-{self.method.objective}" if self.reading == "recovered" else self.method.objective
         network = _RealHalf(model) if self.reading == "real" else model
-        return pgd(network, x, y, self.inner.within(threat), name, start=start, keep="last")
+        return self.inner.run(network, x, y, threat, name, start)
 
     def forwarded(self, x: Images, adversarial: Images) -> Float[Tensor, "rows channels height width"]:
         """Return the images that the loss forwards: the adversarial ones, after the benign ones if it needs them."""
@@ -235,13 +251,21 @@ class Objective:
             chosen = clean_logits if self.method.target == "benign" else adversarial_logits
             loss = losses.cross_entropy(self._read(chosen), y, self.label_smoothing).mean()
         else:
-            targets = [self._two_hot(y, logits, weight) for weight in (self.targets.benign, self.targets.adversarial)]
-            benign, attacked = losses.soft_cross_entropy(logits, torch.cat(targets)).view(2, -1).mean(1)
+            benign, attacked = self._two_hot_loss(logits, y, self.targets).view(2, -1).mean(1)
             loss = self.targets.benign_share * benign + (1 - self.targets.benign_share) * attacked
         if self.method.regulariser is not None:
             pair = self._read(clean_logits), self._read(adversarial_logits)
             loss = loss + self.method.regulariser(*pair, y, self.weight).mean()
         return loss
+
+    def _two_hot_loss(self, logits: Tensor, y: Tensor, weights: TwoHot) -> Tensor:
+        """Return a value per image, the benign half first."""
+        targets = torch.cat([self._two_hot(y, logits, weight) for weight in (weights.benign, weights.adversarial)])
+        whole = losses.soft_cross_entropy(logits, targets)
+        if weights.pair == 1:
+            return whole
+        recovered = losses.cross_entropy(recover(logits, "logsumexp"), y.repeat(2), self.label_smoothing)
+        return recovered + weights.pair * (whole - recovered)
 
     def _two_hot(self, y: Tensor, logits: Tensor, dummy_weight: float) -> Tensor:
         num_classes = logits.shape[1] // 2

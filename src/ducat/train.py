@@ -29,6 +29,7 @@ from ducat.dummy import dummy_head
 from ducat.evaluate import evaluate
 from ducat.meter import Meter
 from ducat.models.architecture import Architecture
+from ducat.models.folded import fold_batch_norm
 from ducat.parallel import LocalRows, synchronize_batch_norm
 from ducat.runs import RunFolder, environment
 from ducat.schedules import epoch_of, learning_rate
@@ -196,10 +197,11 @@ class _Loop:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
+        self.folded = fold_batch_norm(self.model, dataset.train.select(torch.arange(2)).floats().to(device))
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         views = methods.find(config.method.name).views
         if world_size > 1:
-            synchronize_batch_norm(self.model)
+            synchronize_batch_norm(self.model)  # after folding, which looks for PyTorch's own
         self.draws = LocalRows(rank, world_size, views) if world_size > 1 else contextlib.nullcontext()
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.batches = data.Batches(
@@ -378,8 +380,9 @@ class _Loop:
     def _attack(self, objective: methods.Objective, x: Tensor, y: Tensor, *key: int | str) -> Tensor:
         # The 0 is what one process has always drawn with: the runs of earlier versions can be made again.
         noise = generator(self.config.train.seed, *key, 0)
+        network = self.model if self.folded is None else self.folded.refresh()
         with self._autocast(), self.draws:
-            return objective.attack(self.model, x, y, self.threat, noise)
+            return objective.attack(network, x, y, self.threat, noise)
 
     def _loss(
         self, objective: methods.Objective, model: nn.Module, *, x: Tensor, adversarial: Tensor, y: Tensor
@@ -453,7 +456,7 @@ class _Loop:
         from accelerate.utils import broadcast_object_list
 
         split = self.dataset.validation.to(self.accelerator.device)
-        single_step = methods.ATTACKS[self.config.method.attack].step is not None
+        single_step = methods.ATTACKS[self.config.method.attack].single_step
         measured = evaluate(
             self.deployed,
             split.floats(),

@@ -1,6 +1,6 @@
 """The one engine of gradient ascent in a ball, from FGSM in training to a step-halving attack in evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
@@ -53,6 +53,7 @@ def pgd(
     start: Images | None = None,
     keep: str = "best",
     adaptive_steps: bool = False,
+    strides: Sequence[float] | None = None,
 ) -> Images:
     """Projected gradient ascent (Madry et al. 2018, arXiv 1706.06083).
 
@@ -77,6 +78,8 @@ def pgd(
         adaptive_steps: begin with steps of 2 eps, add momentum, and halve a sample's step, going back to its best
             iterate, when its progress stalls, as Auto-PGD does (Croce & Hein 2020, arXiv 2003.01690);
             `threat.step_size` is then not used.
+        strides: length of each step, in the units of eps, instead of `threat.steps` steps of `threat.step_size`; with
+            keep="last" only.
 
     Returns:
         Images inside the ball and inside [0, 1], of x's shape and dtype.
@@ -90,6 +93,8 @@ def pgd(
         raise ValueError(f"keep={keep!r} is unknown: choose from {', '.join(KEEP)}")
     if keep == "last" and (restarts > 1 or adaptive_steps):
         raise ValueError("keep='last' looks at no iterate: it takes neither restarts nor adaptive_steps")
+    if keep != "last" and strides is not None:
+        raise ValueError(f"strides are for keep='last', not for keep={keep!r}")
     if len(x) != len(y):
         raise ValueError(f"{len(x)} images but {len(y)} labels")
     goal = find(objective)
@@ -100,7 +105,8 @@ def pgd(
                 reference = goal.reference(model(x).to(x.dtype), y)
         if keep == "last":
             start = threat.random_start(x, generator) if start is None else start
-            return _last_iterate(model, x, y, threat, goal, reference, start)
+            strides = [threat.stride] * threat.steps if strides is None else strides
+            return _last_iterate(model, x, y, threat, goal, reference, start, strides)
         best = x.clone()
         best_value = x.new_full((len(x),), -torch.inf)
         alive = torch.arange(len(x), device=x.device)
@@ -139,11 +145,12 @@ def _last_iterate(
     goal: Objective,
     reference: Tensor | None,
     start: Tensor,
+    strides: Sequence[float],
 ) -> Tensor:
     adversarial = start
-    for _ in range(threat.steps):
+    for stride in strides:
         _, _, gradient = _gradient(model, adversarial, y, goal, reference)
-        adversarial = threat.project(adversarial + threat.stride * threat.direction(gradient), x)
+        adversarial = threat.project(adversarial + stride * threat.direction(gradient), x)
     return adversarial
 
 

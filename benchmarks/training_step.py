@@ -1,0 +1,406 @@
+"""The training step beside research code's, in one process and in turn: images/s, their ratio, and peak memory.
+
+    python -m benchmarks.training_step [--model resnet18] [--batch 128] [--rounds 2] [--json FILE]
+    python -m benchmarks.training_step --shares            # what each optimisation brings, one by one
+    python -m benchmarks.training_step --strength RUN      # whether the fast attacks are as strong as the slow one
+
+The research-style step is written here as released code writes it: float32, NCHW, the attack by `loss.backward()`,
+which computes the gradients of all parameters too, and benign and adversarial images forwarded apart. ducat's is what
+`ducat train` does: `methods.Objective` on a folded copy for the attack, bf16 where the machine computes in it,
+channels_last. Both are timed in turn, A B A B; the ratio is that of neighbours, so that a machine that slows down does
+not favour one.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ducat.dummy import add_dummy_classes
+from ducat.methods import ATTACKS, METHODS, Objective, TwoHot
+from ducat.models import build
+from ducat.models.folded import fold_batch_norm
+from ducat.threat import ThreatModel
+
+CLASSES = 10
+KINDS = ("off", "published", "recovery-aware")
+ADVERSARIAL = ("pgd-at", "trades", "mart", "consistency")
+THREAT = ThreatModel("linf", "8/255", "2/255", 10)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a step is computed: each field is one of the optimisations.
+
+    Attributes:
+        input_gradients: the attack computes no gradients of parameters.
+        one_forward: benign and adversarial images go through the network together.
+        channels_last: memory layout.
+        bf16: the network's passes are autocast.
+        folded: the attack sees batch norm folded into the convolutions.
+        attack: a row of `methods.ATTACKS`.
+        compiled: both passes go through torch.compile.
+    """
+
+    input_gradients: bool = True
+    one_forward: bool = True
+    channels_last: bool = True
+    bf16: bool = True
+    folded: bool = True
+    attack: str = "pgd"
+    compiled: bool = False
+
+
+RESEARCH = Recipe(False, False, False, False, False)
+LADDER = (
+    ("research code's step", RESEARCH),
+    ("one forward for both halves", Recipe(False, True, False, False, False)),
+    ("input gradients only", Recipe(True, True, False, False, False)),
+    ("channels_last", Recipe(True, True, True, False, False)),
+    ("bf16", Recipe(True, True, True, True, False)),
+    ("batch norm folded for the attack", Recipe()),
+    ("pgd-cosine: 5 steps as strong as 10", Recipe(attack="pgd-cosine")),
+)
+DUCAT = {"pgd": Recipe(), "pgd-cosine": Recipe(attack="pgd-cosine")}
+
+
+class Step:
+    """A training step on random images, whose content does not matter to its time.
+
+    Args:
+        recipe: how it is computed.
+        method: a row of `methods.METHODS`.
+        dummy: "off", "published" or "recovery-aware"; with dummy classes it is a step of the dummy phase.
+        model: a row of `models.MODELS`.
+        batch_size: benign images a step.
+        num_classes: C.
+        threat: ball and steps of the attack.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: str,
+        dummy: str,
+        *,
+        model: str = "resnet18",
+        batch_size: int = 128,
+        num_classes: int = CLASSES,
+        threat: ThreatModel = THREAT,
+        device: str = "cpu",
+    ) -> None:
+        self.recipe, self.threat, self.device = recipe, threat, torch.device(device)
+        row = METHODS[method]
+        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = build(model, num_classes, mean=(0.5,) * 3, std=(0.25,) * 3)
+            if dummy != "off":
+                add_dummy_classes(network)
+            x = torch.rand(batch_size * row.views, 3, 32, 32)
+            y = torch.randint(num_classes, (batch_size,)).repeat(row.views)
+        self.network = network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.x, self.y = x.to(self.device, memory_format=layout), y.to(self.device)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.objective = Objective(
+            row,
+            "recovered" if dummy == "recovery-aware" else "all",
+            TwoHot() if dummy != "off" else None,
+            row.weight,
+            ATTACKS[recipe.attack],
+        )
+        self.folded = fold_batch_norm(self.network, self.x[:2]) if recipe.folded else None
+        self.attacked: nn.Module = self.folded if self.folded is not None else self.network
+        self.trained: nn.Module = self.network
+        if recipe.compiled:
+            self.attacked, self.trained = (torch.compile(module) for module in (self.attacked, self.trained))  # type: ignore[assignment]
+
+    def __call__(self) -> None:
+        """Do one step, and wait for it."""
+        self.network.train()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            adversarial = self._adversarial()
+            loss = self._loss(adversarial)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _adversarial(self) -> Tensor:
+        if self.recipe.input_gradients:
+            if self.folded is not None:
+                self.folded.refresh()
+            return self.objective.attack(self.attacked, self.x, self.y, self.threat)
+        return self._research_attack()
+
+    def _research_attack(self) -> Tensor:
+        """Attack as released code does: in evaluation mode, with gradients of the parameters as a by-product."""
+        goal, x = self.objective, self.x
+        self.network.eval()
+        if goal.method.objective == "kl":
+            with torch.no_grad():
+                clean = F.softmax(goal._read(self.network(x)), 1)
+        adversarial = x + 0.001 * torch.randn_like(x)
+        for _ in range(self.threat.steps):
+            adversarial = adversarial.detach().requires_grad_()
+            logits = goal._read(self.network(adversarial))
+            if goal.method.objective == "kl":
+                value = F.kl_div(F.log_softmax(logits, 1), clean, reduction="sum")
+            else:
+                value = F.cross_entropy(logits, self.y, reduction="sum")
+            value.backward()
+            assert adversarial.grad is not None
+            stepped = adversarial.detach() + self.threat.stride * adversarial.grad.sign()
+            adversarial = stepped.clamp(x - self.threat.radius, x + self.threat.radius).clamp(0, 1)
+        self.network.train()
+        self.optimizer.zero_grad()
+        return adversarial.detach()
+
+    def _loss(self, adversarial: Tensor) -> Tensor:
+        if self.recipe.one_forward:
+            return self.objective.loss(self.trained, self.x, adversarial, self.y)
+
+        def apart(images: Tensor) -> Tensor:
+            return torch.cat([self.network(half) for half in images.split(len(self.x))])
+
+        return self.objective.loss(_Function(apart), self.x, adversarial, self.y)
+
+
+class _Function(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.function(images)
+
+
+def seconds(step: Callable[[], None]) -> float:
+    """Return the time of one step by the clock on the wall."""
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def measure(
+    method: str,
+    dummy: str,
+    *,
+    model: str = "resnet18",
+    batch_size: int = 128,
+    rounds: int = 2,
+    device: str = "cpu",
+    recipes: dict[str, Recipe] | None = None,
+) -> list[dict[str, Any]]:
+    """Time the research-style step and ducat's in turn, after one step of each to warm up.
+
+    Returns:
+        A row for each recipe: rates in benign images a second are medians over the rounds; `ratio` is the median of the
+        rounds' ratios, `spread` the lowest and the highest of them.
+    """
+    recipes = DUCAT if recipes is None else recipes
+    made = {
+        name: Step(recipe, method, dummy, model=model, batch_size=batch_size, device=device)
+        for name, recipe in {"research": RESEARCH, **recipes}.items()
+    }
+    for step in made.values():
+        step()
+    times = [{name: seconds(step) for name, step in made.items()} for _ in range(rounds)]
+    images = {name: batch_size / statistics.median(row[name] for row in times) for name in made}
+    rows = []
+    for name in recipes:
+        ratios = [row["research"] / row[name] for row in times]
+        rows.append(
+            {
+                "method": method,
+                "dummy": dummy,
+                "attack": name,
+                "model": model,
+                "batch_size": batch_size,
+                "research_images_per_s": round(images["research"], 2),
+                "ducat_images_per_s": round(images[name], 2),
+                "ratio": round(statistics.median(ratios), 3),
+                "spread": [round(min(ratios), 3), round(max(ratios), 3)],
+            }
+        )
+    return rows
+
+
+def shares(*, model: str, batch_size: int, rounds: int, device: str) -> list[dict[str, Any]]:
+    """Time the ladder of recipes for PGD-AT with recovery-aware dummy classes, each with the ones above it."""
+    steps = [
+        (name, Step(recipe, "pgd-at", "recovery-aware", model=model, batch_size=batch_size, device=device))
+        for name, recipe in LADDER
+    ]
+    for _, step in steps:
+        step()
+    times = [[seconds(step) for _, step in steps] for _ in range(rounds)]
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    return [
+        {
+            "step": name,
+            "seconds": round(median, 3),
+            "gain": round(before / median, 3),
+            "in_all": round(medians[0] / median, 3),
+        }
+        for (name, _), median, before in zip(steps, medians, medians[:1] + medians, strict=False)
+    ]
+
+
+def matrix_rate(dtype: torch.dtype, device: str, size: int = 2048) -> float:
+    """Return the floating-point operations a second of a matrix product, the best of five."""
+    matrix = torch.randn(size, size, device=device).to(dtype)
+
+    def product() -> None:
+        _ = matrix @ matrix
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    product()
+    return 2 * size**3 / min(seconds(product) for _ in range(5))
+
+
+def forward_flops(model: str) -> int:
+    """Return the floating-point operations of the convolutions and the head for one 32 x 32 image."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = build(model, 2 * CLASSES)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network.eval()(torch.rand(1, 3, 32, 32))
+    return int(counter.get_total_flops())
+
+
+def strength(run: Path, samples: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Attack one network by each way of training to attack, and judge the images by the network itself in float32.
+
+    The networks' images and labels are the run's test images; the objective is the cross-entropy of the recovered
+    classes.
+    """
+    from ducat.data import load_test
+    from ducat.runs import RunFolder
+
+    folder = RunFolder.open(run)
+    config = folder.config
+    threat = config.threat.build(None)
+    network = folder.load("last")
+    x, y = load_test(config.data.name, samples, config.data.root)
+    folded = fold_batch_norm(network, x[:2])
+    ways: dict[str, tuple[nn.Module, bool, str]] = {
+        "pgd, 10 steps, float32": (network, False, "pgd"),
+        "pgd, 10 steps, bf16, folded": (folded or network, True, "pgd"),
+        "pgd-cosine, 5 steps, bf16, folded": (folded or network, True, "pgd-cosine"),
+    }
+    rows = []
+    for name, (attacked, bf16, attack) in ways.items():
+        lost = []
+        for seed in seeds:
+            start = threat.random_start(x, torch.Generator().manual_seed(seed))
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                inner = ATTACKS[attack]
+                found = torch.cat(
+                    [
+                        inner.run(attacked, *batch[:2], threat, "cross-entropy", batch[2])
+                        for batch in zip(x.split(125), y.split(125), start.split(125), strict=True)
+                    ]
+                )
+            with torch.no_grad():
+                logits = torch.cat([network(batch) for batch in found.split(250)])
+            lost.append((100 * float((logits.argmax(1) == y).float().mean()), float(F.cross_entropy(logits, y))))
+        rows.append(
+            {
+                "attack": name,
+                "seeds": list(seeds),
+                "accuracy": [round(accuracy, 2) for accuracy, _ in lost],
+                "mean_accuracy": round(statistics.fmean(accuracy for accuracy, _ in lost), 3),
+                "mean_cross_entropy": round(statistics.fmean(value for _, value in lost), 5),
+            }
+        )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return rows of equal keys as Markdown."""
+
+    def cell(value: Any) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Return what the numbers depend on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    return {
+        "torch": torch.__version__,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "platform": platform.machine(),
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet18", help="a network of ducat.models")
+    parser.add_argument("--batch", type=int, default=128, help="benign images a step")
+    parser.add_argument("--rounds", type=int, default=2, help="measurements of each step, in turn")
+    parser.add_argument("--methods", nargs="+", choices=ADVERSARIAL, default=ADVERSARIAL)
+    parser.add_argument("--dummy", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--shares", action="store_true", help="measure each optimisation instead of each method")
+    parser.add_argument("--strength", type=Path, metavar="RUN", help="measure how strong the attacks of training are")
+    parser.add_argument("--samples", type=int, default=1000, help="test images, with --strength")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    if arguments.strength is not None:
+        rows = strength(arguments.strength, arguments.samples, (0, 1, 2))
+    elif arguments.shares:
+        sizes = {"model": arguments.model, "batch_size": arguments.batch, "rounds": arguments.rounds}
+        rows = shares(**sizes, device=arguments.device)
+    else:
+        for method in arguments.methods:
+            for dummy in arguments.dummy:
+                rows += measure(
+                    method,
+                    dummy,
+                    model=arguments.model,
+                    batch_size=arguments.batch,
+                    rounds=arguments.rounds,
+                    device=arguments.device,
+                )
+                gc.collect()
+                print(table(rows[-len(DUCAT) :]).splitlines()[-len(DUCAT) :], flush=True)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(" ".join(f"{name} {value};" for name, value in environment(arguments.device).items()))
+    if arguments.strength is None:
+        rates = {str(dtype): matrix_rate(dtype, arguments.device) for dtype in (torch.float32, torch.bfloat16)}
+        print("matrix product, GFLOP/s: " + ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items()))
+        print(f"{arguments.model}: {forward_flops(arguments.model) / 1e9:.3f} GFLOP forward per image")
+        print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+    print()
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
