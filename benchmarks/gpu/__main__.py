@@ -12,11 +12,11 @@ A stage writes what it has as it goes. After --minutes the script saves, says ho
 same command continues in the middle of a training or of an evaluation, and what is done is not done again. So DIR has
 to stay; only results.json and results.md, which hold everything measured and are small, need to leave the machine.
 
-Nothing is installed: what the package imports has to be there. An image with PyTorch often lacks three small packages
-of it. Where there is a network fetch them, then take the folder along:
+The package need not be installed, but what it imports has to be there. A machine with PyTorch, accelerate and
+scikit-learn that reaches no network lacks four packages: fetch them elsewhere, take the folder along, and unpack it.
 
-    python -m pip download --no-deps -d wheels platformdirs pyautoattack==0.2.0 foolbox==3.3.4
-    python -m pip install -q --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=src:site
+    python -m pip download --no-deps -d wheels platformdirs jsonargparse pyautoattack==0.2.0 foolbox==3.3.4
+    python -m pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=src:site
 
 --toy does all of it in seconds on a CPU, with a tiny network and few images: the numbers mean nothing.
 """
@@ -252,7 +252,7 @@ def markdown(content: dict[str, Any]) -> str:
         text += "\n"
     if content["networks"]:
         title = content["networks"][0]["manifest"]["data"]["title"]
-        text += f"\n## {RECIPE.model.name} on {title}\n\nAccuracies in percent, of the weights after the last epoch. "
+        text += f"\n## Networks on {title}\n\nAccuracies in percent, of the weights after the last epoch. "
         text += "blind: under attackers who do not know recovery; robust: under all.\n\n"
         text += training_step.table([_line(network) for network in content["networks"]]) + "\n"
     return text
