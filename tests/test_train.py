@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,3 +189,78 @@ def test_settings_that_do_not_fit_the_data_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="data set digit is not prepared"):
         train(replace(TINY, data=DataConfig("digit")), tmp_path)
     assert not list(tmp_path.iterdir()), "a run folder was made for a run that could not start"
+
+
+class Warnings:
+    """A listener that keeps what it is warned of."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def step(self, done: int, total: int) -> None: ...
+
+    def epoch(self, row: dict[str, object]) -> None: ...
+
+    def warning(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def test_a_compiled_network_is_trained_like_any_other(tmp_path: Path) -> None:
+    # In a process of its own, since the tests' type checker cannot be traced. What may fail on a network of ours is the
+    # tracing; what a C compiler makes of it is PyTorch's.
+    config = replace(with_dummies("recovery-aware"), train=replace(TINY.train, epochs=2, compile=True))
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    code = f"""
+import sys, functools, torch
+torch.set_num_threads(1)
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
+from ducat.cli import main
+sys.exit(main(["train", "--config", {str(tmp_path / "config.yaml")!r}, "--runs", {str(tmp_path)!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "torch.compile does not work" not in done.stdout + done.stderr
+    found = weights(tmp_path / "run", "last")
+    plain = weights(
+        train(replace(config, name="plain", train=replace(config.train, compile=False)), tmp_path).path, "last"
+    )
+    assert all(torch.allclose(found[name].float(), plain[name].float(), atol=1e-3) for name in plain)
+
+
+def test_training_goes_on_without_a_compiler_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(network: torch.nn.Module) -> torch.nn.Module:
+        class Broken(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                raise RuntimeError("no C compiler")
+
+        return Broken()
+
+    monkeypatch.setattr(torch, "compile", broken)
+    listener = Warnings()
+    config = replace(TINY, train=replace(TINY.train, epochs=1, compile=True))
+    folder = train(config, tmp_path, listener)
+    assert folder.manifest["status"] == "finished"
+    assert listener.texts == ["torch.compile does not work here (RuntimeError): training without it"]
+
+
+def test_training_attacks_a_folded_copy_of_the_network_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ducat.models.folded import Folded
+
+    differences = []
+    attack = methods.Objective.attack
+
+    def spy(self: methods.Objective, model: torch.nn.Module, x: torch.Tensor, *others: object) -> torch.Tensor:
+        assert isinstance(model, Folded)
+        network = model._source[0]
+        training = network.training
+        with torch.no_grad():
+            differences.append(float((network.eval()(x) - model(x)).abs().max()))
+        network.train(training)
+        return attack(self, model, x, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(methods.Objective, "attack", spy)
+    train(TINY, tmp_path)
+    assert len(differences) == 6
+    assert max(differences) < 1e-4

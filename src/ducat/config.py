@@ -186,6 +186,9 @@ class TrainConfig:
     """Seed of everything random in the run."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Number format of the network's passes; auto is bf16 where the processor computes in it, else float32."""
+    compile: bool = False
+    """Whether torch.compile compiles the passes of the network, which pays on a GPU after a minute; where it does not
+    work, training goes on without it and says so."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto is a GPU if there is one."""
     validate_every: int = 1

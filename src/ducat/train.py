@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ducat import checkpoint, data, methods, tracking
+from ducat.attacks.pgd import attackable
 from ducat.averaging import WeightAverage, perturbed_weights, update_batch_norm
 from ducat.config import Config, TrainConfig
 from ducat.dummy import dummy_head
@@ -197,13 +198,17 @@ class _Loop:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
-        self.folded = fold_batch_norm(self.model, dataset.train.select(torch.arange(2)).floats().to(device))
+        example = dataset.train.select(torch.arange(2)).floats().to(device)
+        self.folded = fold_batch_norm(self.model, example)
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         views = methods.find(config.method.name).views
         if world_size > 1:
             synchronize_batch_norm(self.model)  # after folding, which looks for PyTorch's own
         self.draws = LocalRows(rank, world_size, views) if world_size > 1 else contextlib.nullcontext()
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.attacked: nn.Module = self.model if self.folded is None else self.folded
+        if settings.compile:
+            self.wrapped, self.attacked = self._compiled(example, self.wrapped, self.attacked)
         self.batches = data.Batches(
             dataset.train,
             settings.batch_size,
@@ -373,6 +378,20 @@ class _Loop:
             images = x.reshape(-1, *x.shape[-3:]).to(memory_format=layout)
             yield images, y.repeat(self.batches.views)
 
+    def _compiled(self, example: Tensor, *networks: nn.Module) -> Sequence[nn.Module]:
+        """Return the networks compiled, or as they are with a notice where the compiler does not work."""
+        compiled: list[Any] = [torch.compile(network) for network in networks]
+        try:
+            for network in compiled:
+                with attackable(network), torch.no_grad(), self._autocast():
+                    network(example)
+        except (
+            Exception
+        ) as error:  # no C compiler, an operation it does not know: whatever it is, it can be done without
+            self.listener.warning(f"torch.compile does not work here ({type(error).__name__}): training without it")
+            return networks
+        return compiled
+
     def _autocast(self) -> torch.autocast:
         device = self.accelerator.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.precision is torch.bfloat16)
@@ -380,9 +399,10 @@ class _Loop:
     def _attack(self, objective: methods.Objective, x: Tensor, y: Tensor, *key: int | str) -> Tensor:
         # The 0 is what one process has always drawn with: the runs of earlier versions can be made again.
         noise = generator(self.config.train.seed, *key, 0)
-        network = self.model if self.folded is None else self.folded.refresh()
+        if self.folded is not None:
+            self.folded.refresh()
         with self._autocast(), self.draws:
-            return objective.attack(network, x, y, self.threat, noise)
+            return objective.attack(self.attacked, x, y, self.threat, noise)
 
     def _loss(
         self, objective: methods.Objective, model: nn.Module, *, x: Tensor, adversarial: Tensor, y: Tensor
