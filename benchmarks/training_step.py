@@ -1,6 +1,7 @@
 """The training step beside research code's, in one process and in turn: images/s, their ratio, and peak memory.
 
     python -m benchmarks.training_step [--model resnet18] [--batch 128] [--rounds 2] [--json FILE]
+    python -m benchmarks.training_step --memory            # peak memory instead of time, each in a process of its own
     python -m benchmarks.training_step --shares            # what each optimisation brings, one by one
     python -m benchmarks.training_step --strength RUN      # whether the fast attacks are as strong as the slow one
 
@@ -14,12 +15,15 @@ not favour one.
 import argparse
 import gc
 import json
+import multiprocessing
 import platform
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +131,14 @@ class Step:
         if recipe.compiled:
             self.attacked, self.trained = (torch.compile(module) for module in (self.attacked, self.trained))  # type: ignore[assignment]
 
+    def warm_up(self) -> None:
+        """Do a step with few steps of the attack, for what only the first pass of each kind has to do."""
+        threat, objective = self.threat, self.objective
+        self.threat = replace(threat, steps=1)
+        self.objective = replace(objective, inner=replace(objective.inner, strides=objective.inner.strides and (1.0,)))
+        self()
+        self.threat, self.objective = threat, objective
+
     def __call__(self) -> None:
         """Do one step, and wait for it."""
         self.network.train()
@@ -205,7 +217,7 @@ def measure(
     device: str = "cpu",
     recipes: dict[str, Recipe] | None = None,
 ) -> list[dict[str, Any]]:
-    """Time the research-style step and ducat's in turn, after one step of each to warm up.
+    """Time the research-style step and ducat's in turn, after a warm-up of each.
 
     Returns:
         A row for each recipe: rates in benign images a second are medians over the rounds; `ratio` is the median of the
@@ -217,7 +229,7 @@ def measure(
         for name, recipe in {"research": RESEARCH, **recipes}.items()
     }
     for step in made.values():
-        step()
+        step.warm_up()
     times = [{name: seconds(step) for name, step in made.items()} for _ in range(rounds)]
     images = {name: batch_size / statistics.median(row[name] for row in times) for name in made}
     rows = []
@@ -239,6 +251,26 @@ def measure(
     return rows
 
 
+def peak_memory(method: str, dummy: str, *, model: str, batch_size: int, device: str) -> list[dict[str, Any]]:
+    """Return the peak memory in GiB of two steps of each kind: of the GPU, or of a process of its own on a CPU."""
+    sizes = {"model": model, "batch_size": batch_size, "device": device}
+    rows = []
+    for name, recipe in {"research": RESEARCH, **DUCAT}.items():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peak = pool.apply(_peak, (recipe, method, dummy, sizes))
+        rows.append({"method": method, "dummy": dummy, "step": name, **sizes, "peak_gib": round(peak, 2)})
+    return rows
+
+
+def _peak(recipe: Recipe, method: str, dummy: str, sizes: dict[str, Any]) -> float:
+    step = Step(recipe, method, dummy, **sizes)
+    for _ in range(2):
+        step()
+    if sizes["device"] == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def shares(*, model: str, batch_size: int, rounds: int, device: str) -> list[dict[str, Any]]:
     """Time the ladder of recipes for PGD-AT with recovery-aware dummy classes, each with the ones above it."""
     steps = [
@@ -246,7 +278,7 @@ def shares(*, model: str, batch_size: int, rounds: int, device: str) -> list[dic
         for name, recipe in LADDER
     ]
     for _, step in steps:
-        step()
+        step.warm_up()
     times = [[seconds(step) for _, step in steps] for _ in range(rounds)]
     medians = [statistics.median(column) for column in zip(*times, strict=True)]
     return [
@@ -367,29 +399,25 @@ def main() -> None:
     parser.add_argument("--dummy", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     parser.add_argument("--shares", action="store_true", help="measure each optimisation instead of each method")
     parser.add_argument("--strength", type=Path, metavar="RUN", help="measure how strong the attacks of training are")
     parser.add_argument("--samples", type=int, default=1000, help="test images, with --strength")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    sizes = {"model": arguments.model, "batch_size": arguments.batch, "device": arguments.device}
     if arguments.strength is not None:
         rows = strength(arguments.strength, arguments.samples, (0, 1, 2))
     elif arguments.shares:
-        sizes = {"model": arguments.model, "batch_size": arguments.batch, "rounds": arguments.rounds}
-        rows = shares(**sizes, device=arguments.device)
+        rows = shares(rounds=arguments.rounds, **sizes)
     else:
-        for method in arguments.methods:
-            for dummy in arguments.dummy:
-                rows += measure(
-                    method,
-                    dummy,
-                    model=arguments.model,
-                    batch_size=arguments.batch,
-                    rounds=arguments.rounds,
-                    device=arguments.device,
-                )
-                gc.collect()
-                print(table(rows[-len(DUCAT) :]).splitlines()[-len(DUCAT) :], flush=True)
+        for method, dummy in product(arguments.methods, arguments.dummy):
+            if arguments.memory:
+                rows += peak_memory(method, dummy, **sizes)
+            else:
+                rows += measure(method, dummy, rounds=arguments.rounds, **sizes)
+            gc.collect()
+            print(f"{method}, {dummy}: done", file=sys.stderr, flush=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     print(" ".join(f"{name} {value};" for name, value in environment(arguments.device).items()))
@@ -397,7 +425,6 @@ def main() -> None:
         rates = {str(dtype): matrix_rate(dtype, arguments.device) for dtype in (torch.float32, torch.bfloat16)}
         print("matrix product, GFLOP/s: " + ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates.items()))
         print(f"{arguments.model}: {forward_flops(arguments.model) / 1e9:.3f} GFLOP forward per image")
-        print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
     print()
     print(table(rows))
 

@@ -71,6 +71,24 @@ def trade_off(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
+def fronts(lines: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """Draw clean accuracy against robust accuracy, a line for each way of trading one for the other.
+
+    Args:
+        lines: pairs of clean and robust accuracy in %, in the order in which they are joined, by the name to show.
+    """
+    figure, axes = _figure(height=4.4)
+    for index, (name, places) in enumerate((name, places) for name, places in lines.items() if places):
+        clean, robust = zip(*places, strict=True)
+        colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
+        style = "-" if index < len(COLOURS) else "--"
+        axes.plot(robust, clean, style, color=colour, marker=mark, markersize=6, linewidth=1.2, label=name)
+    axes.set_xlabel("robust accuracy (%)")
+    axes.set_ylabel("clean accuracy (%)")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK, fontsize=8)
+    return figure
+
+
 def training_curves(metrics: Sequence[Mapping[str, Any]], start_epoch: int | None) -> Figure:
     """Draw the loss, and the validation accuracies, over the epochs.
 

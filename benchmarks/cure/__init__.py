@@ -1,0 +1,1 @@
+"""The search for dummy classes that hold: `python -m benchmarks.cure --help`."""

@@ -1,0 +1,221 @@
+"""The search for dummy classes that hold: fronts of clean and robust accuracy at the same training budget.
+
+    python -m benchmarks.cure --work /tmp/cure --data cifar10-jpeg.zip [--seed 0] [--only NAME ...]
+
+One network is trained with PGD-AT; every row then trains it on for the same number of epochs, with the same learning
+rate, batches and steps of the inner attack, and differs in nothing else but what `ROWS` says of it. Robust accuracy is
+the worst case over PGD-20 and our ensemble, both on the classifier that is deployed. A row that is in --work is not
+made again, so that an interrupted search goes on where it stopped; `--table DIR` writes what there is.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import ducat
+from benchmarks.cure.fronts import write
+from benchmarks.cure.networks import Distilled, Joined
+from benchmarks.cure.rows import ROWS, Row
+from ducat import checkpoint, methods
+from ducat.attacks.adaptive import BUDGETS, Round
+from ducat.attacks.suites import SUITES, Attack, Suite, _ensemble, _pgd
+from ducat.cli import main as command
+from ducat.config import Config
+from ducat.data import load_test
+from ducat.dummy import add_dummy_classes
+from ducat.models.architecture import Architecture
+from ducat.runs import RunFolder
+from ducat.train import Initial, train
+
+DATA, SAMPLES, NETWORK = "cifar10-jpeg", 20_000, "resnet8"
+TEST = 1000
+BASE = {"train.epochs": 12, "train.schedule": "constant", "train.warmup_epochs": 1, "train.validate_every": 4}
+BRANCH: dict[str, Any] = {"train.epochs": 3, "train.schedule": "cosine", "train.validate_every": 3}
+COMMON = {"data.samples": SAMPLES, "model.name": NETWORK, "method.attack": "pgd-cosine", "train.learning_rate": 0.1}
+
+# On all samples and without the late rounds of "standard", which costs five times as much.
+BUDGETS["front"] = (
+    Round("recovered-cross-entropy", 20),
+    Round("weighted-pair", 20),
+    *(Round(f"targeted-pair-{rank}", 20) for rank in range(1, 6)),
+)
+SUITES["front"] = Suite(
+    (
+        Attack("pgd-20", False, _pgd(20)),
+        Attack("pgd-20", True, _pgd(20)),
+        Attack("ensemble-front", True, _ensemble("front")),
+    ),
+    audit=False,
+)
+
+
+def with_options(config: Config, options: Mapping[str, Any]) -> Config:
+    """Return the config with options by their names on the command line, for example "train.epochs"."""
+    for name, value in options.items():
+        group, option = name.split(".")
+        config = replace(config, **{group: replace(getattr(config, group), **{option: value})})
+    return config
+
+
+@dataclass(frozen=True)
+class _Taught(Config):
+    """A config whose objective has teachers."""
+
+    def objective(self, epoch: int) -> methods.Objective:
+        plain = super().objective(epoch)
+        values = {item.name: getattr(plain, item.name) for item in dataclasses.fields(plain)}
+        assert self.name is not None
+        return Distilled(**values, **TEACHERS[self.name])
+
+
+TEACHERS: dict[str, dict[str, Any]] = {}
+
+
+class Search:
+    """The rows of one seed in a folder."""
+
+    def __init__(self, work: Path, seed: int) -> None:
+        self.work, self.seed, self.runs = work, seed, work / "runs"
+        (work / "rows").mkdir(parents=True, exist_ok=True)
+        self.data = work / "data"
+
+    def trained(self, name: str, method: str) -> nn.Module:
+        """Return a network of the first phase, which is trained if there is none."""
+        folder = RunFolder(self.runs / f"{name}-s{self.seed}")
+        if not (folder.path.is_dir() and folder.manifest["status"] == "finished"):
+            options = {**COMMON, **BASE, "method.name": method, "train.seed": self.seed}
+            given = [word for option, value in options.items() for word in (f"--{option}", str(value))]
+            given = [
+                "--name",
+                folder.name,
+                "--runs",
+                str(self.runs),
+                "--data.name",
+                DATA,
+                "--data.root",
+                str(self.data),
+                *given,
+            ]
+            print(shlex.join(["ducat", "train", *given]), flush=True)
+            if code := command(["train", "--resume", str(folder.path)] if folder.path.is_dir() else ["train", *given]):
+                sys.exit(code)
+        return ducat.load(folder.path, "last").requires_grad_(True)
+
+    def network(self, row: Row) -> nn.Module:
+        """Return the network that a row begins with."""
+        base = self.trained("base", "pgd-at")
+        if row.network is not None:
+            return row.network(base)
+        return base if row.settings.get("dummy.kind", "off") == "off" else add_dummy_classes(base)
+
+    def run(self, name: str) -> dict[str, Any]:
+        """Train and evaluate a row, unless that has been done, and return what was measured."""
+        file, row = self.work / "rows" / f"{name}-s{self.seed}.json", ROWS[name]
+        if file.is_file():
+            content: dict[str, Any] = json.loads(file.read_text())
+            return content
+        began = time.perf_counter()
+        network, folder = self._joined() if row.of == "joined" else self._trained_on(row.of or name)
+        seconds = time.perf_counter() - began
+        x, y = load_test(DATA, TEST, self.data)
+        threat = folder.config.threat.build(None)
+        deployed = row.deployed(network.eval())
+        measured = ducat.evaluate(
+            deployed, x, y, threat, "front", num_classes=10, seed=self.seed, data="CIFAR-10 (JPEG)"
+        )
+        manifest = folder.manifest
+        content = {
+            "name": name,
+            "front": row.front,
+            "seed": self.seed,
+            "settings": dict(row.settings),
+            "teachers": row.teach,
+            "of": row.of,
+            "images_per_s": folder.metrics[-1]["images_per_s"],
+            "seconds": round(seconds),
+            "evaluation": measured.to_dict(),
+            "environment": {
+                key: manifest[key] for key in ("ducat", "python", "packages", "platform", "device", "threads", "git")
+            },
+            "precision": manifest["precision"],
+            "fingerprint": manifest["data"]["fingerprint"],
+        }
+        checkpoint.write_text(file, json.dumps(content, indent=1) + "\n")
+        shown = content["evaluation"]
+        print(
+            f"{name} s{self.seed}: clean {shown['clean']['accuracy']:.3f} robust {shown['robust']:.3f} "
+            f"pgd-20 blind {shown['attacks'][0]['accuracy']:.3f} ({seconds:.0f} s)",
+            flush=True,
+        )
+        return content
+
+    def _trained_on(self, name: str) -> tuple[nn.Module, RunFolder]:
+        row, folder = ROWS[name], RunFolder(self.runs / f"{name}-s{self.seed}")
+        network = self.network(row)
+        if not (folder.path.is_dir() and folder.manifest["status"] == "finished"):
+            kind = _Taught if row.teach else Config
+            config = with_options(
+                kind(name=folder.name),
+                {
+                    "data.name": DATA,
+                    "data.root": self.data,
+                    "dummy.start_epoch": 0,
+                    "train.seed": self.seed,
+                    **COMMON,
+                    **BRANCH,
+                    **row.settings,
+                },
+            )
+            if row.teach:
+                natural = self.trained("natural", "natural").eval() if row.teach == "both" else None
+                TEACHERS[folder.name] = {"natural": natural, "average": []}
+
+            def build(architecture: Architecture) -> tuple[Architecture, nn.Module]:
+                return architecture, network
+
+            base = f"base-s{self.seed}"
+            train(config, self.runs, initial=Initial(build, {"file": str(self.runs / base), "row": name}))
+        tensors, _ = checkpoint.read(folder.checkpoint_path("last"))
+        network.load_state_dict(checkpoint.part("model", tensors))
+        return network, folder
+
+    def _joined(self) -> tuple[nn.Module, RunFolder]:
+        robust, folder = self._trained_on("pgd-at")
+        return Joined(self.trained("natural", "natural"), robust), folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the prepared data, the runs and the rows")
+    parser.add_argument("--data", type=Path, help="cifar10-jpeg.zip, needed the first time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--table", type=Path, metavar="DIR", help="write what there is as tables and a plot; make no rows"
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=list(ROWS), help="rows to make; all by default")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    search = Search(arguments.work, arguments.seed)
+    if arguments.table is not None:
+        write(search.work / "rows", arguments.table)
+        return
+    if not search.data.is_dir():
+        if arguments.data is None:
+            parser.error("--data is needed: there are no prepared data in --work yet")
+        command(["data", "prepare", DATA, "--from", str(arguments.data), "--root", str(search.data)])
+    for name in arguments.only:
+        search.run(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""The paper's table at the size of a CPU: four methods, each without dummy classes, with published and aware ones.
+
+    python -m benchmarks.reproduction --work /tmp/reproduction --only digits
+    python -m benchmarks.reproduction --work /tmp/reproduction --only cifar10 --archive cifar-10-python.tar.gz
+    python -m benchmarks.reproduction --work /tmp/reproduction --table results
+
+Every row is made by `ducat train` and `ducat evaluate`, with the settings below, and AutoAttack once more, blind, on
+the first of the samples. A row that is in --work is not made again, so an interrupted table goes on where it stopped.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ducat
+from ducat.analysis import always_failed
+from ducat.attacks import external
+from ducat.attacks.suites import SUITES, Attack, Suite, _external
+from ducat.checkpoint import write_text
+from ducat.cli import main as command
+from ducat.compare import Run, compare, to_markdown
+from ducat.data import load_test
+from ducat.methods import METHODS
+from ducat.runs import RunFolder
+
+KINDS = ("off", "published", "recovery-aware")
+FOUR = ("pgd-at", "trades", "mart", "consistency")
+TITLES = {"off": "", "published": " + dummy classes, published", "recovery-aware": " + dummy classes, aware"}
+SUITES["autoattack-blind"] = Suite((Attack("autoattack", False, _external(external.autoattack)),), audit=False)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one data set.
+
+    Attributes:
+        options: of `ducat train`.
+        samples: test images of the suite `light`.
+        autoattack: of them, those that AutoAttack attacks too, blind.
+        rows: method and seed.
+    """
+
+    options: Mapping[str, Any]
+    samples: int
+    autoattack: int
+    rows: Sequence[tuple[str, int]] = field(default_factory=lambda: [*((name, 0) for name in FOUR), ("pgd-at", 1)])
+
+
+_CIFAR = {
+    "model.name": "resnet8",
+    "model.width": 8,
+    "method.attack": "pgd-cosine",
+    "train.epochs": 15,
+    "train.learning_rate": 0.2,
+    "train.schedule": "one-cycle",
+    "train.validate_every": 15,
+    "dummy.start_epoch": 0.6,
+}
+TABLES = {
+    "digits": Table(
+        {
+            "train.epochs": 30,
+            "train.learning_rate": 0.3,
+            "train.schedule": "one-cycle",
+            "train.validate_every": 30,
+            "dummy.start_epoch": 0.6,
+        },
+        samples=500,
+        autoattack=200,
+    ),
+    "fashion-mnist": Table(
+        {
+            "data.samples": 5000,
+            "method.attack": "pgd-cosine",
+            "train.epochs": 8,
+            "train.learning_rate": 0.2,
+            "train.schedule": "one-cycle",
+            "train.validate_every": 8,
+            "dummy.start_epoch": 0.6,
+        },
+        samples=500,
+        autoattack=100,
+        rows=[("pgd-at", 0)],
+    ),
+    "cifar10": Table(_CIFAR, samples=500, autoattack=100),
+    "cifar10-jpeg": Table(
+        {**_CIFAR, "data.samples": 10_000, "train.epochs": 12, "train.validate_every": 12},
+        samples=1000,
+        autoattack=100,
+        rows=[("pgd-at", 0), ("pgd-at", 1)],
+    ),
+}
+
+
+def run(*arguments: str) -> str:
+    """Run a command line of ducat and return it as text; exit if it fails."""
+    line = shlex.join(["ducat", *arguments])
+    print(line, flush=True)
+    if code := command(arguments):
+        sys.exit(f"exit code {code}: {line}")
+    return line
+
+
+def folder_of(work: Path, data: str, method: str, kind: str, seed: int) -> RunFolder:
+    """Return the run folder of a row."""
+    return RunFolder(work / "runs" / f"{data}-{method}-{kind}-s{seed}")
+
+
+def make(data: str, method: str, kind: str, seed: int, work: Path) -> None:
+    """Train and evaluate a row, unless that has been done, and note its commands and what was measured."""
+    folder, table = folder_of(work, data, method, kind, seed), TABLES[data]
+    noted = folder.path / "row.json"
+    if noted.is_file():
+        return
+    options = {
+        "name": folder.name,
+        "runs": folder.path.parent,
+        "data.name": data,
+        "data.root": work / "data",
+        "method.name": method,
+        "dummy.kind": kind,
+        "train.seed": seed,
+        **table.options,
+    }
+    given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    run("train", *(["--resume", str(folder.path)] if folder.path.is_dir() else given))
+    measured = run("evaluate", str(folder.path), "--which", "last", "--suite", "light", "--samples", str(table.samples))
+    manifest, metrics = folder.manifest, folder.metrics
+    if not all(math.isfinite(row["loss"]) for row in metrics):
+        sys.exit(f"{folder.path}: a loss is not finite")
+    x, y = (tensor[: table.autoattack] for tensor in load_test(data, table.samples, work / "data"))
+    model = ducat.load(folder.path, "last")
+    blind = ducat.evaluate(model, x, y, folder.config.threat.build(None), "autoattack-blind", num_classes=10)
+    row = {
+        "data": data,
+        "data_title": manifest["data"]["title"],
+        "method": method,
+        "dummy_classes": kind,
+        "seed": seed,
+        "commands": [shlex.join(["ducat", "train", *given]), measured],
+        "training_images": manifest["data"]["train"],
+        "fingerprint": manifest["data"]["fingerprint"],
+        "losses": [row["loss"] for row in metrics],
+        "images_per_s": metrics[-1]["images_per_s"],
+        "environment": {
+            name: manifest[name] for name in ("ducat", "python", "packages", "platform", "device", "threads", "git")
+        },
+        "precision": manifest["precision"],
+        "autoattack_blind": blind.to_dict()["attacks"][0],
+        "autoattack_samples": len(y),
+        "evaluation": json.loads(folder.evaluation_path.read_text()),
+    }
+    write_text(noted, json.dumps(row) + "\n")
+
+
+def markdown(data: str, rows: Sequence[Mapping[str, Any]], work: Path) -> str:
+    """Return one data set's table as Markdown, with the conditions that it was measured under."""
+    first, table = rows[0], TABLES[data]
+    knows = {False: "blind", True: "knows recovery"}
+    attacks = ", ".join(f"{row['name']} ({knows[row['knows_recovery']]})" for row in first["evaluation"]["attacks"])
+    settings = ", ".join(f"{name} {value}" for name, value in table.options.items())
+    runs = {}
+    for row in rows:
+        title = METHODS[row["method"]].title + TITLES[row["dummy_classes"]]
+        runs[row["method"], row["dummy_classes"], row["seed"]] = Run.read(
+            folder_of(work, data, row["method"], row["dummy_classes"], row["seed"]).path, title
+        )
+    text = [
+        f"## {first['data_title']}",
+        "",
+        f"{first['training_images']:,} training images; {settings}; trained in {first['precision']}.",
+        f"Attacks: {attacks}.",
+        "",
+        to_markdown(compare(list(runs.values()))).rstrip(),
+        "",
+        f"Blind attacks apart, accuracy in %; AutoAttack sees the raw outputs of the first {table.autoattack} samples:",
+        "",
+        "| run | seed | PGD-20, blind | AutoAttack, blind |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for row in rows:
+        by_name = {attack["name"]: attack["accuracy"] for attack in row["evaluation"]["attacks"]}
+        title = METHODS[row["method"]].title + TITLES[row["dummy_classes"]]
+        shares = f"{100 * by_name['pgd-20']:.1f} | {100 * row['autoattack_blind']['accuracy']:.1f}"
+        text.append(f"| {title} | {row['seed']} | {shares} |")
+    plain = [
+        folder_of(work, data, row["method"], "off", 0).path
+        for row in rows
+        if (row["dummy_classes"], row["seed"]) == ("off", 0)
+    ]
+    if len(plain) > 1:
+        study = always_failed(plain)
+        failed, every = study.failed.any(0), study.failed.all(0)
+        text += [
+            "",
+            f"Samples that fail on every one of the {len(plain)} methods without dummy classes (seed 0), each under its"
+            f" own attack: {int(every.sum())} of {len(every)}, {100 * float(every.float().mean()):.1f} % of the test "
+            f"images and {100 * int(every.sum()) / int(failed.sum()):.1f} % of those that fail on some.",
+        ]
+    return "\n".join(text) + "\n"
+
+
+def write(work: Path, out: Path) -> None:
+    """Write reproduction.md and reproduction.json from the rows that there are."""
+    rows = []
+    for data, table in TABLES.items():
+        for (method, seed), kind in product(table.rows, KINDS):
+            noted = folder_of(work, data, method, kind, seed).path / "row.json"
+            if noted.is_file():
+                rows.append(json.loads(noted.read_text()))
+    parts = [
+        "# The paper's table at the size of a CPU\n\n"
+        "Made by `python -m benchmarks.reproduction`; each row's commands, versions and commit are in "
+        "`reproduction.json`. The column `blind` is the per-sample worst case over attacks that do not know recovery, "
+        "`robust` over all, those that know it included. Training seeds are named; attacks have seed 0.\n"
+    ]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        parts.append(markdown(data, [row for row in rows if row["data"] == data], work))
+    out.mkdir(exist_ok=True)
+    write_text(out / "reproduction.json", json.dumps(rows, indent=1) + "\n")
+    write_text(out / "reproduction.md", "\n".join(parts))
+    print(f"written: {out / 'reproduction.md'}, {out / 'reproduction.json'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the prepared data and the runs")
+    parser.add_argument("--only", choices=TABLES, default="digits", help="the data set whose rows are made")
+    parser.add_argument("--archive", type=Path, help="its archive, where it has to be prepared first")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="write what there is; make no rows")
+    arguments = parser.parse_args()
+    if arguments.table is not None:
+        write(arguments.work, arguments.table)
+        return
+    torch.set_num_threads(1)
+    if arguments.archive is not None:
+        run("data", "prepare", arguments.only, "--from", str(arguments.archive), "--root", str(arguments.work / "data"))
+    for (method, seed), kind in product(TABLES[arguments.only].rows, KINDS):
+        make(arguments.only, method, kind, seed, arguments.work)
+
+
+if __name__ == "__main__":
+    main()
