@@ -115,7 +115,10 @@ def update_batch_norm(model: nn.Module, batches: Iterable[Float[Tensor, "batch c
 
 @contextmanager
 def perturbed_weights(
-    model: nn.Module, loss: Callable[[], Float[Tensor, ""]], gamma: float | int = 5e-3
+    model: nn.Module,
+    loss: Callable[[], Float[Tensor, ""]],
+    gamma: float | int = 5e-3,
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[None]:
     """Within the context the weights are where, nearby, the loss is worse: adversarial weight perturbation (AWP).
 
@@ -129,6 +132,7 @@ def perturbed_weights(
         model: the model under training.
         loss: returns the mean loss of the present batch, attacked before, and calls `model` to do so.
         gamma: size of the perturbation relative to each weight's norm, positive; the paper uses 5e-3 to 1e-2.
+        reduce: makes of a process's gradient that of all processes, where several train the model.
 
     Raises:
         ValueError: `gamma` is not positive.
@@ -143,6 +147,8 @@ def perturbed_weights(
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim > 1]
     with torch.enable_grad(), _batch_norm_statistics_kept(model):
         gradients = torch.autograd.grad(loss(), weights, materialize_grads=True)
+        if reduce is not None:
+            gradients = tuple(map(reduce, gradients))
     originals = [weight.detach().clone() for weight in weights]
     try:
         with torch.no_grad():

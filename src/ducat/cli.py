@@ -1,6 +1,7 @@
 """The command line: one thin function per command. Bad input gives one line and exit code 2."""
 
 import json
+import os
 import re
 import signal
 import sys
@@ -507,7 +508,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
-    console = Console()
+    # Of several processes that train together, the first speaks for all.
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             _overview(console)

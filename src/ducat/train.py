@@ -6,6 +6,7 @@ stopped.
 
 import contextlib
 import math
+import os
 import signal
 import threading
 import time
@@ -30,6 +31,7 @@ from ducat.evaluate import evaluate
 from ducat.meter import Meter
 from ducat.models.architecture import Architecture
 from ducat.models.folded import fold_batch_norm
+from ducat.parallel import LocalRows, synchronize_batch_norm
 from ducat.runs import RunFolder, environment
 from ducat.schedules import epoch_of, learning_rate
 from ducat.seeding import generator
@@ -180,7 +182,9 @@ class _Loop:
         tracking.check(settings.tracker)
         self.folder = RunFolder(path)
         self.threat = config.threat.build(dataset.spec)
-        self.accelerator: Accelerator = Accelerator(cpu=settings.device == "cpu")
+        # Launched processes without an accelerator would each train alone, unless told that they are CPUs.
+        only_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+        self.accelerator: Accelerator = Accelerator(cpu=settings.device == "cpu" or only_cpus)
         device = self.accelerator.device
         if settings.device == "cuda" and device.type != "cuda":
             raise ValueError("train.device=cuda: PyTorch finds no GPU here; choose cpu or auto")
@@ -196,6 +200,11 @@ class _Loop:
         )
         example = dataset.train.select(torch.arange(2)).floats().to(device)
         self.folded = fold_batch_norm(self.model, example)
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        views = methods.find(config.method.name).views
+        if world_size > 1:
+            synchronize_batch_norm(self.model)  # after folding, which looks for PyTorch's own
+        self.draws = LocalRows(rank, world_size, views) if world_size > 1 else contextlib.nullcontext()
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.attacked: nn.Module = self.model if self.folded is None else self.folded
         if settings.compile:
@@ -206,9 +215,9 @@ class _Loop:
             seed=settings.seed,
             augment=AUGMENTATIONS[config.data.augmentation](dataset.spec),
             device=device,
-            views=methods.find(config.method.name).views,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            views=views,
+            rank=rank,
+            world_size=world_size,
         )
         self.head = dummy_head(self.model)
         self.awp_start = epoch_of(settings.awp_start_epoch, settings.epochs)
@@ -267,7 +276,6 @@ class _Loop:
         rank = self.accelerator.process_index
         if rank < len(state["random"]):
             checkpoint.set_random_state(checkpoint.part(f"random.{rank}", tensors), state["random"][rank])
-            self.model.load_state_dict(checkpoint.part(f"buffers.{rank}", tensors), strict=False)
         self.meter = Meter(self.accelerator.device, earlier=state["spent"])
 
     def run(self) -> RunFolder:
@@ -389,10 +397,11 @@ class _Loop:
         return torch.autocast(device, torch.bfloat16, enabled=self.precision is torch.bfloat16)
 
     def _attack(self, objective: methods.Objective, x: Tensor, y: Tensor, *key: int | str) -> Tensor:
-        noise = generator(self.config.train.seed, *key, self.accelerator.process_index)
+        # The 0 is what one process has always drawn with: the runs of earlier versions can be made again.
+        noise = generator(self.config.train.seed, *key, 0)
         if self.folded is not None:
             self.folded.refresh()
-        with self._autocast():
+        with self._autocast(), self.draws:
             return objective.attack(self.attacked, x, y, self.threat, noise)
 
     def _loss(
@@ -404,8 +413,12 @@ class _Loop:
     def _perturbation(self, epoch: int, loss: Callable[[], Tensor]) -> contextlib.AbstractContextManager[None]:
         gamma = self.config.train.awp
         if gamma and epoch >= self.awp_start:
-            return perturbed_weights(self.model, loss, gamma)
+            return perturbed_weights(self.model, loss, gamma, self._mean)
         return contextlib.nullcontext()
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Return the mean over all processes: of a mean over local rows, the mean over the global batch."""
+        return self.accelerator.reduce(values, "mean")
 
     def _forwarded(self, objective: methods.Objective) -> Iterator[Tensor]:
         """Yield images as this epoch's steps forwarded them, for the batch-norm statistics of averaged weights."""
@@ -417,7 +430,7 @@ class _Loop:
     def _take(self, pending: list[torch.Tensor]) -> None:
         """Move losses from the device to the record, and stop at the first that is not finite."""
         at = self.position
-        values = torch.stack(pending).tolist()
+        values = self._mean(torch.stack(pending)).tolist()
         for offset, value in enumerate(values):
             if not math.isfinite(value):
                 last = self.folder.checkpoint_path("last")
@@ -479,7 +492,7 @@ class _Loop:
             attacks = {attack.name: attack.correct for attack in measured.attacks}
             standing.update(fgsm=attacks["fgsm-recovered"], pgd=attacks["pgd-10-recovered"])
         shares = {name: float(flags.float().mean()) for name, flags in standing.items()}
-        # Batch-norm statistics differ between processes, and all must take the same network for the best one.
+        # All must take the same network for the best one, whatever their devices round differently.
         return broadcast_object_list([shares])[0]
 
     def _watch(self, row: dict[str, Any]) -> None:
@@ -511,19 +524,15 @@ class _Loop:
         """Return everything that the rest of the run depends on: tensors by name, and the rest for JSON."""
         from accelerate.utils import gather_object
 
-        rank = self.accelerator.process_index
         moments, rest = checkpoint.split_optimizer(self.optimizer.optimizer)
-        # Batch-norm statistics are each process's own, and its next attack depends on them.
-        buffers = {name: buffer.cpu() for name, buffer in self.model.named_buffers()} if rank else {}
-        everyones = gather_object([(*checkpoint.random_state(), buffers)])
+        everyones = gather_object([checkpoint.random_state()])
         # "model" is always what is deployed; where that is an average, "raw" is what training goes on from.
         tensors = {
             **checkpoint.named("model", self.deployed.state_dict()),
             **checkpoint.named("optimizer", moments),
         }
-        for rank, (generators, _, statistics) in enumerate(everyones):
+        for rank, (generators, _) in enumerate(everyones):
             tensors.update(checkpoint.named(f"random.{rank}", generators))
-            tensors.update(checkpoint.named(f"buffers.{rank}", statistics))
         if self.deployed is not self.model:
             tensors.update(checkpoint.named("raw", self.model.state_dict()))
         return tensors, {
@@ -531,7 +540,7 @@ class _Loop:
             "position": asdict(self.position),
             "optimizer": rest,
             "averaged": int(self.average.updates) if self.average is not None else 0,
-            "random": [others for _, others, _ in everyones],
+            "random": [others for _, others in everyones],
             "spent": self.meter.read(),
         }
 
