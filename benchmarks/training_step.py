@@ -318,16 +318,16 @@ def forward_flops(model: str) -> int:
 def strength(run: Path, samples: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Attack one network by each way of training to attack, and judge the images by the network itself in float32.
 
-    The networks' images and labels are the run's test images; the objective is the cross-entropy of the recovered
-    classes.
+    The images are the run's test images; the network is the one that is deployed, and the objective the cross-entropy
+    of its C logits.
     """
     from ducat.data import load_test
-    from ducat.runs import RunFolder
+    from ducat.runs import RunFolder, load
 
     folder = RunFolder.open(run)
     config = folder.config
     threat = config.threat.build(None)
-    network = folder.load("last")
+    network = load(run, "last")
     x, y = load_test(config.data.name, samples, config.data.root)
     folded = fold_batch_norm(network, x[:2])
     ways: dict[str, tuple[nn.Module, bool, str]] = {
