@@ -36,7 +36,7 @@ def measure(run: Path, samples: int | None, seeds: list[int], which: str) -> Non
         with torch.no_grad():
             standing = int(((model(found).argmax(1) == y) | ~threat.allows(found, x)).sum())
         share = f"{seconds / (reference or seconds):.2f}"
-        print(f"| {run.name} | {len(y)} | {name} | {seed} | {standing} | {seconds:.0f} | {share} |", flush=True)
+        print(f"| {run.name} | {len(y)} | {name} | {seed} | {standing} | {seconds:.1f} | {share} |", flush=True)
         return seconds
 
     def noise(seed: int) -> torch.Generator:

@@ -169,7 +169,8 @@ class _Search:
         """Learn from images that were found for these samples, of which one may occur more than once."""
         lead = self._lead(found, self.y[rows])
         order = lead.amax(1).argsort(stable=True)
-        place = torch.full_like(self.y, -1).scatter_reduce(0, rows[order], torch.arange(len(rows)).to(rows), "amax")
+        ranks = torch.arange(len(rows), device=rows.device)
+        place = torch.full_like(self.y, -1).scatter_reduce(0, rows[order], ranks, "amax")
         best = order[place.clamp_min(0)]  # the nearest of each sample's images, where it has any
         closer = (place >= 0) & (lead[best].amax(1) > self.margin)
         self.adversarial[closer] = found[best[closer]]
