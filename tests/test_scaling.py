@@ -151,13 +151,20 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
     assert_close(whole, RunFolder(tmp_path / "run"))
 
 
-def test_the_command_of_the_documentation_trains_in_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"],
+        ["torch.distributed.run", "--nproc-per-node", "2"],
+    ],
+    ids=["accelerate launch", "torchrun"],
+)
+def test_the_commands_of_the_documentation_train_in_two_processes(launcher: list[str], tmp_path: Path) -> None:
     # Without a word on the device: it is for the run to see that there are no GPUs.
     config = variant("run", threat=L2, train={"device": "auto" if not torch.accelerator.is_available() else "cpu"})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
-    command = ["launch", "--multi_gpu", "--num_processes", "2", "-m", "ducat", "train", "--config", "config.yaml"]
-    done = subprocess.run([*accelerate, *command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", *launcher, "-m", "ducat", "train", "--config", "config.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Next: ducat evaluate") == 1
     two = RunFolder(tmp_path / "runs" / "run")
