@@ -1,4 +1,7 @@
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,5 +64,26 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Config("tiny", DataConfig("digits", 400), dummy=DummyConfig("recovery-aware", 1), train=settings)
     folder = train.train(config, tmp_path_factory.mktemp("tiny"))
     evaluate_run(folder, "quick", samples=50, which="best")
-    behaviour.measure_run(folder, "best")
+    behaviour.measure_run(folder)
     return folder.path
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium that fetches nothing of its own, and keeps what pages log."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (
+        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-dev-shm-usage"),
+        *("disable-background-networking", "disable-component-update", "disable-sync"),
+        f"user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield window
+    window.quit()

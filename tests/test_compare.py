@@ -21,6 +21,7 @@ def evaluation(clean: float = 0.9, blind: float = 0.7, robust: float = 0.6, **ot
     return {
         "schema": 1,
         "data": "digits",
+        "checkpoint": "best",
         "fingerprint": "f",
         "samples": 500,
         "seed": 0,
@@ -107,6 +108,7 @@ def test_what_was_not_measured_alike_is_not_put_into_one_table(what: str, differ
 
 NOTES: list[tuple[Run, str]] = [
     (run("b", data={"fingerprint": "sha256:2"}), "made with different training data: a / b"),
+    (run("b", measured=evaluation(checkpoint="last")), "made with different checkpoints: a / b"),
     (run("b", ducat="0.2.0"), "made with different code: a / b"),
     (run("b", git={"commit": "1", "changed": True}), "made with uncommitted changes to the code: b"),
     (run("b", status="interrupted"), "b is not finished: 0 of 130 epochs (interrupted)"),
@@ -158,6 +160,7 @@ def test_csv_has_a_line_for_each_run_with_how_it_was_measured(mixed: Comparison)
     assert [row["group"] for row in rows] == ["a_1|x%", "a_1|x%", "b"]
     assert [row["training_seed"] for row in rows] == ["0", "1", "0"]
     assert [row["suite"] for row in rows] == ["light", "light", "quick"]
+    assert {row["checkpoint"] for row in rows} == {"best"}
     assert float(rows[0]["robust"]) == 0.6
     assert (float(rows[0]["robust_low"]), float(rows[0]["eps"])) == (pytest.approx(0.55), 0.2)
 
@@ -205,6 +208,7 @@ def test_a_run_without_an_evaluation_is_told_with_what_to_do(make: Make, capsys:
 
 def test_a_damaged_evaluation_is_told(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     path = make("one", evaluation())
-    (path / "evaluation.json").write_text("{")
-    assert main(["compare", str(path)]) == 2
-    assert "evaluation.json is damaged" in capsys.readouterr().err
+    for content, told in (("{", "is damaged"), ("[]", "is not of"), ('{"schema": 2}', "is not of")):
+        (path / "evaluation.json").write_text(content)
+        assert main(["compare", str(path)]) == 2
+        assert f"evaluation.json {told}" in capsys.readouterr().err

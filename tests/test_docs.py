@@ -64,6 +64,8 @@ def commands(text: str) -> list[str]:
 
 def reduced(arguments: list[str]) -> list[str]:
     kept = list(arguments)
+    if "--resume" in kept:  # It takes the settings of the run.
+        return kept
     for option, value in REDUCTIONS.get(arguments[0], {}).items():
         if option in kept:
             kept[kept.index(option) + 1] = value
@@ -84,6 +86,21 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+# What the reader of a page has before its first command, made by Python.
+BEFORE = {
+    "README.md": """
+from ducat.cli import main
+assert main(["train", "--data.name", "digits", "--data.samples", "200", "--train.epochs", "1", "--name", "base"]) == 0
+""",
+    "data.md": """
+from pathlib import Path
+from PIL import Image
+for name in ("cats", "dogs"):
+    Path("photos/train", name).mkdir(parents=True)
+    for number in range(15):
+        Image.new("RGB", (8, 8), (number, 9 * number, 17 * number)).save(f"photos/train/{name}/{number}.png")
+""",
+}
 RUN = [page for page in PAGES if any(block.language for block in blocks(page))]
 
 
@@ -96,9 +113,7 @@ def test_what_a_page_tells_to_do_works(page: Path, workplace: Path, capsys: pyte
     ]
     if any(find_spec(module) is None for module in missing):
         pytest.skip(f"the extra {EXTRAS[missing[0]]} is not installed")
-    if page.name == "README.md":
-        # Its commands go on from a network that the reader has.
-        assert main(["train", *reduced(["train", "--data.name", "digits", "--name", "base"])[1:]]) == 0
+    exec(BEFORE.get(page.name, ""), {})
     namespace: dict[str, object] = {}
     for block in blocks(page):
         if block.language == "python":
@@ -116,10 +131,32 @@ def test_what_a_page_tells_to_do_works(page: Path, workplace: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_and_options_named_in_the_text_exist(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for command in re.findall(r"`ducat ([a-z]+)[ `]", text):
-        assert command in COMMANDS
+def test_every_block_says_its_language_and_so_is_run(page: Path) -> None:
+    fences = re.findall(r"^ *```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(fences[::2]) <= {"sh", "python"}
+    assert set(fences[1::2]) <= {""}
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, set[str]]:
+    """The options of each command."""
+    parsers = {name: command.parser([]) for name, command in COMMANDS.items()}
+    found = {
+        name: {text for action in parser._actions for text in action.option_strings} for name, parser in parsers.items()
+    }
+    return {name: {*texts, "--traceback"} for name, texts in found.items()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_named_in_the_text_exist(page: Path, options: dict[str, set[str]]) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for code in re.findall(r"`([^`]+)`", text):
+        if code.startswith("python "):
+            continue
+        command = re.match(r"ducat ([a-z-]+)", code)
+        assert command is None or command[1] in COMMANDS, code
+        known = options[command[1]] if command else set().union(*options.values())
+        assert set(re.findall(r"(?<!\S)--[a-z][\w.-]*", code)) <= known, code
 
 
 def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:

@@ -217,6 +217,13 @@ def test_a_run_evaluated_twice_gives_the_same_numbers(run: RunFolder) -> None:
     assert torch.equal(deployed(stored.adversarial).argmax(1) == y, stored.robust)
 
 
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_an_evaluation_says_which_checkpoint_it_is_of(run: RunFolder, which: str) -> None:
+    assert evaluate_run(run, "quick", samples=20, which=which)["checkpoint"] == which
+    assert Evaluation.load(run.path).checkpoint == which
+    assert json.loads(run.evaluation_path.read_text())["checkpoint"] == which
+
+
 def test_a_run_can_be_attacked_in_another_ball(run: RunFolder) -> None:
     measured = evaluate_run(run, "quick", samples=20, threat=ducat.ThreatModel("l2", 0.5))
     assert (measured["threat"]["norm"], measured["threat"]["eps"]) == ("l2", 0.5)

@@ -1,8 +1,6 @@
 import json
 import re
 import shlex
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -47,7 +45,9 @@ def evaluated(path: Path, config: Config, robust: float, warnings: list[str]) ->
             accuracies = {"clean": 0.5 + 0.1 * epoch, "blind": 0.4, "robust": 0.3}
             folder.append_metrics({"epoch": epoch, "loss": loss, "seconds": 2.0, **accuracies})
         evaluation = {
+            "schema": 1,
             "data": "Digits",
+            "checkpoint": "last",
             "fingerprint": "same",
             "samples": 40,
             "seed": 0,
@@ -68,7 +68,7 @@ def evaluated(path: Path, config: Config, robust: float, warnings: list[str]) ->
     seen = behaviour.measure(
         Half(), x, (x + 0.3 * torch.where(y == 0, -1, 1)[:, None, None, None]).clamp(0, 1), y, ("a<b", "b")
     )
-    return replace(Run.read(path), behaviour={"which": "best", **seen})
+    return replace(Run.read(path), behaviour=seen)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,8 @@ def test_the_page_says_what_is_known_of_each_run(parsed: Page) -> None:
         "attack succeeded",
         "prediction real dummy recovered",
         '"fingerprint": "f"',
-        "ducat evaluate runs/first-run-again --suite light --samples 40 --seed 0 --which best",
+        "ducat evaluate runs/first-run-again --suite light --samples 40 --seed 0 --which last",
+        "suite light, seed 0, checkpoint last",
         "ducat demo --seed 0",
     ):
         assert expected in text, expected
@@ -161,7 +162,7 @@ def test_a_run_that_was_only_evaluated_has_a_page_too(runs: list[Run], tmp_path:
     page(tmp_path / "bare.html", "Bare", compare([replace(runs[0], metrics=[], behaviour=None)]))
     html = Page((tmp_path / "bare.html").read_text())
     assert len(html.all("svg")) == 1, "the trade-off alone"
-    assert "--which best" in " ".join(html.text)
+    assert "--which last" in " ".join(html.text)
 
 
 def test_the_command_makes_the_same_settings(runs: list[Run]) -> None:
@@ -183,31 +184,6 @@ def test_an_evaluation_in_another_ball_is_made_again_in_that_ball(runs: list[Run
 def test_a_run_that_began_elsewhere_is_made_again_by_its_own_command(runs: list[Run]) -> None:
     manifest = {**runs[0].manifest, "initial": {"checkpoint": "x"}, "command": ["/usr/bin/ducat", "adapt", "a b.pt"]}
     assert reproduce(replace(runs[0], manifest=manifest))[0] == "ducat adapt 'a b.pt'"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("needs Debian's chromium and chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-background-networking",
-    ):
-        options.add_argument(f"--{flag}")
-    for flag in ("disable-component-update", "disable-sync"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield window
-    window.quit()
 
 
 @pytest.mark.browser

@@ -4,11 +4,11 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ CONFIG = Config(
         schedule="constant",
         validate_every=2,
         tracker="none",
-        checkpoint_minutes=1e-4,
+        checkpoint_minutes=1e-9,  # a checkpoint after every step, however fast the machine
     ),
 )
 STEPS = 3  # of an epoch
+PATIENCE = 300  # seconds for what takes three on an idle machine
 
 # Processes are forked from one that has done its imports, so that each starts at once.
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -51,14 +52,17 @@ class Run:
 
     Args:
         arguments: the command line.
-        before: Python to run first, for example to make a fault.
+        before: Python to run first, for example to make a fault; its `tell()` is what `told` waits for.
+        output: the file for what it prints; by default beside what the last argument names.
     """
 
-    def __init__(self, *arguments: object, before: str = "") -> None:
+    def __init__(self, *arguments: object, before: str = "", output: Path | None = None) -> None:
         line = [str(argument) for argument in arguments]
-        self.output = Path(line[-1]).parent / f"output-{time.monotonic_ns()}"
+        self.output = output or Path(line[-1]).parent / f"output-{time.monotonic_ns()}"
+        # Whoever started the tests in the background may have had SIGINT ignored.
         code = f"""
-import os, signal, sys, torch
+import os, signal, sys, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 os.dup2(os.open({str(self.output)!r}, os.O_CREAT | os.O_WRONLY), 2)
 os.dup2(2, 1)
@@ -66,18 +70,27 @@ os.dup2(2, 1)
 from ducat.cli import main
 sys.exit(main({line!r}))
 """
-        self.process = PROCESSES.Process(target=exec, args=(code, {}))
+        self.heard, said = PROCESSES.Pipe(duplex=False)
+        # A daemon: one that hangs does not keep pytest, which waits for all others, from its end.
+        self.process = PROCESSES.Process(target=exec, args=(code, {"tell": partial(said.send, None)}), daemon=True)
         self.process.start()
+        said.close()
+
+    def told(self) -> None:
+        """Wait until the process tells that it has come to the moment it was to tell of."""
+        assert self.heard.poll(PATIENCE), "the process hangs"
+        try:
+            self.heard.recv()
+        except EOFError:
+            pytest.fail(f"the process ended before its moment: {self.end()}")
 
     def end(self) -> tuple[int, str]:
         """Wait for it; return its exit code, negative for a signal, and what it printed."""
-        self.process.join(120)
-        assert self.process.exitcode is not None, "the process hangs"
+        self.process.join(PATIENCE)
+        if self.process.exitcode is None:
+            self.process.kill()
+            pytest.fail(f"the process hangs; it printed: {self.output.read_text()}")
         return self.process.exitcode, self.output.read_text()
-
-    def kill(self, signum: int) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, signum)
 
 
 def start(folder: Path, config: Config = CONFIG, before: str = "") -> Run:
@@ -117,20 +130,35 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
     return outcome(folder / "run")
 
 
+def tell_at_step(number: int) -> str:
+    """Let a process tell when it comes to a step, counted from where it starts, and never end the step after it."""
+    return f"""
+step, done = torch.optim.SGD.step, []
+def telling(self, *arguments, **options):
+    if len(done) == {number}:
+        tell()
+    elif len(done) > {number}:
+        time.sleep({2 * PATIENCE})
+    done.append(step(self, *arguments, **options))
+torch.optim.SGD.step = telling
+"""
+
+
 def test_a_run_killed_at_random_moments_ends_as_an_unbroken_one(tmp_path: Path, unbroken: Any) -> None:
-    moments = random.Random(6)
-    path, kills = tmp_path / "run", 0
-    run = start(tmp_path)
-    while True:
-        if kills < 4:
-            time.sleep(moments.uniform(0.2, 0.8))
-            run.kill(signal.SIGKILL)
-        code, output = run.end()
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL, output
-        kills += 1
-        run = Run("train", "--resume", path) if path.exists() else start(tmp_path)
+    # Each process waits for its kill before it ends a second step, so none can end first. What the kill falls into is
+    # chance: a step, the checkpoint after it, the validation of an epoch, the next attack.
+    moments, path = random.Random(6), tmp_path / "run"
+    run = start(tmp_path, before=f"tell()\n{tell_at_step(1)}")
+    for kill in range(6):
+        run.told()
+        time.sleep(moments.uniform(0, 0.08))
+        run.process.kill()
+        assert run.end()[0] == -signal.SIGKILL
+        before = tell_at_step(kill % 2) if kill < 5 else ""
+        run = Run("train", "--resume", path, before=before) if path.exists() else start(tmp_path, before=before)
+    code, output = run.end()
+    assert code == 0, output
+    assert len(RunFolder(path).manifest["resumed"]) >= 5
     assert_same(path, unbroken)
     assert not list(path.rglob("*.tmp"))
 
@@ -252,17 +280,23 @@ def test_a_second_signal_quits_at_once(tmp_path: Path, signum: signal.Signals, c
 
 
 def together(*arguments: object, before: str = "") -> list[tuple[int, str]]:
-    """Run a command in two processes that train together, as `accelerate launch` starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Run a command in two processes that train together, as `accelerate launch` starts them.
+
+    They meet at a file: a port that is free now may be another's when they come to it, and then one waits for ever.
+    """
+    meeting = Path(str(arguments[-1])).parent / f"meeting-{time.monotonic_ns()}"
     ranks = []
-    for rank in "01":
+    for rank in range(2):
         launched = {
-            **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            **{"ACCELERATE_USE_CPU": "true"},
         }
-        ranks.append(Run(*arguments, before=f"os.environ.update({launched})\n{before}"))
+        joining = f"""
+os.environ.update({launched})
+torch.distributed.init_process_group("gloo", init_method="file://{meeting}", rank={rank}, world_size=2)
+{before}
+"""
+        ranks.append(Run(*arguments, before=joining))
     return [rank.end() for rank in ranks]
 
 
@@ -420,6 +454,23 @@ def test_a_disk_that_is_full_is_told_and_the_run_goes_on_when_there_is_room(smal
     assert f"the checkpoint before it is whole: ducat train --resume {path}" in output
     assert output.count("\n") == 1
     os.system(f"mount -o remount,size=8m {small_disk}")
+    code, output = Run("train", "--resume", path).end()
+    assert code == 0, output
+    assert_same(path, unbroken)
+
+
+def test_a_disk_that_has_become_read_only_is_told_and_the_run_goes_on_when_it_is_not(
+    small_disk: Path, tmp_path: Path, unbroken: Any
+) -> None:
+    path = small_disk / "run"
+    os.system(f"mount -o remount,size=8m {small_disk}")
+    assert start(small_disk, before=signal_at("step", signal.SIGTERM)).end()[0] == 128 + signal.SIGTERM
+    os.system(f"mount -o remount,ro {small_disk}")
+    code, output = Run("train", "--resume", path, output=tmp_path / "output").end()
+    assert code == 2, output
+    assert "Read-only file system" in output
+    assert output.count("\n") == 1
+    os.system(f"mount -o remount,rw {small_disk}")
     code, output = Run("train", "--resume", path).end()
     assert code == 0, output
     assert_same(path, unbroken)

@@ -94,6 +94,12 @@ def test_the_commit_is_that_of_this_code_or_none(tmp_path: Path, monkeypatch: py
     assert environment()["git"] == {"commit": found["commit"], "changed": True}
 
 
+def test_a_damaged_manifest_is_named(folder: RunFolder) -> None:
+    (folder.path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        folder.manifest  # noqa: B018
+
+
 def test_a_folder_that_is_no_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a run folder"):
         RunFolder.open(tmp_path)

@@ -114,13 +114,13 @@ class Transfer:
 
 
 def transfer(
-    runs: Sequence[Path], which: Which = "best", progress: Callable[[str], None] = lambda target: None
+    runs: Sequence[Path], which: Which | None = None, progress: Callable[[str], None] = lambda target: None
 ) -> Transfer:
     """Show every evaluated run the adversarial images of every other.
 
     Args:
         runs: run folders, each evaluated on the same samples in the same ball.
-        which: the checkpoint of the runs; it must be the one that was evaluated.
+        which: the checkpoint of the runs, which must be the one that was evaluated; None is that one.
         progress: told of each target as its turn comes.
 
     Raises:
@@ -131,12 +131,13 @@ def transfer(
     cells = torch.full((3, len(runs), len(runs)), torch.nan)
     for column, (path, target) in enumerate(zip(runs, evaluations.values(), strict=True)):
         progress(path.name)
-        model = _deployed(path, which)
+        shown = which or target.checkpoint or "best"
+        model = _deployed(path, shown)
         for row, source in enumerate(evaluations.values()):
             fooled = _predict(model, source.adversarial) != source.labels
             # Another device may round a few samples to the other side.
             if row == column and float((fooled == target.robust).float().mean()) > 0.01:
-                raise ValueError(f"{path}: its {which} checkpoint is not the one that was evaluated: evaluate it again")
+                raise ValueError(f"{path}: its {shown} checkpoint is not the one that was evaluated: evaluate it again")
             groups = torch.ones_like(source.clean), source.clean & ~source.robust, source.robust
             for layer, group in enumerate(groups):
                 counted = target.clean & group
@@ -219,7 +220,7 @@ def _evaluations(runs: Sequence[Path]) -> dict[str, Evaluation]:
         if setting != settings[0]:
             raise ValueError(
                 f"{run} was not evaluated on the same samples in the same ball as {runs[0]}: "
-                "evaluate both with the same --samples and --threat"
+                "evaluate both with the same --samples, --norm and --eps"
             )
     names = [run.name for run in runs]
     repeated = len(set(names)) < len(names)

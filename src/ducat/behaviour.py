@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ducat import checkpoint
-from ducat.runs import RunFolder, Which
+from ducat import checkpoint, data
+from ducat.evaluate import Evaluation
+from ducat.runs import RunFolder
 
 Images = Float[Tensor, "samples channels height width"]
 Labels = Int[Tensor, " samples"]
@@ -123,9 +124,9 @@ def _examples(
                 "withstood": bool(withstood[index]),
                 "magnified": round(factor, 1),
                 "images": {
-                    "benign": _png(x[index]),
-                    "perturbation": _png(0.5 + factor * change),
-                    "adversarial": _png(adversarial[index]),
+                    "benign": png(x[index]),
+                    "perturbation": png(0.5 + factor * change),
+                    "adversarial": png(adversarial[index]),
                 },
                 "benign": _predictions(benign[index], classes),
                 "adversarial": _predictions(attacks[index], classes),
@@ -159,7 +160,7 @@ def _predictions(p: Tensor, classes: Sequence[str]) -> dict[str, list[Any]]:
     return predictions
 
 
-def _png(image: Float[Tensor, "channels height width"]) -> str:
+def png(image: Float[Tensor, "channels height width"]) -> str:
     """Return an image in [0, 1] as a PNG file in a data URI; 8 bits are enough to look at."""
     from PIL import Image
 
@@ -169,27 +170,22 @@ def _png(image: Float[Tensor, "channels height width"]) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def measure_run(folder: RunFolder, which: Which = "best") -> dict[str, Any]:
+def measure_run(folder: RunFolder) -> dict[str, Any]:
     """Measure a run on the images of its latest evaluation, write behaviour.json, and return what was written.
 
     Args:
-        folder: the run, evaluated by `evaluate_run`.
-        which: the checkpoint that was evaluated.
+        folder: the run, evaluated by `evaluate_run`; the checkpoint is the one that was evaluated.
 
     Raises:
         FileNotFoundError: if there is no evaluation, no such checkpoint, or the data are gone.
     """
-    from ducat import data
-    from ducat.evaluate import Evaluation
-
     evaluation, settings = Evaluation.load(folder.path), folder.config.data
     x, y = data.load_test(settings.name, len(evaluation.labels), settings.root)
     classes = data.load(settings.name, root=settings.root).classes
     content = {
         "schema": 1,
         "evaluation": _digest(folder.evaluation_path),
-        "which": which,
-        **measure(folder.load(which), x, evaluation.adversarial, y, classes),
+        **measure(folder.load(evaluation.checkpoint or "best"), x, evaluation.adversarial, y, classes),
     }
     checkpoint.write_text(_path(folder), json.dumps(content, indent=1) + "\n")
     return content

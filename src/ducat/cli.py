@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -31,10 +32,17 @@ from ducat.train import Interrupted
 BAD_INPUT = 2
 # What a user can cause; anything else is a defect of ours and shows its traceback.
 USER_ERRORS = (ArgumentError, ValueError, OSError, FloatingPointError)
+# What the parser of arguments says, and how to say it to those who do not know Python's types.
+ARGUMENT_ERRORS = {
+    r"Does not validate against any of the Union subtypes.*?(Expected an? .*?)\n.*Given value: ": r"\1. Got value: ",
+    r"Expected an? <class '(\w+)'>": r"expected \1",
+    r"Expected a typing\.Literal\[([^\]]+)\]": r"choose from \1",
+}
 
 Suite = Literal["quick", "light", "standard", "full"]
 NORMALIZATION = "of a checkpoint: whether its network takes images normalised by the data's mean and deviation"
 EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
+EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption the best"
 Format = Literal["onnx", "safetensors", "torch-export", "hub", "robustbench"]
 
 
@@ -166,7 +174,11 @@ def _adapt_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 
 def _run_data(arguments: Namespace, console: Console) -> None:
+    if arguments.action != "prepare" and (arguments["from"] or arguments.size):
+        raise ValueError(f"ducat data {arguments.action}: --from and --size are for prepare")
     if arguments.action == "list":
+        if arguments.name is not None:
+            raise ValueError(f"ducat data list: it lists all data sets; `ducat data verify {arguments.name}` shows one")
         statuses = data.list_datasets(arguments.root)
     elif arguments.name is None:
         raise ValueError(f"ducat data {arguments.action}: name a data set; `ducat data list` shows them")
@@ -218,7 +230,7 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
         )
     if arguments.json is not None:
         checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
-    behaviour.measure_run(folder, arguments.which)
+    behaviour.measure_run(folder)
     comparison = comparing.compare([Run.read(folder.path)])
     page = folder.path / "report.html"
     report.page(page, folder.name, comparison)
@@ -436,7 +448,7 @@ STUDIES: dict[str, Study] = {
     ),
     "corruption": Study(
         lambda given, progress: analysis.corruption(
-            _only(given.runs), samples=given.samples, which=given.which, progress=progress
+            _only(given.runs), samples=given.samples, which=given.which or "best", progress=progress
         ),
         _corruption_table,
         plots.corruption,
@@ -449,7 +461,7 @@ def _analyze_parser(arguments: Sequence[str]) -> ArgumentParser:
     studies = Literal["always-failed", "transfer", "corruption"]
     parser.add_argument("study", type=studies, help="always-failed, transfer or corruption")
     parser.add_argument("runs", type=Path, nargs="+", help="evaluated run folders; one for corruption")
-    parser.add_argument("--which", type=Which, default="best", help="checkpoint that was evaluated: best or last")
+    parser.add_argument("--which", type=Which | None, help=EVALUATED)
     parser.add_argument("--samples", type=int | None, help="for corruption: images of each; default: all")
     parser.add_argument("--json", type=Path | None, help="also write the numbers to this new file")
     parser.add_argument("--figure", type=Path | None, help="also draw them into this new .svg or .png file")
@@ -519,7 +531,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if traceback:
             raise
-        _complain(str(error))
+        _complain(_told(error))
         return BAD_INPUT
     return 0
 
@@ -538,6 +550,18 @@ def _find(name: str) -> Command:
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
         raise ValueError(f"command {name!r} is unknown: {hint}")
     return COMMANDS[name]
+
+
+def _told(error: BaseException) -> str:
+    """Return an error's message in the words of the command line, without those of Python."""
+    message = str(error)
+    if isinstance(error, OSError):
+        message = re.sub(r"^\[Errno \d+\] ", "", message)
+    if isinstance(error, ArgumentError):
+        message = re.sub(r'^Parser key "([^"]+)"', r"\1", message)
+        for pattern, plain in ARGUMENT_ERRORS.items():
+            message = re.sub(pattern, plain, message, flags=re.DOTALL)
+    return message
 
 
 def _complain(message: str) -> None:

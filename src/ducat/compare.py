@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ducat import behaviour
+from ducat.evaluate import SCHEMA, Evaluation
+from ducat.evaluate import compare as compare_samples
 from ducat.runs import RunFolder
 
 QUANTITIES = ("clean", "blind", "robust", "sink gap")
@@ -60,6 +62,10 @@ class Run:
             seen = behaviour.read(folder)
         except ValueError as error:
             raise ValueError(f"{folder.evaluation_path} is damaged: run `ducat evaluate {path}` again") from error
+        if not isinstance(evaluation, dict) or evaluation.get("schema") != SCHEMA:
+            raise ValueError(
+                f"{folder.evaluation_path} is not of this version's schema: run `ducat evaluate {path}` again"
+            )
         settings = folder.config.flat()
         return cls(name or folder.name, path, settings, folder.manifest, folder.metrics, evaluation, seen)
 
@@ -217,9 +223,6 @@ def _identity(run: Run) -> str:
 
 
 def _pairs(runs: Sequence[Run]) -> list[Pair]:
-    from ducat.evaluate import Evaluation
-    from ducat.evaluate import compare as compare_samples
-
     measured = {}
     for run in runs:
         try:
@@ -242,7 +245,7 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     trained: dict[str, Callable[[Run], Any]] = {
         "training data": lambda run: run.manifest.get("data", {}).get("fingerprint"),
         "code": lambda run: json.dumps([run.manifest.get("ducat"), run.manifest.get("git")]),
-        "checkpoints": lambda run: run.behaviour["which"] if run.behaviour else None,
+        "checkpoints": lambda run: run.evaluation.get("checkpoint"),
     }
     for what, key in trained.items():
         if len(kinds := _partition(runs, key)) > 1:
@@ -365,7 +368,8 @@ def to_csv(comparison: Comparison) -> str:
                 evaluation = run.evaluation
                 row: dict[str, Any] = {"run": run.name, "group": group.name, "training_seed": run.seed}
                 row |= {name: evaluation[name] for name in ("data", "samples", "suite", "seed")}
-                row |= {"fingerprint": evaluation.get("fingerprint", ""), **_ball(evaluation)}
+                row |= {name: evaluation.get(name, "") for name in ("checkpoint", "fingerprint")}
+                row |= _ball(evaluation)
                 for quantity in QUANTITIES[:-1]:
                     low, high = run.ci95(quantity)
                     row |= {quantity: run.share(quantity), f"{quantity}_low": low, f"{quantity}_high": high}

@@ -99,7 +99,7 @@ def run(
         demo.evaluations[title] = evaluate_run(
             made, "light", which="last", seed=seed, progress=attacks(title) if attacks else None
         )
-        behaviour.measure_run(made, "last")
+        behaviour.measure_run(made)
         demo.paths[title] = made.path
     comparison = demo.comparison
     plots.save(plots.trade_off(report.points(comparison.sections[0])), folder / "trade-off.svg")

@@ -82,6 +82,7 @@ class Evaluation:
         unrepeatable: samples that an attack broke and whose saved image did not when it was looked at once more.
         audit: further measurements for the warnings, where the suite asks for them.
         warnings: what a reader must know before quoting a number.
+        checkpoint: which checkpoint of a run was measured, "best" or "last"; None for a network from elsewhere.
     """
 
     data: str
@@ -98,6 +99,7 @@ class Evaluation:
     unrepeatable: int = 0
     audit: Audit | None = None
     warnings: Sequence[str] = ()
+    checkpoint: str | None = None
 
     @property
     def blind(self) -> Flags:
@@ -116,6 +118,7 @@ class Evaluation:
         return {
             "schema": SCHEMA,
             "data": self.data,
+            "checkpoint": self.checkpoint,
             "samples": len(self.clean),
             "fingerprint": self.fingerprint,
             "seed": self.seed,
@@ -186,6 +189,7 @@ class Evaluation:
             threat=ThreatModel(**content["threat"]),
             attacks=rows,
             audit=Audit.from_dict(measured) if measured else None,
+            checkpoint=content.get("checkpoint"),  # evaluations of earlier versions do not say
         )
 
 
@@ -565,6 +569,7 @@ def evaluate_run(
         threat or config.threat.build(None),
         folder.evaluation_path,
         device,
+        which,
         suite=suite,
         num_classes=_num_classes(model),
         seed=seed,
@@ -618,6 +623,7 @@ def evaluate_checkpoint(
         config.threat.build(None),
         path,
         device,
+        None,
         suite=suite,
         num_classes=classes,
         seed=seed,
@@ -628,7 +634,13 @@ def evaluate_checkpoint(
 
 
 def _evaluate_and_save(
-    model: nn.Module, test: tuple[Tensor, Tensor], threat: ThreatModel, path: Path | None, device: str, **settings: Any
+    model: nn.Module,
+    test: tuple[Tensor, Tensor],
+    threat: ThreatModel,
+    path: Path | None,
+    device: str,
+    which: Which | None,
+    **settings: Any,
 ) -> dict[str, Any]:
     from accelerate import PartialState
 
@@ -637,6 +649,7 @@ def _evaluate_and_save(
         raise ValueError("device=cuda: PyTorch finds no GPU here; choose cpu or auto")
     parts = path.with_suffix(".parts") if path is not None else None
     evaluation = evaluate(model.to(processes.device), *test, threat, parts=parts, **settings)
+    evaluation = replace(evaluation, checkpoint=which)
     processes.wait_for_everyone()
     if path is not None and parts is not None and processes.is_main_process:
         evaluation.save(path)

@@ -23,7 +23,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ducat import behaviour, checkpoint, data
+from ducat import checkpoint, data
 from ducat import compare as comparing
 from ducat.dummy import recover
 from ducat.models.architecture import Architecture
@@ -138,8 +138,8 @@ class Source:
             ValueError: if the checkpoint is damaged, or a detector is asked of a network without dummy classes.
         """
         folder = RunFolder.open(run)
-        network = folder.load(which)
-        architecture = Architecture(**checkpoint.read(folder.checkpoint_path(which))[1]["model"])
+        tensors, state = folder.read(which)
+        architecture = Architecture(**state["model"])
         settings = folder.config.data
         try:
             dataset = data.load(settings.name, root=settings.root)
@@ -152,7 +152,7 @@ class Source:
             images, name = torch.rand(shape, generator=torch.Generator().manual_seed(0)), "random images"
             classes = tuple(map(str, range(architecture.num_classes)))
         classifier = Classifier(architecture, classes, detector)
-        classifier.model.load_state_dict(network.state_dict())
+        classifier.model.load_state_dict(checkpoint.part("model", tensors))
         return cls(folder, which, classifier.eval(), _evaluated(folder, which), images, name)
 
     @property
@@ -215,10 +215,9 @@ def load(path: Path | str) -> Classifier:
 def _evaluated(folder: RunFolder, which: Which) -> comparing.Run | None:
     if not folder.evaluation_path.is_file():
         return None
+    evaluated = comparing.Run.read(folder.path)
     # Numbers of another checkpoint say nothing of this one.
-    seen = behaviour.read(folder)
-    measured = seen["which"] if seen else "best"
-    return comparing.Run.read(folder.path) if measured == which else None
+    return evaluated if evaluated.evaluation.get("checkpoint") == which else None
 
 
 @contextmanager

@@ -110,9 +110,8 @@ def reproduce(run: Run) -> list[str]:
         train = shlex.join(["ducat", "train", *_flags(run.settings), "--name", name])
         target = Path("runs") / name
     evaluation = run.evaluation
-    which = run.behaviour["which"] if run.behaviour else "best"
-    options = {"suite": evaluation["suite"], "samples": evaluation["samples"], "seed": evaluation["seed"]}
-    options["which"] = which
+    options = {name: evaluation[name] for name in ("suite", "samples", "seed")}
+    options["which"] = evaluation.get("checkpoint") or "best"
     ball = evaluation["threat"]
     if (ball["norm"], ball["eps"]) != (run.settings["threat.norm"], run.settings["threat.eps"]):
         options |= {"norm": ball["norm"], "eps": ball["eps"]}

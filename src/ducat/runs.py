@@ -100,7 +100,11 @@ class RunFolder:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        return json.loads((self.path / "manifest.json").read_text())
+        path = self.path / "manifest.json"
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
     @property
     def checkpoints(self) -> list[str]:
@@ -197,10 +201,10 @@ class RunFolder:
         kept = [json.dumps(row) + "\n" for row in self.metrics if row["epoch"] < from_epoch]
         checkpoint.write_text(self.path / "metrics.jsonl", "".join(kept))
 
-    def load(self, which: Which = "best") -> nn.Module:
-        """Return the trained network as it is, with 2C outputs if it has dummy classes, in evaluation mode.
+    def read(self, which: Which = "best") -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors and the state of a checkpoint, as `checkpoint.read` does.
 
-        If the `last` checkpoint cannot be read, the one before it is taken, with a warning.
+        If the `last` one cannot be read, the one before it is taken, with a warning.
 
         Raises:
             FileNotFoundError: if the run has no such checkpoint.
@@ -212,15 +216,24 @@ class RunFolder:
         if which == "last":
             tensors, state, notice = checkpoint.read_or_previous(path)
             if notice is not None:
-                warnings.warn(notice, stacklevel=2)
-        elif not path.is_file():
+                warnings.warn(notice, stacklevel=3)
+            return tensors, state
+        if not path.is_file():
             why = "it is chosen by validation once dummy classes are in use, " if which == "best" else ""
             raise FileNotFoundError(
                 f"{self.path} has no checkpoint {which} ({why}status: {self.manifest['status']}): "
                 f"choose from {', '.join(self.checkpoints)}"
             )
-        else:
-            tensors, state = checkpoint.read(path)
+        return checkpoint.read(path)
+
+    def load(self, which: Which = "best") -> nn.Module:
+        """Return the trained network as it is, with 2C outputs if it has dummy classes, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: as `read`.
+            ValueError: as `read`.
+        """
+        tensors, state = self.read(which)
         with torch.random.fork_rng(devices=[]):
             model = Architecture(**state["model"]).build()
         model.load_state_dict(checkpoint.part("model", tensors))

@@ -4,7 +4,6 @@ The server listens on 127.0.0.1 alone. It reads no file that a request names and
 of a request, is decoded in memory, and goes.
 """
 
-import base64
 import io
 import socket
 import threading
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ducat.attacks.adaptive import SilentDummies
 from ducat.attacks.pgd import attackable
 from ducat.attacks.suites import SUITES
+from ducat.behaviour import png
 from ducat.dummy import recover
 from ducat.export import Source
 from ducat.runs import Which
@@ -78,7 +78,7 @@ class Playground:
             "dummies": source.classifier.architecture.dummy_classes,
             "attacks": list(ATTACKS),
             "classes": list(source.classifier.classes),
-            "examples": [_png(image) for image in source.images[:EXAMPLES]],
+            "examples": [png(image) for image in source.images[:EXAMPLES]],
             "examples_are": source.images_name,
             "limit": LARGEST_UPLOAD,
         }
@@ -110,7 +110,7 @@ class Playground:
         return {
             "benign": benign,
             "adversarial": attacked,
-            "perturbation": _png(shown[0]),
+            "perturbation": png(shown[0]),
             "distance": float(threat.distance(adversarial, x)),
             "fooled": attacked["class"] != benign["class"],
         }
@@ -144,22 +144,12 @@ class Playground:
         predicted = int(recover(logits).argmax(1))
         real, dummy = logits.softmax(1)[0].chunk(2)
         return {
-            "image": _png(x[0]),
+            "image": png(x[0]),
             "real": real.tolist(),
             "dummy": dummy.tolist(),
             "class": predicted,
             "label": self.source.classifier.classes[predicted],
         }
-
-
-def _png(image: Float[Tensor, "channels height width"]) -> str:
-    """Return an image in [0, 1] as a data URI of a PNG file, rounded to 8 bits."""
-    from PIL import Image as Pillow
-
-    pixels = image.mul(255).round().to(torch.uint8).permute(1, 2, 0).squeeze(2).numpy()
-    file = io.BytesIO()
-    Pillow.fromarray(pixels).save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def application(playground: Playground) -> "Starlette":
@@ -234,9 +224,11 @@ def serve(
 
     Raises:
         FileNotFoundError: if there is no such run or checkpoint.
-        ValueError: if the packages of the extra `serve` are not installed.
+        ValueError: if the packages of the extra `serve` are not installed, or there is no such port.
         OSError: if the port is taken.
     """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port={port} is outside [0, {2**16 - 1}]")
     missing = [module for module in ("starlette", "uvicorn") if find_spec(module) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} is not installed: pip install 'ducat[serve]'")

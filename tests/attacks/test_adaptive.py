@@ -1,11 +1,9 @@
-import sys
-
 import pytest
 import torch
 from torch import nn
 
 import ducat
-from ducat.attacks.adaptive import BUDGETS, Round, SilentDummies, with_dummy_classes
+from ducat.attacks.adaptive import BUDGETS, TARGETED, Round, SilentDummies, with_dummy_classes
 from ducat.attacks.objectives import OBJECTIVES
 
 THREATS = [ducat.ThreatModel("linf", 0.1), ducat.ThreatModel("l2", 0.7)]
@@ -19,7 +17,9 @@ def attack(
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_objective_of_a_budget_knows_recovery(budget: str) -> None:
-    assert all(OBJECTIVES[each.objective].knows_recovery for each in BUDGETS[budget])
+    plain = [each for each in BUDGETS[budget] if each.objective != TARGETED]
+    assert all(OBJECTIVES[each.objective].knows_recovery and not each.targets for each in plain)
+    assert all(each.targets for each in BUDGETS[budget] if each.objective == TARGETED)
     assert all(0 < each.share <= 1 for each in BUDGETS[budget])
 
 
@@ -88,24 +88,57 @@ def test_silent_dummies_change_neither_outputs_nor_gradients(dtype: torch.dtype,
     assert torch.allclose(gradient, z.float().softmax(1).to(dtype))
 
 
+class Classes(nn.Module):
+    """Brightness decides among four classes; it records the brightness of the images in every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[float]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        brightness = x.flatten(1).mean(1)
+        self.seen.append([round(value, 3) for value in brightness.tolist()])
+        return torch.stack([0.5 - brightness, brightness - 0.5, brightness - 0.65, brightness - 1.5], dim=1)
+
+
+def attack_darker_and_darker(monkeypatch: pytest.MonkeyPatch, *rounds: Round) -> list[list[float]]:
+    """Attack five images with a ball of 0: one is wrong already, none is broken, and the brightest are the closest."""
+    monkeypatch.setitem(BUDGETS, "standard", rounds)
+    x, model = torch.tensor([0.1, 0.3, 0.2, 0.6, 0.4]).view(5, 1, 1, 1), Classes()
+    attack(model, x, torch.zeros(5, dtype=torch.long), ducat.ThreatModel(eps=0.0))
+    return model.seen
+
+
 def test_later_rounds_attack_only_the_closest_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five images, darker and darker: with the ball of 0 none is broken, and the brightest are the closest."""
-    sizes: list[list[float]] = []
-
-    class Brightness(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            brightness = x.flatten(1).mean(1)
-            sizes.append([round(value, 3) for value in brightness.tolist()])
-            return torch.stack([0.5 - brightness, brightness - 0.5], dim=1)
-
     rounds = (Round("recovered-margin", 1), Round("weighted-pair", 1, share=0.4))
-    monkeypatch.setitem(sys.modules["ducat.attacks.adaptive"].BUDGETS, "standard", rounds)
-    x = torch.tensor([0.1, 0.3, 0.2, 0.6, 0.4]).view(5, 1, 1, 1)
-    attack(Brightness(), x, torch.zeros(5, dtype=torch.long), ducat.ThreatModel(eps=0.0))
-    attacked = [set(seen) for seen in sizes]
-    assert attacked[0] == {0.1, 0.3, 0.2, 0.6, 0.4}
-    assert attacked[1] == {0.1, 0.3, 0.2, 0.4}, "a sample that is wrong already is not attacked"
-    assert attacked[-1] == {0.4, 0.3}
+    seen = [set(brightness) for brightness in attack_darker_and_darker(monkeypatch, *rounds)]
+    assert seen[0] == {0.1, 0.3, 0.2, 0.6, 0.4}
+    assert seen[1] == {0.1, 0.3, 0.2, 0.4}, "a sample that is wrong already is not attacked"
+    assert seen[-1] == {0.4, 0.3}
+
+
+def test_a_targeted_round_attacks_the_closest_pairs_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = attack_darker_and_darker(monkeypatch, Round(TARGETED, 1, restarts=2, share=0.5, targets=2))
+    # The 4 closest of 8 pairs are 0.4 and 0.3, each with classes 1 and 2: 2 starts make 8 rows, 5 at a time.
+    batches = [brightness for brightness in seen[1:] if brightness]
+    assert {len(brightness) for brightness in batches} == {5, 3}
+    assert {each for brightness in batches for each in brightness} == {0.4, 0.3}
+
+
+def test_a_sample_broken_by_one_target_is_not_attacked_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUDGETS, "standard", (Round(TARGETED, 3, restarts=3, targets=3),))
+    x, model = torch.full((1, 1, 1, 1), 0.4), Classes()
+    found = attack(model, x, torch.zeros(1, dtype=torch.long), ducat.ThreatModel(eps=0.2))
+    assert model(found).argmax(1).item() == 1
+    assert len(model.seen) <= 1 + 1 + 4 + 1 + 1, "the benign image twice, one short attack, the found image"
+
+
+def test_the_image_that_came_closest_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order in which starts of one sample come back."""
+    monkeypatch.setitem(BUDGETS, "standard", (Round(TARGETED, 1, restarts=4, targets=3),))
+    x, model = torch.tensor([0.1, 0.2]).view(2, 1, 1, 1), Classes()
+    found = attack(model, x, torch.zeros(2, dtype=torch.long), ducat.ThreatModel(eps=0.1))
+    torch.testing.assert_close(found.flatten(), torch.tensor([0.2, 0.3]))
 
 
 def test_an_unknown_budget_is_named(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:

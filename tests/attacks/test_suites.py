@@ -1,3 +1,4 @@
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -9,16 +10,8 @@ from ducat.attacks.adaptive import SilentDummies
 from ducat.attacks.suites import SUITES, Attack
 
 ROWS = {attack.name: attack for suite in SUITES.values() for attack in suite.attacks}
-# How near an attack comes to the closed form, where that is not 1e-4 of eps: the turn of plain PGD towards the gradient
-# shrinks by a fixed factor with each step in l2, and the other two stop at a tolerance of their own.
-LOOSER = {
-    ("pgd-10", "l2"): 0.1,
-    ("pgd-20", "l2"): 5e-3,
-    ("pgd-20-targeted", "l2"): 5e-3,
-    ("ensemble-quick", "l2"): 5e-3,
-    ("cw", "l2"): 1e-2,
-    ("ddn", "l2"): 1e-2,
-}
+# Plain projected steps in l2 turn towards the gradient by a fixed factor each: so few do not get all the way.
+PROJECTED_STEPS = {"pgd-10": 10, "pgd-20": 20, "pgd-20-targeted": 20}
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -41,27 +34,71 @@ def test_the_suite_we_stand_by_has_autoattack_and_our_ensemble_on_both_sides() -
     assert names <= {attack.name for attack in SUITES["full"].attacks}
 
 
+def falls_short(attack: Attack, norm: str) -> bool:
+    return norm == "l2" and attack.strategy in PROJECTED_STEPS
+
+
 def rows() -> Iterator[object]:
     for attack in ROWS.values():
         for norm in attack.norms:
             # A random search does not get all the way to the one corner of the ball that counts.
-            if attack.strategy != "square-5000":
+            if attack.strategy != "square-5000" and not falls_short(attack, norm):
                 yield pytest.param(attack, norm, id=f"{attack.name}-{norm}")
+
+
+class Linear:
+    """A linear model of two classes and an image whose prediction flips at |margin| / ||w||, in the dual norm."""
+
+    def __init__(self, norm: str) -> None:
+        self.norm = norm
+        weight = torch.randn(9, generator=torch.Generator().manual_seed(0))
+        self.x, self.y, margin = torch.full((1, 1, 3, 3), 0.5), torch.tensor([0]), 0.8
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(9, 2)).eval().requires_grad_(False)
+        self.model[1].weight.copy_(torch.stack([-weight / 2, weight / 2]))
+        offset = (margin + weight.sum() / 2) / 2
+        self.model[1].bias.copy_(torch.stack([offset, -offset]))
+        self.length = float(weight.double().norm(p=1 if norm == "linf" else 2))
+        self.ascent = weight.double() / self.length  # in l2
+        self.flip = margin / self.length
+
+    def is_broken_by(self, attack: Attack, radius: float) -> bool:
+        assert radius < 0.5, "the ball must stay inside of [0, 1], or the closed form is another"
+        threat = ducat.ThreatModel(self.norm, radius)
+        found = attack.run(SilentDummies(self.model), self.x, self.y, threat, torch.Generator().manual_seed(1))
+        assert threat.allows(found, self.x).all()
+        return bool(self.model(found).argmax(1) != self.y)
 
 
 @pytest.mark.parametrize(("attack", "norm"), list(rows()))
 def test_each_attack_finds_the_worst_case_of_a_linear_model(attack: Attack, norm: str) -> None:
-    """The prediction of a two-class linear model flips at |margin| / ||w||, in the dual norm."""
-    torch_generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(9, generator=torch_generator)
-    x, y, margin = torch.full((1, 1, 3, 3), 0.5), torch.tensor([0]), 0.8
-    model = nn.Sequential(nn.Flatten(), nn.Linear(9, 2)).eval().requires_grad_(False)
-    model[1].weight.copy_(torch.stack([-weight / 2, weight / 2]))
-    offset = (margin + weight.sum() / 2) / 2
-    model[1].bias.copy_(torch.stack([offset, -offset]))
-    radius = margin / float(weight.double().norm(p=1 if norm == "linf" else 2))
-    assert radius < 0.5, "the ball must stay inside of [0, 1], or the closed form is another"
-    threat = ducat.ThreatModel(norm, radius * (1 + LOOSER.get((attack.strategy, norm), 1e-4)))
-    found = attack.run(SilentDummies(model), x, y, threat, torch_generator)
-    assert threat.allows(found, x).all()
-    assert model(found).argmax(1) != y
+    linear = Linear(norm)
+    assert linear.is_broken_by(attack, (1 + 1e-4) * linear.flip)
+
+
+@pytest.mark.parametrize(
+    "attack", [each for each in ROWS.values() if falls_short(each, "l2")], ids=lambda each: each.name
+)
+def test_projected_steps_get_as_far_as_their_closed_form_says(attack: Attack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In l2 only the part of the change along w and the length of the rest count, and both can be worked out."""
+    linear, starts = Linear("l2"), []
+    random_start = ducat.ThreatModel.random_start
+
+    def recorded(self: ducat.ThreatModel, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        start = random_start(self, x, generator)
+        starts.append((start - x).flatten().double() / self.radius)
+        return start
+
+    monkeypatch.setattr(ducat.ThreatModel, "random_start", recorded)
+    linear.is_broken_by(attack, linear.flip)
+    (start,) = starts
+    along = float(start @ linear.ascent)
+    across = float((start - along * linear.ascent).norm())
+    reached = along
+    for _ in range(PROJECTED_STEPS[attack.strategy]):
+        along += 1 / 4  # of the radius, the default step
+        length = max(1.0, math.hypot(along, across))
+        along, across = along / length, across / length
+        reached = max(reached, along)
+    radius = linear.flip / reached
+    assert linear.is_broken_by(attack, (1 + 1e-4) * radius)
+    assert not linear.is_broken_by(attack, (1 - 1e-4) * radius)

@@ -150,7 +150,11 @@ def _closest(
     threat: ThreatModel,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Return the closest image that the attack finds where it is in the ball, else the benign image."""
+    """Return the closest image that the attack finds, drawn into the ball, where it still fools the model there.
+
+    The search ends a little beyond the closest image. Where that is a little outside the ball, the way back to it
+    usually costs nothing.
+    """
     from foolbox import PyTorchModel
     from foolbox.criteria import Misclassification
 
@@ -160,9 +164,10 @@ def _closest(
         return x.clone()
     with _guarded(model, generator):
         classifier = PyTorchModel(model, bounds=(0, 1), device=x.device)
-        found = attack.run(classifier, x, Misclassification(y))
-    inside = threat.allows(found, x).view(-1, *[1] * (x.ndim - 1))
-    return torch.where(inside, found, x)
+        found = threat.project(attack.run(classifier, x, Misclassification(y)), x)
+        with torch.no_grad():
+            fooled = model(found).argmax(1) != y
+    return torch.where(fooled.view(-1, *[1] * (x.ndim - 1)), found, x)
 
 
 @contextmanager
