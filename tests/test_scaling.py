@@ -113,6 +113,9 @@ def assert_close(one: RunFolder, two: RunFolder) -> None:
     for name in first:
         torch.testing.assert_close(second[name], first[name], rtol=1e-5, atol=1e-5, msg=f"{name} differs")
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    # Each process attacks its share of the validation images, from other random starts.
+    assert two.metrics[-1]["clean"] == one.metrics[-1]["clean"]
+    assert two.metrics[-1]["robust"] == pytest.approx(one.metrics[-1]["robust"], abs=0.05)
 
 
 def losses(folder: RunFolder) -> list[float]:
