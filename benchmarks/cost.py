@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -51,7 +52,7 @@ def measure(model: str, batch_size: int, rounds: int, device: str) -> list[dict[
     for steps in STEPS:
         cases.append(("attack steps", str(steps), make(batch_size=batch_size, threat=replace(THREAT, steps=steps))))
     for _, _, step in cases:
-        step()
+        step.warm_up()
     times = [[seconds(step) for _, _, step in cases] for _ in range(rounds)]
     return [
         _row(varied, value, [row[place] for row in times], [row[0] for row in times], len(step.y))
@@ -116,9 +117,11 @@ def _process(pipe: Connection, rank: int, count: int, port: int, model: str, bat
     dist.destroy_process_group()
 
 
-def measure_processes(model: str, batch_size: int, rounds: int) -> list[dict[str, Any]]:
-    """Return a row for each number of processes on the CPU; the ratio is to one process."""
-    worlds = [World(count, model, batch_size) for count in PROCESSES]
+def measure_processes(
+    model: str, batch_size: int, rounds: int, counts: Sequence[int] = PROCESSES
+) -> list[dict[str, Any]]:
+    """Return a row for each number of processes on the CPU; the ratio is to the first number."""
+    worlds = [World(count, model, batch_size) for count in counts]
     for world in worlds:
         world()
     times = [[seconds(world) for world in worlds] for _ in range(rounds)]
@@ -126,7 +129,7 @@ def measure_processes(model: str, batch_size: int, rounds: int) -> list[dict[str
         world.end()
     return [
         _row("processes", str(count), [row[place] for row in times], [row[0] for row in times], batch_size)
-        for place, count in enumerate(PROCESSES)
+        for place, count in enumerate(counts)
     ]
 
 

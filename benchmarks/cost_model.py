@@ -103,7 +103,7 @@ def check(model: str, batch_size: int, rounds: int) -> list[dict[str, Any]]:
                     torch.cuda.synchronize()
 
         forward()
-        step()
+        step.warm_up()
         times = [(seconds(forward), seconds(step)) for _ in range(rounds)]
         unit, measured = (median(column) for column in zip(*times, strict=True))
         count = per_image(step.objective, step.threat)

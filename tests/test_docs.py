@@ -32,6 +32,8 @@ REDUCTIONS: dict[str, dict[str, str]] = {
 ELSEWHERE = {
     "python3 -m venv": "CI installs in fresh environments and runs the commands after it",
     ".venv/bin/": "CI installs in fresh environments and runs the commands after it",
+    "accelerate launch": "starts processes: tests/test_scaling.py trains in two",
+    "torchrun": "starts processes: tests/test_scaling.py trains in two",
     "ducat serve": "runs until it is stopped: tests/test_serve.py serves a run, and clicks through the page",
 }
 # Too large for a test, or to be downloaded: tests/data prepares them from archives of their layout.

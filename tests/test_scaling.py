@@ -113,6 +113,9 @@ def assert_close(one: RunFolder, two: RunFolder) -> None:
     for name in first:
         torch.testing.assert_close(second[name], first[name], rtol=1e-5, atol=1e-5, msg=f"{name} differs")
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    # Each process attacks its share of the validation images, from other random starts.
+    assert two.metrics[-1]["clean"] == one.metrics[-1]["clean"]
+    assert two.metrics[-1]["robust"] == pytest.approx(one.metrics[-1]["robust"], abs=0.05)
 
 
 def losses(folder: RunFolder) -> list[float]:
@@ -151,13 +154,20 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
     assert_close(whole, RunFolder(tmp_path / "run"))
 
 
-def test_the_command_of_the_documentation_trains_in_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"],
+        ["torch.distributed.run", "--nproc-per-node", "2"],
+    ],
+    ids=["accelerate launch", "torchrun"],
+)
+def test_the_commands_of_the_documentation_train_in_two_processes(launcher: list[str], tmp_path: Path) -> None:
     # Without a word on the device: it is for the run to see that there are no GPUs.
     config = variant("run", threat=L2, train={"device": "auto" if not torch.accelerator.is_available() else "cpu"})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
-    command = ["launch", "--multi_gpu", "--num_processes", "2", "-m", "ducat", "train", "--config", "config.yaml"]
-    done = subprocess.run([*accelerate, *command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", *launcher, "-m", "ducat", "train", "--config", "config.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Next: ducat evaluate") == 1
     two = RunFolder(tmp_path / "runs" / "run")

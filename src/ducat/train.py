@@ -40,6 +40,7 @@ AUGMENTATIONS = {"base": data.Augmentation.base, "strong": data.Augmentation.str
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
 ECHO = 10.0  # seconds within which a launcher passes a signal on
 COLLAPSE = 0.05  # a smaller fall of PGD accuracy is noise of the validation split
+VALIDATION_CHUNK = 500  # samples that validation attacks at a time, at most
 BATCH_NORM_BATCHES = 20  # batches that the statistics of averaged weights are measured on
 
 
@@ -473,27 +474,32 @@ class _Loop:
         self.listener.epoch(row)
 
     def _validate(self) -> dict[str, float]:
-        from accelerate.utils import broadcast_object_list
-
-        split = self.dataset.validation.to(self.accelerator.device)
+        """Measure the deployed network on the validation split, of which each process attacks its share."""
+        split, processes = self.dataset.validation, self.accelerator.num_processes
+        mine = split.select(torch.arange(self.accelerator.process_index, len(split), processes))
+        mine = mine.to(self.accelerator.device)
+        # As many chunks in every process, since all agree on stopping before each.
+        share = -(-len(split) // processes)
+        chunk = -(-share // -(-share // VALIDATION_CHUNK))
         single_step = methods.ATTACKS[self.config.method.attack].single_step
         measured = evaluate(
             self.deployed,
-            split.floats(),
-            split.labels,
+            mine.floats(),
+            mine.labels,
             self.threat,
             "single-step" if single_step else "quick",
             num_classes=len(self.dataset.classes),
             seed=self.config.train.seed,
+            batch_size=chunk,
             progress=lambda attack: self._stop() if self._agreed(bool(self.received)) else None,
         )
         standing = {"clean": measured.clean, "blind": measured.blind, "robust": measured.robust}
         if single_step:
             attacks = {attack.name: attack.correct for attack in measured.attacks}
             standing.update(fgsm=attacks["fgsm-recovered"], pgd=attacks["pgd-10-recovered"])
-        shares = {name: float(flags.float().mean()) for name, flags in standing.items()}
-        # All must take the same network for the best one, whatever their devices round differently.
-        return broadcast_object_list([shares])[0]
+        counts = torch.stack([flags.sum() for flags in standing.values()]).to(self.accelerator.device)
+        everyones = self.accelerator.reduce(counts, "sum").tolist()
+        return {name: count / len(split) for name, count in zip(standing, everyones, strict=True)}
 
     def _watch(self, row: dict[str, Any]) -> None:
         """Mark a line of metrics that shows catastrophic overfitting, and warn at the first."""
