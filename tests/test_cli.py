@@ -78,6 +78,8 @@ def test_train_then_evaluate_twice_gives_the_same_numbers(capsys: pytest.Capture
         ("evaluate . --seed x", "seed: expected int. Got value: x"),
         ("evaluate . --samples 1.5", "samples: expected int. Got value: 1.5"),
         ("train --resume nowhere", "nowhere is not a run folder"),
+        ("evaluate . --json nowhere/x.json", "--json: the folder nowhere does not exist"),
+        ("train --name a/b", "name='a/b' is not the name of a folder"),
         ("evalute", "command 'evalute' is unknown: did you mean evaluate?"),
     ],
 )

@@ -334,6 +334,8 @@ def test_there_are_recipes() -> None:
         (lambda: TrainConfig(averaging_decay=1.0), r"train\.averaging_decay=1\.0 is outside \[0, 1\)"),
         (lambda: TrainConfig(awp=-1.0), r"train\.awp=-1\.0 must be at least 0"),
         (lambda: TrainConfig(epochs=9, awp_start_epoch=9), r"train\.awp_start_epoch=9 is not an epoch"),
+        (lambda: Config(name="../../etc/x"), r"name='\.\./\.\./etc/x' is not the name of a folder"),
+        (lambda: Config(name=".."), r"name='\.\.' is not the name of a folder"),
         (lambda: DummyConfig(pair_weight=-1), r"dummy\.pair_weight=-1 must be at least 0"),
         (
             lambda: Config(method=MethodConfig("mixed"), dummy=DummyConfig("published")),

@@ -209,11 +209,19 @@ def _data_parser(arguments: Sequence[str]) -> ArgumentParser:
     return parser
 
 
+def _check_new(**files: Path | None) -> None:
+    """Before hours of work: say of each file that is to be written, by the name of its option, whether it can be."""
+    for option, path in files.items():
+        if path is not None and path.exists():
+            raise FileExistsError(f"--{option}: {path} exists, and nothing is overwritten")
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"--{option}: the folder {path.parent} does not exist")
+
+
 def _run_evaluate(arguments: Namespace, console: Console) -> None:
     if (arguments.run is None) == (arguments.checkpoint is None):
         raise ValueError("ducat evaluate: give a run folder, or --checkpoint with a file of weights")
-    if arguments.json is not None and arguments.json.exists():
-        raise FileExistsError(f"--json: {arguments.json} exists, and nothing is overwritten")
+    _check_new(json=arguments.json)
     if arguments.checkpoint is not None:
         _evaluate_checkpoint(arguments, console)
         return
@@ -265,9 +273,7 @@ def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
 
 def _run_compare(arguments: Namespace, console: Console) -> None:
     files = {name: getattr(arguments, name) for name in (*comparing.FORMATS, "html")}
-    for option, path in files.items():
-        if path is not None and path.exists():
-            raise FileExistsError(f"--{option}: {path} exists, and nothing is overwritten")
+    _check_new(**files)
     comparison = comparing.compare([Run.read(path) for path in arguments.runs])
     print_comparison(console, comparison)
     for section in comparison.sections:
@@ -375,9 +381,7 @@ def _parser(prog: str) -> ArgumentParser:
 
 
 def _run_analyze(arguments: Namespace, console: Console) -> None:
-    for option, path in (("json", arguments.json), ("figure", arguments.figure)):
-        if path is not None and path.exists():
-            raise FileExistsError(f"--{option}: {path} exists, and nothing is overwritten")
+    _check_new(json=arguments.json, figure=arguments.figure)
     if arguments.figure is not None and arguments.figure.suffix not in (".svg", ".png"):
         raise ValueError(f"--figure: {arguments.figure} must end in .svg or .png")
     study = STUDIES[arguments.study]

@@ -237,6 +237,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        if self.name is not None and (self.name in ("", ".", "..") or Path(self.name).name != self.name):
+            raise ValueError(f"name={self.name!r} is not the name of a folder: the place is chosen by --runs")
         if self.method.name == "natural" and self.dummy.kind != "off":
             raise ValueError(
                 f"dummy.kind={self.dummy.kind} needs adversarial images, which method.name=natural has none of: "

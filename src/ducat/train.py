@@ -151,7 +151,10 @@ def resume(path: Path, listener: Listener | None = None) -> RunFolder:
     config = folder.config
     dataset = data.load(config.data.name, samples=config.data.samples, root=config.data.root)
     if dataset.fingerprint != folder.manifest["data"]["fingerprint"]:
-        raise ValueError(f"the data {config.data.name} are not those that {path} was trained on")
+        raise ValueError(
+            f"the data {config.data.name} are not those that {path} was trained on: prepare those again, or point "
+            "DUCAT_DATA at their folder"
+        )
     tensors, state, notice = checkpoint.read_or_previous(folder.checkpoint_path("last"))
     if notice is not None and listener is not None:
         listener.warning(notice)
@@ -204,7 +207,7 @@ class _Loop:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         views = methods.find(config.method.name).views
         if world_size > 1:
-            synchronize_batch_norm(self.model)  # after folding, which looks for PyTorch's own
+            synchronize_batch_norm(self.model)  # after folding, which compares outputs that need no other process
         self.draws = LocalRows(rank, world_size, views) if world_size > 1 else contextlib.nullcontext()
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.attacked: nn.Module = self.model if self.folded is None else self.folded

@@ -90,12 +90,12 @@ def fold_batch_norm(model: nn.Module, x: Float[Tensor, "batch channels height wi
         model: maps images to logits; it is left as it is.
         x: images to look with, at least one.
     """
-    if not any(type(module) is nn.BatchNorm2d for module in model.modules()):
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return None
     trial = deepcopy(model).eval().requires_grad_(False)
     random = torch.Generator().manual_seed(0)
     for module in trial.modules():
-        if type(module) is nn.BatchNorm2d and module.track_running_stats:
+        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
             for tensor, low, high in ((module.running_mean, -0.5, 0.5), (module.running_var, 0.5, 2.0)):
                 assert tensor is not None
                 tensor.copy_(torch.rand(tensor.shape, generator=random) * (high - low) + low)
@@ -126,7 +126,7 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, str]], Tensor]:
     handles = [
         module.register_forward_hook(look)
         for module in model.modules()
-        if type(module) is nn.Conv2d or (type(module) is nn.BatchNorm2d and module.track_running_stats)
+        if type(module) is nn.Conv2d or (isinstance(module, nn.BatchNorm2d) and module.track_running_stats)
     ]
     try:
         logits = model(x)
