@@ -277,3 +277,27 @@ def test_what_cannot_be_evaluated_is_named(
 def test_an_unknown_suite_is_named(templates: Templates) -> None:
     with pytest.raises(ValueError, match="suite 'fast' is unknown: choose from quick"):
         evaluate(templates, "fast")
+
+
+@pytest.mark.parametrize("how", ["max", "logsumexp"])
+def test_a_recovered_classifier_is_measured_with_its_own_recovery(how: str) -> None:
+    # Two dummies of equal strength outweigh a single stronger real class by their sum, not by the larger of them.
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(9, 4))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(4, 9, generator=generator))
+    network = ducat.add_dummy_classes(model, "random", generator=generator)
+    with torch.no_grad():
+        network[1].weight.mul_(3)
+    x = torch.rand(200, 1, 3, 3, generator=generator)
+    y = ducat.recover(network(x), how).argmax(1)
+    deployed = ducat.RecoveredClassifier(network, how)
+    other = ducat.RecoveredClassifier(network, "max" if how == "logsumexp" else "logsumexp")
+    assert (other(x).argmax(1) != y).any()
+    found = ducat.evaluate(deployed, x, y, ducat.ThreatModel(eps=0.05), "quick", num_classes=4)
+    assert found.clean.all()
+    assert torch.equal(found.robust, deployed(found.adversarial).argmax(1) == y)
+    assert 0.1 < found.robust.float().mean() < 0.9
+    assert found.attacks[-1].knows_recovery
+    assert found.attacks[-1].same_as is None, "the blind attacker sees the raw outputs, not the recovered ones"
+    assert not ducat.evaluate(other, x, y, ducat.ThreatModel(eps=0.05), "quick", num_classes=4).clean.all()

@@ -13,7 +13,13 @@ from benchmarks.cure.rows import ROWS
 from ducat import checkpoint, plots
 
 BASELINES = ("PGD-AT", "mixed", "TRADES")
-DRAWN = ("recovery-aware", "two-soft targets", "one head, two teachers", "two experts, split late")
+DRAWN = (
+    "recovery-aware",
+    "recovery-aware, by sum",
+    "two-soft targets",
+    "one head, two teachers",
+    "two experts, split late",
+)
 
 
 @dataclass(frozen=True)

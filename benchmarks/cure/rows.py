@@ -142,9 +142,15 @@ ROWS: dict[str, Row] = {
     "smooth-mixed-0.35": Row(
         "averaged baselines", "", {"method.name": "mixed", "method.weight": 0.35, "method.label_smoothing": 0.1}
     ),
-    "sum-0.35": Row(
-        "variants", "recovery by logsumexp instead of max: the same within noise", of="aware-0.35", deployed=BySum
-    ),
+    **{
+        f"sum-{share}": Row(
+            "recovery-aware, by sum",
+            "recovery by logsumexp instead of max: the same within noise",
+            of=f"aware-{share}",
+            deployed=BySum,
+        )
+        for share in (0.2, 0.35, 0.5)
+    },
     **{
         f"split-gate-{gate}-{sharpen}": Row(
             "two experts, calibrated",

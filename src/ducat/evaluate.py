@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ducat import checkpoint, losses, weights
-from ducat.attacks.adaptive import SilentDummies
+from ducat.attacks.adaptive import SilentDummies, with_dummy_classes
 from ducat.attacks.pgd import attackable
 from ducat.attacks.suites import SUITES, Attack, attack_name
 from ducat.audit import AUDITED, Audit, find_warnings, measure_signs
@@ -231,7 +231,8 @@ def evaluate(
     at the end, in float32, and decides whether the sample counts as robust.
 
     Args:
-        model: maps images in [0, 1] to 2C logits (a network with dummy classes) or to C logits, on any device.
+        model: maps images in [0, 1] to 2C logits (a network with dummy classes) or to C logits, on any device. A
+            `RecoveredClassifier` is measured with its own recovery, anything else with 2C logits by max.
         x: benign images in [0, 1], shape (samples, channels, H, W), on any device; a chunk at a time goes to the
             model's.
         y: labels in [0, C), shape (samples,).
@@ -252,11 +253,15 @@ def evaluate(
     if suite not in SUITES:
         raise ValueError(f"suite {suite!r} is unknown: choose from {', '.join(SUITES)}")
     _check(x, y, num_classes)
-    network = _with_dummy_classes(model, x, num_classes)
+    network, blind = _views(model, x, num_classes)
     fingerprint = _digest(x, y)
     with attackable(network):
-        job = _Job(network, fold_batch_norm(network, x[:2].to(_device(network))) or network, threat, suite, seed)
-        identity = _digest(*network.state_dict().values()), fingerprint, str(threat), suite, seed, batch_size
+        attacked = _fastest(network, x)
+        if blind is not None:
+            blind = SilentDummies(attacked if blind is network else _fastest(blind, x))
+        job = _Job(network, attacked, blind, threat, suite, seed)
+        how = getattr(model, "how", "max")
+        identity = _digest(*network.state_dict().values()), fingerprint, str(threat), suite, seed, batch_size, how
         chunks = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
         done = _shared(job, chunks, list(map(str, identity)), progress, parts)
         clean, adversarial = (torch.cat([getattr(part, name) for part in done]) for name in ("clean", "adversarial"))
@@ -305,8 +310,9 @@ class _Part:
 class _Job:
     """What is done to every chunk."""
 
-    network: nn.Module  # with 2C outputs
+    network: nn.Module  # 2C outputs, whose recovery by max is the classifier that is deployed
     attacked: nn.Module  # the same, in the form that is fastest to attack
+    blind: nn.Module | None  # what an attacker sees who does not know recovery; None without dummy classes
     threat: ThreatModel
     suite: str
     seed: int
@@ -339,13 +345,12 @@ class _Job:
         clean, margin = self.margin(x, y)
         rows = clean.nonzero().squeeze(1)
         adversarial, standing = x.clone(), clean.clone()
-        plain = isinstance(self.network, SilentDummies)
         results: dict[str, AttackResult] = {}
         for attack in SUITES[self.suite].attacks:
             if self.threat.norm not in attack.norms:
                 continue
             twin = next((row for row in results.values() if row.strategy == attack.strategy), None)
-            if plain and twin:
+            if self.blind is None and twin:
                 results[attack.name] = replace(
                     twin, knows_recovery=attack.knows_recovery, seconds=0.0, same_as=twin.name
                 )
@@ -353,7 +358,7 @@ class _Job:
             progress(attack)
             correct, began = clean.clone(), time.perf_counter()
             if len(rows):
-                view = self.attacked if attack.knows_recovery else SilentDummies(self.attacked)
+                view = self.attacked if attack.knows_recovery or self.blind is None else self.blind
                 noise = seeded(self.seed, "evaluate", attack.strategy, number)
                 found = x.clone()
                 found[rows] = attack.run(view, x[rows], y[rows], self.threat, noise)
@@ -438,21 +443,29 @@ def _check(x: Tensor, y: Tensor, num_classes: int) -> None:
         raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}, outside num_classes={num_classes}")
 
 
-def _with_dummy_classes(model: nn.Module, x: Tensor, num_classes: int) -> nn.Module:
-    """Return a view of the model with 2C logits, after a look at its outputs."""
+def _views(model: nn.Module, x: Tensor, num_classes: int) -> tuple[nn.Module, nn.Module | None]:
+    """Return the deployed classifier with 2C outputs, and the network that a blind attacker sees.
+
+    The first, recovered by max, is what is deployed; the second is None where there are no dummy classes. Both are made
+    after a look at the outputs.
+    """
     network = model.model if isinstance(model, RecoveredClassifier) else model
     with attackable(network), torch.no_grad():
         logits = network(x[:1].to(_device(network)))
     if not torch.isfinite(logits).all():
         raise ValueError("the model's outputs are not finite: no attack can be measured on it")
     if logits.shape[1] == num_classes:
-        return SilentDummies(network)
+        return SilentDummies(network), None
     if logits.shape[1] == 2 * num_classes:
-        return network
+        return (with_dummy_classes(model) if isinstance(model, RecoveredClassifier) else network), network
     raise ValueError(
         f"the model has {logits.shape[1]} outputs: with num_classes={num_classes} it must have {num_classes}, "
         f"or {2 * num_classes} with dummy classes"
     )
+
+
+def _fastest(network: nn.Module, x: Tensor) -> nn.Module:
+    return fold_batch_norm(network, x[:2].to(_device(network))) or network
 
 
 def _num_classes(model: nn.Module) -> int:

@@ -81,11 +81,12 @@ class SilentDummies(nn.Module):
 def with_dummy_classes(model: nn.Module) -> nn.Module:
     """Return a view of any classifier that has 2C logits.
 
-    A `RecoveredClassifier` is opened, a network made by `add_dummy_classes` is returned as it is, and any other
-    classifier counts as one without dummy classes.
+    What `recover` makes of them by max is the decision of the classifier. A `RecoveredClassifier` by max is opened, a
+    network made by `add_dummy_classes` is returned as it is, and any other classifier, one recovered by logsumexp
+    included, counts as one without dummy classes.
     """
     if isinstance(model, RecoveredClassifier):
-        return model.model
+        return model.model if model.how == "max" else SilentDummies(model)
     return model if dummy_head(model) is not None else SilentDummies(model)
 
 
