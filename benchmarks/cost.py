@@ -14,7 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -80,15 +80,13 @@ class World:
     """
 
     def __init__(self, count: int, model: str, batch_size: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        meeting = Path(tempfile.mkdtemp()) / "meeting"  # a file, since a port that is free now may soon be another's
         context = multiprocessing.get_context("spawn")
         self.pipes = []
         for rank in range(count):
             ours, theirs = context.Pipe()
-            arguments = (theirs, rank, count, port, model, batch_size // count)
-            context.Process(target=_process, args=arguments).start()
+            arguments = (theirs, rank, count, meeting, model, batch_size // count)
+            context.Process(target=_process, args=arguments, daemon=True).start()
             self.pipes.append(ours)
 
     def __call__(self) -> None:
@@ -104,9 +102,9 @@ class World:
             pipe.send(False)
 
 
-def _process(pipe: Connection, rank: int, count: int, port: int, model: str, batch_size: int) -> None:
+def _process(pipe: Connection, rank: int, count: int, meeting: Path, model: str, batch_size: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=count)
     step = Step(Recipe(), "pgd-at", "recovery-aware", model=model, batch_size=batch_size)
     if count > 1:
         synchronize_batch_norm(step.network)

@@ -17,13 +17,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.training_step import Recipe, Step, seconds, table
+from benchmarks.training_step import Recipe, Step, forward_flops, seconds, table
 from ducat.config import Config
 from ducat.data.specs import SPECS
 from ducat.methods import Objective
-from ducat.models import build
 from ducat.schedules import epoch_of
 from ducat.threat import ThreatModel
 
@@ -40,14 +38,6 @@ def per_image(objective: Objective, threat: ThreatModel, awp: bool = False) -> i
     outer = 3 * (2 if objective.needs_benign else 1)
     # Weight perturbation computes the outer loss and its gradient once more.
     return method.views * (attack + outer * (2 if awp else 1))
-
-
-def forward_flops(model: str, size: int, channels: int = 3, width: int | None = None) -> int:
-    """Return the floating-point operations of one image's forward pass: two for each multiply and add."""
-    network = build(model, 10, channels=channels, width=width, stem_stride=2 if size >= 64 else 1).eval().to("meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.empty(1, channels, size, size, device="meta"))
-    return int(counter.get_total_flops())
 
 
 def passes(config: Config) -> tuple[int, int, int]:

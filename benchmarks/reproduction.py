@@ -35,7 +35,6 @@ from ducat.runs import RunFolder
 KINDS = ("off", "published", "recovery-aware")
 FOUR = ("pgd-at", "trades", "mart", "consistency")
 TITLES = {"off": "", "published": " + dummy classes, published", "recovery-aware": " + dummy classes, aware"}
-SUITES["autoattack-blind"] = Suite((Attack("autoattack", False, _external(external.autoattack)),), audit=False)
 
 
 @dataclass(frozen=True)
@@ -242,6 +241,7 @@ def main() -> None:
         write(arguments.work, arguments.table)
         return
     torch.set_num_threads(1)
+    SUITES["autoattack-blind"] = Suite((Attack("autoattack", False, _external(external.autoattack)),), audit=False)
     if arguments.archive is not None:
         run("data", "prepare", arguments.only, "--from", str(arguments.archive), "--root", str(arguments.work / "data"))
     for (method, seed), kind in product(TABLES[arguments.only].rows, KINDS):

@@ -305,13 +305,13 @@ def matrix_rate(dtype: torch.dtype, device: str, size: int = 2048) -> float:
     return 2 * size**3 / min(seconds(product) for _ in range(5))
 
 
-def forward_flops(model: str) -> int:
-    """Return the floating-point operations of the convolutions and the head for one 32 x 32 image."""
+def forward_flops(model: str, size: int = 32, channels: int = 3, width: int | None = None) -> int:
+    """Return the floating-point operations of one image's forward pass: two for each multiply and add."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    network = build(model, 2 * CLASSES)
+    network = build(model, CLASSES, channels=channels, width=width, stem_stride=2 if size >= 64 else 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network.eval()(torch.rand(1, 3, 32, 32))
+        network.eval().to("meta")(torch.empty(1, channels, size, size, device="meta"))
     return int(counter.get_total_flops())
 
 

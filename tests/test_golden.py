@@ -214,12 +214,16 @@ def test_the_outer_loss_and_its_gradient(method: str, kind: str, epoch: int, smo
     np.testing.assert_allclose(linear.weight.grad.numpy(), numeric_gradient(reference, weight), atol=2e-6)
 
 
-def test_mixed_training_weighs_the_two_cross_entropies() -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_mixed_training_weighs_the_two_cross_entropies(share: float, smoothing: float) -> None:
     z, z2 = draw(B, C, seed=5), draw(B, C, seed=6)
     images = [torch.tensor(logits).view(B, C, 1, 1) for logits in (z, z2)]
-    loss = Config(method=MethodConfig("mixed", weight=0.3)).objective(0).loss(nn.Flatten(), *images, torch.tensor(Y))
-    benign, attacked = (np_cross_entropy(softmax(logits), one_hot(Y, C)).mean() for logits in (z, z2))
-    assert loss.item() == pytest.approx(0.3 * benign + 0.7 * attacked, rel=1e-10)
+    made = Config(method=MethodConfig("mixed", weight=share, label_smoothing=smoothing)).objective(0)
+    loss = made.loss(nn.Flatten(), *images, torch.tensor(Y))
+    u = (1 - smoothing) * one_hot(Y, C) + smoothing / C
+    benign, attacked = (np_cross_entropy(softmax(logits), u).mean() for logits in (z, z2))
+    assert loss.item() == pytest.approx(share * benign + (1 - share) * attacked, rel=1e-10)
 
 
 @pytest.mark.parametrize("pair", [0.0, 0.3, 2.0])

@@ -3,9 +3,9 @@
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,31 +66,35 @@ SIGNED = [
 ]
 
 
-def _train_all(rank: int, world_size: int, port: int, runs: list[Config | Path], root: Path) -> None:
+def _train_all(rank: int, world_size: int, meeting: Path, runs: list[Config | Path], root: Path) -> None:
     os.environ.update(
         {
             **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"},
+            **{"LOCAL_WORLD_SIZE": str(world_size), "ACCELERATE_USE_CPU": "true"},
         }
     )
     torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     for run in runs:
         resume(run) if isinstance(run, Path) else train(run, root)
 
 
 def together(runs: Sequence[Config | Path], root: Path, world_size: int = 2) -> None:
-    """Train, or go on with a run, in several processes, as `accelerate launch` starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Train, or go on with a run, in several processes, as `accelerate launch` starts them.
+
+    They meet at a file: a port that is free now may be another's when they come to it, and then one waits for ever.
+    """
+    meeting = root / f"meeting-{time.monotonic_ns()}"
     processes = [
-        PROCESSES.Process(target=_train_all, args=(rank, world_size, port, list(runs), root))
+        PROCESSES.Process(target=_train_all, args=(rank, world_size, meeting, list(runs), root), daemon=True)
         for rank in range(world_size)
     ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(300)
+        process.kill()
+        process.join()
     assert [process.exitcode for process in processes] == [0] * world_size
 
 

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -43,20 +44,24 @@ BASE = {"train.epochs": 12, "train.schedule": "constant", "train.warmup_epochs":
 BRANCH: dict[str, Any] = {"train.epochs": 3, "train.schedule": "cosine", "train.validate_every": 3}
 COMMON = {"data.samples": SAMPLES, "model.name": NETWORK, "method.attack": "pgd-cosine", "train.learning_rate": 0.1}
 
-# On all samples, without the long rounds of "standard".
-BUDGETS["front"] = (
-    Round("recovered-cross-entropy", 20),
-    Round("weighted-pair", 20),
-    Round(TARGETED, 20, targets=5),
-)
-SUITES["front"] = Suite(
-    (
+
+def register() -> None:
+    """Add what only the search has to the library's tables: its suite, and other inner objectives."""
+    # On all samples, without the long rounds of "standard".
+    BUDGETS["front"] = (
+        Round("recovered-cross-entropy", 20),
+        Round("weighted-pair", 20),
+        Round(TARGETED, 20, targets=5),
+    )
+    attacks = (
         Attack("pgd-20", False, _pgd(20)),
         Attack("pgd-20", True, _pgd(20)),
         Attack("ensemble-front", True, _ensemble("front")),
-    ),
-    audit=False,
-)
+    )
+    SUITES["front"] = Suite(attacks, audit=False)
+    plain = methods.METHODS["pgd-at"]
+    methods.METHODS["pgd-at-margin"] = replace(plain, title="PGD-AT on the margin", objective="margin")
+    methods.METHODS["pgd-at-kl"] = replace(plain, title="PGD-AT on KL", objective="kl", gaussian_start=True)
 
 
 def with_options(config: Config, options: Mapping[str, Any]) -> Config:
@@ -162,7 +167,10 @@ class Search:
     def _trained_on(self, name: str) -> tuple[nn.Module, RunFolder]:
         row, folder = ROWS[name], RunFolder(self.runs / f"{name}-s{self.seed}")
         network = self.network(row)
-        if not (folder.path.is_dir() and folder.manifest["status"] == "finished"):
+        finished = folder.path.is_dir() and folder.manifest["status"] == "finished"
+        if not finished:
+            # A few epochs that were stopped are begun again: networks and teachers of a row's own cannot be resumed.
+            shutil.rmtree(folder.path, ignore_errors=True)
             kind = _Taught if row.teach else Config
             config = with_options(
                 kind(name=folder.name),
@@ -205,6 +213,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(ROWS), help="rows to make; all by default")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    register()
     search = Search(arguments.work, arguments.seed)
     if arguments.table is not None:
         write(search.work / "rows", arguments.table)

@@ -32,7 +32,6 @@ class Point:
     clean: float
     blind: float
     robust: float
-    spread: float  # largest deviation of a seed's robust accuracy from the mean
     samples: int
 
     @property
@@ -51,7 +50,6 @@ def read(folder: Path) -> tuple[list[Point], list[dict[str, Any]]]:
         if not mine:
             continue
         measured = [content["evaluation"] for content in mine]
-        robust = [100 * each["robust"] for each in measured]
         points.append(
             Point(
                 name,
@@ -59,8 +57,7 @@ def read(folder: Path) -> tuple[list[Point], list[dict[str, Any]]]:
                 [content["seed"] for content in mine],
                 100 * statistics.fmean(each["clean"]["accuracy"] for each in measured),
                 100 * statistics.fmean(each["attacks"][0]["accuracy"] for each in measured),
-                statistics.fmean(robust),
-                max(abs(value - statistics.fmean(robust)) for value in robust),
+                statistics.fmean(100 * each["robust"] for each in measured),
                 measured[0]["samples"],
             )
         )
@@ -95,7 +92,7 @@ def above(point: Point, hull: Sequence[tuple[float, float]]) -> float | None:
 
 
 def write(folder: Path, out: Path) -> None:
-    """Write cure.md, cure.json and cure.svg."""
+    """Write cure-rows.md, cure.json and cure.svg."""
     points, contents = read(folder)
     hull = front([point for point in points if point.front in BASELINES])
     lines = [

@@ -1,7 +1,7 @@
 """The rows of the search: what each does, and what was expected of it before it was measured."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -9,14 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.cure.networks import BySum, Gated, ManyDummies, SplitLate
-from ducat import methods
 from ducat.dummy import add_dummy_classes
-
-# Rows of the table of methods that only this search has: other inner objectives.
-methods.METHODS["pgd-at-margin"] = replace(methods.METHODS["pgd-at"], title="PGD-AT on the margin", objective="margin")
-methods.METHODS["pgd-at-kl"] = replace(
-    methods.METHODS["pgd-at"], title="PGD-AT on KL", objective="kl", gaussian_start=True
-)
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,6 @@ NAMES = {"off": "pgd-at", "published": "published", "recovery-aware": "recovery-
 METHODS = ("pgd-at", "trades", "mart", "consistency")
 OUT_OF_TIME = 3
 
-# AutoAttack alone, blind and recovery-aware; `light` has the other attacks.
-SUITES["autoattack"] = Suite(tuple(row for row in SUITES["standard"].attacks if row.strategy == "autoattack"), False)
-
 # The attack takes 5 shortening steps, so an image costs 13 forward passes an epoch, and 16 with dummy classes.
 RECIPE = Config(
     data=DataConfig(DATA),
@@ -70,7 +67,7 @@ RECIPE = Config(
         tracker="none",
     ),
 )
-START_EPOCH = {"off": 0.81, "published": 0.81, "recovery-aware": 0.75}
+START_EPOCH = 0.81
 LIGHT_SAMPLES, AUTOATTACK_SAMPLES = 2000, 1000
 STEP = {"model": "resnet18", "batch_size": 128, "rounds": 5}
 
@@ -127,7 +124,7 @@ class Place:
             RECIPE,
             name=NAMES[kind],
             data=replace(RECIPE.data, root=self.out / "data"),
-            dummy=DummyConfig(kind, start_epoch=START_EPOCH[kind]),
+            dummy=DummyConfig(kind, start_epoch=START_EPOCH),
         )
         if not self.toy:
             return config
@@ -289,6 +286,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="after which to save and stop")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to see that it runs")
     arguments = parser.parse_args()
+    # AutoAttack alone, blind and recovery-aware; `light` has the other attacks.
+    SUITES["autoattack"] = Suite(
+        tuple(row for row in SUITES["standard"].attacks if row.strategy == "autoattack"), False
+    )
     clock, place = Clock(arguments.minutes), Place(arguments.out, arguments.toy)
     chosen = STAGES if arguments.stage is None else [STAGES[arguments.stage - 1]]
     code = 0

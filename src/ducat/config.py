@@ -94,6 +94,10 @@ class MethodConfig:
     def __post_init__(self) -> None:
         methods.find(self.name)
         _at_least("method.weight", self.weight, 0)
+        if self.name == "mixed" and self.weight is not None and self.weight > 1:
+            raise ValueError(
+                f"method.weight={self.weight} is outside [0, 1]: for mixed it is the share of benign images"
+            )
         _among("method.attack", self.attack, methods.ATTACKS)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"method.label_smoothing={self.label_smoothing} is outside [0, 1)")
@@ -187,8 +191,8 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Number format of the network's passes; auto is bf16 where the processor computes in it, else float32."""
     compile: bool = False
-    """Whether torch.compile compiles the passes of the network, which pays on a GPU after a minute; where it does not
-    work, training goes on without it and says so."""
+    """Whether torch.compile compiles the passes of the network. Where it fails on a first forward pass, for example
+    without a C compiler, training goes on without it and says so."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto is a GPU if there is one."""
     validate_every: int = 1

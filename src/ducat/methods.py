@@ -42,7 +42,8 @@ class Method:
             so that the adversarial images are the benign ones. Its recovery-aware counterpart is called "recovered-"
             and this name.
         gaussian_start: begin PGD at x + 0.001 N(0, 1) instead of uniformly in the ball.
-        target: the half of the batch that the cross-entropy is on, without dummy classes.
+        target: the half of the batch that the cross-entropy is on, without dummy classes; for "both" the weight is the
+            share of the benign half, in [0, 1].
         regulariser: `(clean_logits, adversarial_logits, y, weight)` to one value per sample, added to the
             cross-entropy; None for none. The logits are read as the inner attack reads them.
         reads_benign: whether the regulariser looks at `clean_logits`; where nothing does, benign images are not
@@ -56,7 +57,7 @@ class Method:
     title: str
     objective: str | None = "cross-entropy"
     gaussian_start: bool = False
-    target: Literal["benign", "adversarial"] = "adversarial"
+    target: Literal["benign", "adversarial", "both"] = "adversarial"
     regulariser: Callable[[Tensor, Tensor, Tensor, float | int], Tensor] | None = None
     reads_benign: bool = False
     weight: float = 0.0
@@ -78,14 +79,10 @@ def _consistency(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, we
     return weight * losses.js(first, second, CONSISTENCY_TEMPERATURE)
 
 
-def _mixed(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float | int) -> Tensor:
-    return weight * (losses.cross_entropy(clean_logits, y) - losses.cross_entropy(adversarial_logits, y))
-
-
 METHODS: dict[str, Method] = {
     "natural": Method("natural", objective=None),
     # Goodfellow et al. 2015, arXiv 1412.6572: the weight is the share of the benign images in the cross-entropy.
-    "mixed": Method("benign + adversarial", regulariser=_mixed, reads_benign=True, weight=0.5),
+    "mixed": Method("benign + adversarial", target="both", weight=0.5),
     # Madry et al. 2018, arXiv 1706.06083
     "pgd-at": Method("PGD-AT"),
     # Zhang et al. 2019, arXiv 1901.08573
@@ -214,7 +211,7 @@ class Objective:
     def needs_benign(self) -> bool:
         """Whether the loss looks at benign images too."""
         method = self.method
-        return self.targets is not None or method.target == "benign" or method.reads_benign
+        return self.targets is not None or method.target != "adversarial" or method.reads_benign
 
     def attack(
         self, model: nn.Module, x: Images, y: Labels, threat: ThreatModel, generator: torch.Generator | None = None
@@ -248,8 +245,8 @@ class Objective:
         logits = model(self.forwarded(x, adversarial)).to(x.dtype)
         clean_logits, adversarial_logits = logits[: -len(x)], logits[-len(x) :]
         if self.targets is None:
-            chosen = clean_logits if self.method.target == "benign" else adversarial_logits
-            loss = losses.cross_entropy(self._read(chosen), y, self.label_smoothing).mean()
+            shares = {"benign": 1.0, "adversarial": 0.0, "both": self.weight}
+            loss = self._cross_entropy(clean_logits, adversarial_logits, y, shares[self.method.target])
         else:
             benign, attacked = self._two_hot_loss(logits, y, self.targets).view(2, -1).mean(1)
             loss = self.targets.benign_share * benign + (1 - self.targets.benign_share) * attacked
@@ -257,6 +254,14 @@ class Objective:
             pair = self._read(clean_logits), self._read(adversarial_logits)
             loss = loss + self.method.regulariser(*pair, y, self.weight).mean()
         return loss
+
+    def _cross_entropy(self, clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, share: float | int) -> Tensor:
+        parts = [
+            weight * losses.cross_entropy(self._read(logits), y, self.label_smoothing).mean()
+            for weight, logits in ((share, clean_logits), (1 - share, adversarial_logits))
+            if weight
+        ]
+        return torch.stack(parts).sum()
 
     def _two_hot_loss(self, logits: Tensor, y: Tensor, weights: TwoHot) -> Tensor:
         """Return a value per image, the benign half first."""

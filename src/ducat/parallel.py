@@ -53,11 +53,11 @@ class LocalRows(TorchFunctionMode):
 def synchronize_batch_norm(model: nn.Module) -> None:
     """Let every `BatchNorm2d` of a model, in place, take its statistics in training over all processes' batches.
 
-    Weights, buffers and their names stay. Every process must hold as many rows, and forward as often. PyTorch's own
-    `SyncBatchNorm` does the same on GPUs alone; this one runs wherever the processes can exchange tensors.
+    One without weights (`affine=False`) is left as it is. Weights, buffers and their names stay. Every process must hold
+    as many rows, and forward as often. PyTorch's own `SyncBatchNorm` does the same on GPUs alone; this one runs wherever the processes can exchange tensors.
     """
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
+        if type(module) is nn.BatchNorm2d and module.affine:
             # It has the same attributes, and stays the object that others may hold.
             module.__class__ = SynchronizedBatchNorm2d
 

@@ -383,15 +383,14 @@ class _Loop:
             yield images, y.repeat(self.batches.views)
 
     def _compiled(self, example: Tensor, *networks: nn.Module) -> Sequence[nn.Module]:
-        """Return the networks compiled, or as they are with a notice where the compiler does not work."""
+        """Return the networks compiled, or as they are with a notice where the compiler fails on a forward pass."""
         compiled: list[Any] = [torch.compile(network) for network in networks]
         try:
             for network in compiled:
                 with attackable(network), torch.no_grad(), self._autocast():
                     network(example)
-        except (
-            Exception
-        ) as error:  # no C compiler, an operation it does not know: whatever it is, it can be done without
+        # No C compiler, an operation that it does not know: whatever it is, training can do without.
+        except Exception as error:
             self.listener.warning(f"torch.compile does not work here ({type(error).__name__}): training without it")
             return networks
         return compiled

@@ -83,8 +83,8 @@ def fold_batch_norm(model: nn.Module, x: Float[Tensor, "batch channels height wi
 
     Which batch norm takes the output of which convolution is seen in one forward pass, so it works for any network.
     What that pass cannot show, for example that a shortcut reads the convolution's output too, shows in the logits: a
-    pair whose folding changes them is left as it is. Both are tried on a copy with random statistics, because those of
-    a new network are 0 and 1 and hide every mistake.
+    pair whose folding changes them is left as it is. Both are tried on a copy with random batch norms, because those of
+    a new network are the identity and hide every mistake.
 
     Args:
         model: maps images to logits; it is left as it is.
@@ -94,11 +94,20 @@ def fold_batch_norm(model: nn.Module, x: Float[Tensor, "batch channels height wi
         return None
     trial = deepcopy(model).eval().requires_grad_(False)
     random = torch.Generator().manual_seed(0)
+
+    def draw(tensor: Tensor | None, low: float, high: float) -> None:
+        if tensor is not None:
+            tensor.copy_(torch.rand(tensor.shape, generator=random) * (high - low) + low)
+
     for module in trial.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats:
-            for tensor, low, high in ((module.running_mean, -0.5, 0.5), (module.running_var, 0.5, 2.0)):
-                assert tensor is not None
-                tensor.copy_(torch.rand(tensor.shape, generator=random) * (high - low) + low)
+        if isinstance(module, nn.BatchNorm2d):
+            draw(module.running_mean, -0.5, 0.5)
+            draw(module.running_var, 0.5, 2.0)
+            draw(module.weight, 0.5, 1.5)
+            draw(module.bias, -0.5, 0.5)
+    for parameter in trial.parameters():
+        if not parameter.any():
+            draw(parameter, -0.1, 0.1)  # zeros, such as those of a new head, would hide what is before them
     pairs, expected = _pairs(trial, x)
     if pairs and not _same(Folded(trial, pairs)(x), expected):
         pairs = [pair for pair in pairs if _same(Folded(trial, [pair])(x), expected)]
@@ -120,7 +129,7 @@ def _pairs(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, str]], Tensor]:
         calls.append(module)
         if isinstance(module, nn.Conv2d):
             convolved[id(output)] = module, output  # the tensor is kept, so that no other gets its identity
-        elif id(inputs[0]) in convolved:
+        elif inputs and id(inputs[0]) in convolved:
             pairs.append((convolved[id(inputs[0])][0], module))
 
     handles = [
