@@ -53,8 +53,9 @@ class LocalRows(TorchFunctionMode):
 def synchronize_batch_norm(model: nn.Module) -> None:
     """Let every `BatchNorm2d` of a model, in place, take its statistics in training over all processes' batches.
 
-    One without weights (`affine=False`) is left as it is. Weights, buffers and their names stay. Every process must hold
-    as many rows, and forward as often. PyTorch's own `SyncBatchNorm` does the same on GPUs alone; this one runs wherever the processes can exchange tensors.
+    One without weights (`affine=False`) is left as it is. Weights, buffers and their names stay. Every process must
+    hold as many rows, and forward as often. PyTorch's own `SyncBatchNorm` does the same on GPUs alone; this one runs
+    wherever the processes can exchange tensors.
     """
     for module in model.modules():
         if type(module) is nn.BatchNorm2d and module.affine:
