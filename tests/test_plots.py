@@ -37,6 +37,15 @@ def test_the_trade_off_stands_where_the_numbers_say() -> None:
     assert drawn >= {(70, 90), (20, 90), (55, 85), (45, 85)}
 
 
+def test_fronts_stand_where_the_numbers_say_and_no_two_look_alike() -> None:
+    lines = {f"way {number}": [(50.0 + number, 30.0), (60.0 + number, 20.0)] for number in range(9)}
+    axes = plots.fronts({**lines, "nothing": []}).axes[0]
+    drawn = {line.get_label(): (list(line.get_ydata()), list(line.get_xdata())) for line in axes.lines}
+    assert drawn == {name: tuple(map(list, zip(*places, strict=True))) for name, places in lines.items()}
+    looks = {(line.get_color(), line.get_marker(), line.get_markerfacecolor()) for line in axes.lines}
+    assert len(looks) == 9
+
+
 def test_curves_are_drawn_at_the_epochs_that_were_validated() -> None:
     loss, accuracy = plots.training_curves(METRICS, start_epoch=None).axes
     assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2, 3]]

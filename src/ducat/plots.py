@@ -81,8 +81,9 @@ def fronts(lines: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     for index, (name, places) in enumerate((name, places) for name, places in lines.items() if places):
         clean, robust = zip(*places, strict=True)
         colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
-        style = "-" if index < len(COLOURS) else "--"
-        axes.plot(robust, clean, style, color=colour, marker=mark, markersize=6, linewidth=1.2, label=name)
+        face, style = (colour, "-") if index < len(COLOURS) else ("none", "--")  # colours begin again, hollow
+        look = {"color": colour, "marker": mark, "markersize": 6, "markerfacecolor": face, "linewidth": 1.2}
+        axes.plot(robust, clean, style, label=name, **look)
     axes.set_xlabel("robust accuracy (%)")
     axes.set_ylabel("clean accuracy (%)")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK, fontsize=8)
