@@ -13,6 +13,7 @@ import json
 import math
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -168,8 +169,11 @@ def markdown(data: str, rows: Sequence[Mapping[str, Any]], work: Path) -> str:
     attacks = ", ".join(f"{row['name']} ({knows[row['knows_recovery']]})" for row in first["evaluation"]["attacks"])
     settings = ", ".join(f"{name} {value}" for name, value in table.options.items())
     runs = {}
+    seeds = Counter((row["method"], row["dummy_classes"]) for row in rows)
     for row in rows:
         title = METHODS[row["method"]].title + TITLES[row["dummy_classes"]]
+        # The ending by which `compare` knows the seeds of one setting.
+        title += f"-s{row['seed']}" if seeds[row["method"], row["dummy_classes"]] > 1 else ""
         runs[row["method"], row["dummy_classes"], row["seed"]] = Run.read(
             folder_of(work, data, row["method"], row["dummy_classes"], row["seed"]).path, title
         )
@@ -181,7 +185,7 @@ def markdown(data: str, rows: Sequence[Mapping[str, Any]], work: Path) -> str:
         "",
         to_markdown(compare(list(runs.values()))).rstrip(),
         "",
-        f"Blind attacks apart, accuracy in %; AutoAttack sees the raw outputs of the first {table.autoattack} samples:",
+        f"Two blind attacks apart, accuracy in %; AutoAttack sees the raw outputs of the first {table.autoattack} samples alone:",
         "",
         "| run | seed | PGD-20, blind | AutoAttack, blind |",
         "| --- | --- | ---: | ---: |",
