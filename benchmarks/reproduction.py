@@ -185,7 +185,7 @@ def markdown(data: str, rows: Sequence[Mapping[str, Any]], work: Path) -> str:
         "",
         to_markdown(compare(list(runs.values()))).rstrip(),
         "",
-        f"Two blind attacks apart, accuracy in %; AutoAttack on the raw outputs of the first {table.autoattack} samples:",
+        f"Two blind attacks apart, in %; AutoAttack on the raw outputs of the first {table.autoattack} samples:",
         "",
         "| run | seed | PGD-20, blind | AutoAttack, blind |",
         "| --- | --- | ---: | ---: |",
