@@ -402,7 +402,7 @@ class _Loop:
     def _attack(self, objective: methods.Objective, x: Tensor, y: Tensor, *key: int | str) -> Tensor:
         # The 0 is what one process has always drawn with: the runs of earlier versions can be made again.
         noise = generator(self.config.train.seed, *key, 0)
-        if self.folded is not None:
+        if self.folded is not None and objective.method.objective is not None:
             self.folded.refresh()
         with self._autocast(), self.draws:
             return objective.attack(self.attacked, x, y, self.threat, noise)

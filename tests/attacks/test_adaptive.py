@@ -144,3 +144,9 @@ def test_the_image_that_came_closest_is_kept(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_unknown_budget_is_named(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="budget 'huge' is unknown: choose from quick, standard, full"):
         attack(network, images, labels, THREATS[0], budget="huge")
+
+
+@pytest.mark.parametrize("arguments", [("weighted-pair", 20, 1, 1.0, 9), ("targeted-pair", 20)])
+def test_a_round_says_one_thing(arguments: tuple) -> None:
+    with pytest.raises(ValueError, match="'targeted-pair' alone takes targets"):
+        Round(*arguments)

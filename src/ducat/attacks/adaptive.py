@@ -40,6 +40,12 @@ class Round:
     share: float = 1.0
     targets: int = 0
 
+    def __post_init__(self) -> None:
+        if (self.targets > 0) != (self.objective == TARGETED):
+            raise ValueError(
+                f"objective={self.objective!r} with targets={self.targets}: {TARGETED!r} alone takes targets"
+            )
+
 
 # A tournament: short attacks on all samples, then on all targets, then ever more on ever fewer pairs of sample and
 # target: most of the time goes where a sample may yet fall. Measured against AutoAttack in docs/evaluation.md.
