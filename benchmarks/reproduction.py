@@ -96,7 +96,6 @@ TABLES = {
         {**_CIFAR, "data.samples": 10_000, "train.epochs": 12, "train.validate_every": 12},
         samples=1000,
         autoattack=100,
-        rows=[("pgd-at", 0), ("pgd-at", 1)],
     ),
 }
 
