@@ -52,7 +52,7 @@ class Table:
     options: Mapping[str, Any]
     samples: int
     autoattack: int
-    rows: Sequence[tuple[str, int]] = field(default_factory=lambda: [*((name, 0) for name in FOUR), ("pgd-at", 1)])
+    rows: Sequence[tuple[str, int]] = field(default_factory=lambda: [("pgd-at", 0), ("pgd-at", 1), *((name, 0) for name in FOUR[1:])])
 
 
 _CIFAR = {
