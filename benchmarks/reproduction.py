@@ -15,7 +15,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Table:
     options: Mapping[str, Any]
     samples: int
     autoattack: int
-    rows: Sequence[tuple[str, int]] = field(default_factory=lambda: [("pgd-at", 0), ("pgd-at", 1), *((name, 0) for name in FOUR[1:])])
+    rows: Sequence[tuple[str, int]] = (("pgd-at", 0), ("pgd-at", 1), *((name, 0) for name in FOUR[1:]))
 
 
 _CIFAR = {
