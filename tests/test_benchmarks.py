@@ -56,7 +56,7 @@ def test_warming_up_changes_nothing_that_is_timed() -> None:
 
 
 def point(clean: float, robust: float) -> Point:
-    return Point("row", "mixed", [0], clean, 0.0, robust, 1000)
+    return Point("row", "mixed", [0], [clean], [0.0], [robust], 1000)
 
 
 def test_the_front_is_the_upper_hull_and_rows_are_measured_against_it() -> None:

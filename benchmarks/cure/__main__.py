@@ -1,22 +1,23 @@
 """The search for dummy classes that hold: fronts of clean and robust accuracy at the same training budget.
 
-    python -m benchmarks.cure --work /tmp/cure --data cifar10-jpeg.zip [--seed 0] [--only NAME ...]
+    python -m benchmarks.cure --work /tmp/cure --setting digits [--seed 0] [--only NAME ...]
+    python -m benchmarks.cure --work /tmp/cure --archive cifar10-jpeg.zip
+    python -m benchmarks.cure --work /tmp/cure --table results
 
-One network is trained with PGD-AT; every row then trains it on for the same number of epochs, with the same learning
-rate, batches and steps of the inner attack, and differs in nothing else but what `ROWS` says of it. Robust accuracy is
-the worst case over PGD-20 and our ensemble, both on the classifier that is deployed. A row that is in --work is not
-made again, so that an interrupted search goes on where it stopped; `--table DIR` writes what there is.
+In each setting one network is trained with PGD-AT; every row then trains it on for the same number of epochs, with
+the same learning rate, batches and steps of the inner attack, and differs in nothing else but what `ROWS` says of it.
+Robust accuracy is the worst case over PGD-20 and our ensemble, both on the classifier that is deployed. A row that is
+in --work is not made again, so that an interrupted search goes on where it stopped; `--table DIR` writes what there is.
 """
 
 import argparse
-import dataclasses
 import json
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,21 @@ import torch
 from torch import nn
 
 import ducat
+from benchmarks.cure import objectives
 from benchmarks.cure.fronts import write
-from benchmarks.cure.networks import Distilled, Joined
+from benchmarks.cure.networks import Held, Joined
 from benchmarks.cure.rows import ROWS, Row
+from benchmarks.cure.settings import SETTINGS, Setting
 from ducat import checkpoint, methods
 from ducat.attacks.adaptive import BUDGETS, TARGETED, Round
 from ducat.attacks.suites import SUITES, Attack, Suite, _ensemble, _pgd
 from ducat.cli import main as command
 from ducat.config import Config
-from ducat.data import load_test
+from ducat.data import load, load_test
 from ducat.dummy import add_dummy_classes
 from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder
 from ducat.train import Initial, train
-
-DATA, SAMPLES, NETWORK = "cifar10-jpeg", 20_000, "resnet8"
-TEST = 1000
-BASE = {"train.epochs": 12, "train.schedule": "constant", "train.warmup_epochs": 1, "train.validate_every": 4}
-BRANCH: dict[str, Any] = {"train.epochs": 3, "train.schedule": "cosine", "train.validate_every": 3}
-COMMON = {"data.samples": SAMPLES, "model.name": NETWORK, "method.attack": "pgd-cosine", "train.learning_rate": 0.1}
 
 
 def register() -> None:
@@ -72,45 +69,29 @@ def with_options(config: Config, options: Mapping[str, Any]) -> Config:
     return config
 
 
-@dataclass(frozen=True)
-class _Taught(Config):
-    """A config whose objective has teachers."""
-
-    def objective(self, epoch: int) -> methods.Objective:
-        plain = super().objective(epoch)
-        values = {item.name: getattr(plain, item.name) for item in dataclasses.fields(plain)}
-        assert self.name is not None
-        return Distilled(**values, **TEACHERS[self.name])
-
-
-TEACHERS: dict[str, dict[str, Any]] = {}
-
-
 class Search:
-    """The rows of one seed in a folder."""
+    """The rows of one setting and seed, in a folder of the setting's name."""
 
-    def __init__(self, work: Path, seed: int) -> None:
-        self.work, self.seed, self.runs = work, seed, work / "runs"
-        (work / "rows").mkdir(parents=True, exist_ok=True)
-        self.data = work / "data"
+    def __init__(self, work: Path, setting: str, seed: int) -> None:
+        self.setting: Setting = SETTINGS[setting]
+        self.seed, self.data = seed, work / "data"
+        self.runs, self.rows = work / setting / "runs", work / setting / "rows"
+        self.rows.mkdir(parents=True, exist_ok=True)
 
     def trained(self, name: str, method: str) -> nn.Module:
         """Return a network of the first phase, which is trained if there is none."""
         folder = RunFolder(self.runs / f"{name}-s{self.seed}")
         if not (folder.path.is_dir() and folder.manifest["status"] == "finished"):
-            options = {**COMMON, **BASE, "method.name": method, "train.seed": self.seed}
+            options = {
+                "name": folder.name,
+                "runs": self.runs,
+                "data.root": self.data,
+                **self.setting.common,
+                **self.setting.base,
+                "method.name": method,
+                "train.seed": self.seed,
+            }
             given = [word for option, value in options.items() for word in (f"--{option}", str(value))]
-            given = [
-                "--name",
-                folder.name,
-                "--runs",
-                str(self.runs),
-                "--data.name",
-                DATA,
-                "--data.root",
-                str(self.data),
-                *given,
-            ]
             print(shlex.join(["ducat", "train", *given]), flush=True)
             if code := command(["train", "--resume", str(folder.path)] if folder.path.is_dir() else ["train", *given]):
                 sys.exit(code)
@@ -125,25 +106,25 @@ class Search:
 
     def run(self, name: str) -> dict[str, Any]:
         """Train and evaluate a row, unless that has been done, and return what was measured."""
-        file, row = self.work / "rows" / f"{name}-s{self.seed}.json", ROWS[name]
+        file, row = self.rows / f"{name}-s{self.seed}.json", ROWS[name]
         if file.is_file():
             content: dict[str, Any] = json.loads(file.read_text())
             return content
         began = time.perf_counter()
         network, folder = self._joined() if row.of == "joined" else self._trained_on(row.of or name)
         seconds = time.perf_counter() - began
-        x, y = load_test(DATA, TEST, self.data)
-        threat = folder.config.threat.build(None)
-        deployed = row.deployed(network.eval())
-        measured = ducat.evaluate(
-            deployed, x, y, threat, "front", num_classes=10, seed=self.seed, data="CIFAR-10 (JPEG)"
-        )
-        manifest = folder.manifest
+        manifest, threat = folder.manifest, folder.config.threat.build(None)
+        held_out = load(self.setting.data, samples=folder.config.data.samples, root=self.data).validation
+        deployed = row.deployed(network.eval(), Held(held_out.floats(), held_out.labels, threat))
+        x, y = load_test(self.setting.data, self.setting.test, self.data)
+        title = manifest["data"]["title"]
+        measured = ducat.evaluate(deployed, x, y, threat, "front", num_classes=10, seed=self.seed, data=title)
         content = {
             "name": name,
             "front": row.front,
             "seed": self.seed,
             "settings": dict(row.settings),
+            "schedule": dict(row.schedule),
             "teachers": row.teach,
             "of": row.of,
             "images_per_s": folder.metrics[-1]["images_per_s"],
@@ -171,22 +152,21 @@ class Search:
         if not finished:
             # A few epochs that were stopped are begun again: networks and teachers of a row's own cannot be resumed.
             shutil.rmtree(folder.path, ignore_errors=True)
-            kind = _Taught if row.teach else Config
+            change = self._change(row)
+            kind = Config if change is None else objectives.Changed
             config = with_options(
                 kind(name=folder.name),
                 {
-                    "data.name": DATA,
                     "data.root": self.data,
                     "dummy.start_epoch": 0,
                     "train.seed": self.seed,
-                    **COMMON,
-                    **BRANCH,
+                    **self.setting.common,
+                    **self.setting.branch,
                     **row.settings,
                 },
             )
-            if row.teach:
-                natural = self.trained("natural", "natural").eval() if row.teach == "both" else None
-                TEACHERS[folder.name] = {"natural": natural, "average": []}
+            if change is not None:
+                objectives.CHANGES[folder.name] = change
 
             def build(architecture: Architecture) -> tuple[Architecture, nn.Module]:
                 return architecture, network
@@ -197,6 +177,13 @@ class Search:
         network.load_state_dict(checkpoint.part("model", tensors))
         return network, folder
 
+    def _change(self, row: Row) -> objectives.Change | None:
+        if row.schedule:
+            return objectives.scheduled(row.schedule)
+        if row.teach:
+            return objectives.taught(self.trained("natural", "natural").eval() if row.teach == "both" else None)
+        return None
+
     def _joined(self) -> tuple[nn.Module, RunFolder]:
         robust, folder = self._trained_on("pgd-at")
         return Joined(self.trained("natural", "natural"), robust), folder
@@ -205,23 +192,22 @@ class Search:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the prepared data, the runs and the rows")
-    parser.add_argument("--data", type=Path, help="cifar10-jpeg.zip, needed the first time")
+    parser.add_argument("--setting", choices=SETTINGS, default="cifar10-jpeg", help="data, network and budget")
+    parser.add_argument("--archive", type=Path, help="the data set's archive, where it has to be prepared first")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--table", type=Path, metavar="DIR", help="write what there is as tables and a plot; make no rows"
-    )
+    parser.add_argument("--table", type=Path, metavar="DIR", help="write what there is, tables and plots; make no rows")
     parser.add_argument("--only", nargs="+", metavar="NAME", default=list(ROWS), help="rows to make; all by default")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     register()
-    search = Search(arguments.work, arguments.seed)
     if arguments.table is not None:
-        write(search.work / "rows", arguments.table)
+        write(arguments.work, arguments.table)
         return
-    if not search.data.is_dir():
-        if arguments.data is None:
-            parser.error("--data is needed: there are no prepared data in --work yet")
-        command(["data", "prepare", DATA, "--from", str(arguments.data), "--root", str(search.data)])
+    search = Search(arguments.work, arguments.setting, arguments.seed)
+    if arguments.archive is not None:
+        source = ["--from", str(arguments.archive), "--root", str(search.data)]
+        if code := command(["data", "prepare", search.setting.data, *source]):
+            sys.exit(code)
     for name in arguments.only:
         search.run(name)
 

@@ -3,13 +3,14 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cure.rows import ROWS
+from benchmarks.cure.settings import SETTINGS
 from ducat import checkpoint, plots
 
 BASELINES = ("PGD-AT", "mixed", "TRADES")
@@ -24,44 +25,58 @@ DRAWN = (
 
 @dataclass(frozen=True)
 class Point:
-    """A row's accuracies in %, means over its seeds."""
+    """A row's accuracies in %, one for each of its seeds.
+
+    Attributes:
+        samples: test images, the same for all seeds.
+    """
 
     name: str
     front: str
     seeds: Sequence[int]
-    clean: float
-    blind: float
-    robust: float
+    cleans: Sequence[float]
+    blinds: Sequence[float]
+    robusts: Sequence[float]
     samples: int
 
     @property
+    def clean(self) -> float:
+        """Mean clean accuracy."""
+        return statistics.fmean(self.cleans)
+
+    @property
+    def robust(self) -> float:
+        """Mean robust accuracy."""
+        return statistics.fmean(self.robusts)
+
+    @property
     def error(self) -> float:
-        """Standard error of the robust accuracy from the number of test images, in points."""
+        """Standard error of the robust accuracy: over seeds, or of one seed over test images, in points."""
+        if len(self.robusts) > 1:
+            return statistics.stdev(self.robusts) / math.sqrt(len(self.robusts))
         share = self.robust / 100
         return 100 * math.sqrt(share * (1 - share) / self.samples)
 
 
-def read(folder: Path) -> tuple[list[Point], list[dict[str, Any]]]:
-    """Return the points, in the order of the table of rows, and the files' contents."""
-    contents = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    points = []
+def points(contents: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """Return the points of one setting from its rows' files, in the order of the table of rows."""
+    made = []
     for name, row in ROWS.items():
-        mine = [content for content in contents if content["name"] == name]
-        if not mine:
-            continue
-        measured = [content["evaluation"] for content in mine]
-        points.append(
-            Point(
-                name,
-                row.front,
-                [content["seed"] for content in mine],
-                100 * statistics.fmean(each["clean"]["accuracy"] for each in measured),
-                100 * statistics.fmean(each["attacks"][0]["accuracy"] for each in measured),
-                statistics.fmean(100 * each["robust"] for each in measured),
-                measured[0]["samples"],
+        mine = sorted((each for each in contents if each["name"] == name), key=lambda content: content["seed"])
+        if mine:
+            measured = [content["evaluation"] for content in mine]
+            made.append(
+                Point(
+                    name,
+                    row.front,
+                    [content["seed"] for content in mine],
+                    [100 * each["clean"]["accuracy"] for each in measured],
+                    [100 * each["attacks"][0]["accuracy"] for each in measured],
+                    [100 * each["robust"] for each in measured],
+                    measured[0]["samples"],
+                )
             )
-        )
-    return points, contents
+    return made
 
 
 def front(points: Sequence[Point]) -> list[tuple[float, float]]:
@@ -91,27 +106,40 @@ def above(point: Point, hull: Sequence[tuple[float, float]]) -> float | None:
     return None
 
 
-def write(folder: Path, out: Path) -> None:
-    """Write cure-rows.md, cure.json and cure.svg."""
-    points, contents = read(folder)
-    hull = front([point for point in points if point.front in BASELINES])
+def table(rows: Sequence[Point]) -> str:
+    """Return a setting's rows as a table in Markdown."""
+    hull = front([point for point in rows if point.front in BASELINES])
     lines = [
         "| row | expected | seeds | clean | PGD-20, blind | robust | against the front |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",
     ]
-    for point in points:
+    for point in rows:
         distance = above(point, hull)
         shown = "beyond its end" if distance is None else f"{distance:+.1f}"
         lines.append(
             f"| {point.name} | {ROWS[point.name].expected} | {', '.join(map(str, point.seeds))} | {point.clean:.1f} | "
-            f"{point.blind:.1f} | {point.robust:.1f} ± {point.error:.1f} | "
+            f"{statistics.fmean(point.blinds):.1f} | {point.robust:.1f} ± {point.error:.1f} | "
             f"{'on it' if point.front in BASELINES and distance is not None and abs(distance) < 0.05 else shown} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def write(work: Path, out: Path) -> None:
+    """Write the settings' tables to cure-rows.md, all that was measured to cure.json, and a plot for each setting."""
     out.mkdir(exist_ok=True)
-    checkpoint.write_text(out / "cure-rows.md", "\n".join(lines) + "\n")
+    contents, parts = {}, []
+    for name, setting in SETTINGS.items():
+        files = sorted((work / name / "rows").glob("*.json"))
+        if not files:
+            continue
+        contents[name] = [json.loads(file.read_text()) for file in files]
+        rows = points(contents[name])
+        parts.append(f"## {name}\n\n{setting.about}.\n\n{table(rows)}\n![{name}](cure-{name}.svg)\n")
+        lines = {line: _places(rows, line) for line in (*BASELINES, *DRAWN)}
+        plots.save(plots.fronts(lines), out / f"cure-{name}.svg")
+    checkpoint.write_text(out / "cure-rows.md", "\n".join(parts))
     checkpoint.write_text(out / "cure.json", json.dumps(contents, indent=1) + "\n")
-    plots.save(plots.fronts({name: _places(points, name) for name in (*BASELINES, *DRAWN)}), out / "cure.svg")
 
 
-def _places(points: Sequence[Point], name: str) -> list[tuple[float, float]]:
-    return sorted((point.clean, point.robust) for point in points if point.front == name)
+def _places(rows: Sequence[Point], name: str) -> list[tuple[float, float]]:
+    return sorted((point.clean, point.robust) for point in rows if point.front == name)

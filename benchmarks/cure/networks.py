@@ -1,17 +1,18 @@
-"""What the search tries that the library does not offer: other networks with 2C logits, and targets from teachers."""
+"""Networks that the search tries and the library does not offer."""
 
 import math
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ducat import losses, methods
-from ducat.averaging import WeightAverage
+from ducat.attacks.pgd import pgd
 from ducat.dummy import recover
+from ducat.threat import ThreatModel
 
 
 class ManyDummies(nn.Module):
@@ -59,15 +60,20 @@ class Gated(nn.Module):
     Args:
         experts: maps images to 2C logits, the accurate expert's and the robust one's.
         gate: g, the robust expert's weight.
-        sharpen: what the robust expert's logits are multiplied by.
+        sharpen: what the robust expert's logits, less their mean, are multiplied by.
+        power: what their size is raised to first: above 1 a sure expert becomes surer still and an unsure one less so
+            (the idea of MixedNUTS, Bai et al. 2024, arXiv 2402.02263).
     """
 
-    def __init__(self, experts: nn.Module, gate: float, sharpen: float) -> None:
+    def __init__(self, experts: nn.Module, gate: float, sharpen: float, power: float = 1) -> None:
         super().__init__()
-        self.experts, self.gate, self.sharpen = experts, gate, sharpen
+        self.experts, self.gate, self.sharpen, self.power = experts, gate, sharpen, power
 
     def forward(self, x: Tensor) -> Tensor:
         accurate, robust = self.experts(x).chunk(2, dim=1)
+        if self.power != 1:
+            robust = robust - robust.mean(1, keepdim=True)
+            robust = robust.sign() * robust.abs().clamp_min(1e-6) ** self.power
         accurate = F.log_softmax(accurate, dim=1) + math.log(1 - self.gate)
         robust = F.log_softmax(self.sharpen * robust, dim=1) + math.log(self.gate)
         return torch.logaddexp(accurate, robust)
@@ -96,38 +102,40 @@ class BySum(nn.Module):
 
 
 @dataclass(frozen=True)
-class Distilled(methods.Objective):
-    """Soft targets from teachers in the place of labels, a share `taught` of them.
+class Held:
+    """Images that nothing was trained on, for choices after training: images in [0, 1], labels, and the attacker."""
 
-    Attributes:
-        natural: an accurate network of C logits, the teacher of benign images; without it the average teaches them too.
-        average: the average of the student's own weights, the teacher of adversarial images (and on recovered classes).
-        taught: the teachers' share of the target; the label has the rest.
+    x: Tensor
+    y: Tensor
+    threat: ThreatModel
+
+
+GATES, SHARPENINGS, POWERS = (0.5, 0.7, 0.85, 0.95), (1, 2, 4), (1, 2)
+GIVEN_UP = 0.01
+HELD = 400
+
+
+def calibrated(experts: nn.Module, held: Held) -> Gated:
+    """Mix two experts by the gate that is most accurate for at most a point of robust accuracy, on held-out images.
+
+    The attack is PGD-20 on the mixture itself. Where no gate keeps that much, the most robust one is taken.
     """
+    x, y = held.x[:HELD], held.y[:HELD]
+    alone = _accuracies(Gated(experts, 0.999, 1), x, y, held.threat)[1]
+    measured = {
+        choice: _accuracies(Gated(experts, *choice), x, y, held.threat)
+        for choice in product(GATES, SHARPENINGS, POWERS)
+    }
+    kept = {choice: pair for choice, pair in measured.items() if pair[1] >= alone - GIVEN_UP}
+    best = max(kept, key=lambda choice: kept[choice]) if kept else max(measured, key=lambda choice: measured[choice][1])
+    print(
+        f"gate {best[0]}, sharpened by {best[1]}, power {best[2]}: clean and robust {measured[best]} on held-out images"
+    )
+    return Gated(experts, *best)
 
-    natural: nn.Module | None = None
-    average: list[WeightAverage] = field(default_factory=list)
-    taught: float = 0.5
 
-    def loss(self, model: nn.Module, x: Tensor, adversarial: Tensor, y: Tensor) -> Tensor:
-        if not self.average:
-            self.average.append(WeightAverage(model, 0.995))
-        self.average[0].update(model)
-        with torch.no_grad():
-            own = self.average[0](torch.cat([x, adversarial])).float()
-            taught = (recover(own, "logsumexp") if self.targets else own).softmax(1)
-            calm, attacked = taught.chunk(2)
-            if self.natural is not None:
-                calm = self.natural(x).float().softmax(1)
-            label = F.one_hot(y, calm.shape[1])
-            calm, attacked = (self.taught * teacher + (1 - self.taught) * label for teacher in (calm, attacked))
-        logits = model(torch.cat([x, adversarial])).float()
-        if self.targets is None:
-            values = losses.soft_cross_entropy(logits, torch.cat([calm, attacked])).view(2, -1).mean(1)
-            return self.weight * values[0] + (1 - self.weight) * values[1]
-        halves = [
-            torch.cat([(1 - weight) * target, weight * target], dim=1)
-            for weight, target in ((self.targets.benign, calm), (self.targets.adversarial, attacked))
-        ]
-        values = losses.soft_cross_entropy(logits, torch.cat(halves)).view(2, -1).mean(1)
-        return self.targets.benign_share * values[0] + (1 - self.targets.benign_share) * values[1]
+def _accuracies(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> tuple[float, float]:
+    adversarial = pgd(model, x, y, replace(threat, steps=20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        clean, robust = ((model(images).argmax(1) == y).float().mean().item() for images in (x, adversarial))
+    return clean, robust

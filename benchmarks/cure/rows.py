@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.cure.networks import BySum, Gated, ManyDummies, SplitLate
+from benchmarks.cure.networks import BySum, Gated, Held, ManyDummies, SplitLate, calibrated
 from ducat.dummy import add_dummy_classes
 
 
@@ -22,7 +21,8 @@ class Row:
         settings: options that differ from the branch's.
         network: makes the network from the base; None doubles its head with copies where there are dummy classes.
         teach: the teachers, "both" (a natural network and the average) or "self" (the average alone); "" for none.
-        deployed: what is evaluated, made from the trained network.
+        schedule: weights of the two-hot targets that go from one value to another over the epochs.
+        deployed: what is evaluated, made from the trained network and held-out images.
         of: another row whose network is evaluated, instead of training one.
     """
 
@@ -31,7 +31,8 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
     network: Callable[[nn.Module], nn.Module] | None = None
     teach: str = ""
-    deployed: Callable[[nn.Module], nn.Module] = lambda network: network
+    schedule: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    deployed: Callable[[nn.Module, Held], nn.Module] = lambda network, held: network
     of: str | None = None
 
 
@@ -41,6 +42,14 @@ def _aware(share: float, **others: Any) -> dict[str, Any]:
 
 def _dummy(**settings: Any) -> dict[str, Any]:
     return _aware(0.35, **{name.replace("__", "."): value for name, value in settings.items()})
+
+
+def _by_sum(network: nn.Module, held: Held) -> nn.Module:
+    return BySum(network)
+
+
+def _gated(gate: float, sharpen: float) -> Callable[[nn.Module, Held], nn.Module]:
+    return lambda network, held: Gated(network, gate, sharpen)
 
 
 ROWS: dict[str, Row] = {
@@ -106,6 +115,24 @@ ROWS: dict[str, Row] = {
         _dummy(dummy__benign_weight=0.5, dummy__adversarial_weight=0.5),
     ),
     "adversarial-0.75": Row("variants", "w_a = 0.75: a softer pair", _dummy(dummy__adversarial_weight=0.75)),
+    "benign-rising": Row(
+        "variants",
+        "w_b from 0 to 0.5: a crisp pair first, then softer",
+        _aware(0.35),
+        schedule={"benign": (0.0, 0.5)},
+    ),
+    "adversarial-rising": Row(
+        "variants",
+        "w_a from 0.5 to 1: the pair is learnt late, and disturbs less",
+        _aware(0.35),
+        schedule={"adversarial": (0.5, 1.0)},
+    ),
+    "share-falling": Row(
+        "variants",
+        "benign share from 0.7 to 0: accuracy first, robustness last",
+        _aware(0.35),
+        schedule={"benign_share": (0.7, 0.0)},
+    ),
     "three-dummies": Row(
         "variants",
         "three dummy classes a class: room for kinds of failure",
@@ -140,7 +167,7 @@ ROWS: dict[str, Row] = {
             "recovery-aware, by sum",
             "recovery by logsumexp instead of max: the same within noise",
             of=f"aware-{share}",
-            deployed=BySum,
+            deployed=_by_sum,
         )
         for share in (0.2, 0.35, 0.5)
     },
@@ -149,7 +176,7 @@ ROWS: dict[str, Row] = {
             "two experts, calibrated",
             "a constant gate and a sharper robust half: more robust for little clean",
             of="split-0.35",
-            deployed=partial(Gated, gate=gate, sharpen=sharpen),
+            deployed=_gated(gate, sharpen),
         )
         for gate, sharpen in ((0.7, 1), (0.7, 2), (0.85, 2))
     },
@@ -158,8 +185,20 @@ ROWS: dict[str, Row] = {
             "two networks, joined",
             "natural and robust network mixed: clean for little robust, if sharpened",
             of="joined",
-            deployed=partial(Gated, gate=gate, sharpen=sharpen),
+            deployed=_gated(gate, sharpen),
         )
         for gate, sharpen in ((0.7, 2), (0.85, 2), (0.95, 2), (0.85, 4))
     },
+    "split-calibrated": Row(
+        "two experts, calibrated",
+        "gate and sharpening chosen on held-out images: at least as good as constants",
+        of="split-0.35",
+        deployed=calibrated,
+    ),
+    "joined-calibrated": Row(
+        "two networks, joined",
+        "gate and sharpening chosen on held-out images: at least as good as constants",
+        of="joined",
+        deployed=calibrated,
+    ),
 }

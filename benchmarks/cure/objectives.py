@@ -1,0 +1,87 @@
+"""Objectives that the search tries and the library does not offer: soft targets from teachers, weights that change."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ducat import losses, methods
+from ducat.averaging import WeightAverage
+from ducat.config import Config
+from ducat.dummy import recover
+
+Change = Callable[[methods.Objective, float], methods.Objective]
+CHANGES: dict[str, Change] = {}
+"""By the name of a run: what makes its objective of the config's, given the share of the epochs that are over."""
+
+
+@dataclass(frozen=True)
+class Changed(Config):
+    """A config whose objective is changed by the row of its name in `CHANGES`."""
+
+    def objective(self, epoch: int) -> methods.Objective:
+        assert self.name is not None
+        return CHANGES[self.name](super().objective(epoch), epoch / max(1, self.train.epochs - 1))
+
+
+def scheduled(ends: Mapping[str, tuple[float, float]]) -> Change:
+    """Let weights of the two-hot targets (attributes of `TwoHot`) go linearly from one value to another."""
+
+    def change(plain: methods.Objective, done: float) -> methods.Objective:
+        assert plain.targets is not None
+        weights = {name: first + done * (last - first) for name, (first, last) in ends.items()}
+        return replace(plain, targets=replace(plain.targets, **weights))
+
+    return change
+
+
+def taught(natural: nn.Module | None) -> Change:
+    """Take targets from teachers, see `Distilled`."""
+    average: list[WeightAverage] = []
+
+    def change(plain: methods.Objective, done: float) -> methods.Objective:
+        values = {item.name: getattr(plain, item.name) for item in dataclasses.fields(plain)}
+        return Distilled(**values, natural=natural, average=average)
+
+    return change
+
+
+@dataclass(frozen=True)
+class Distilled(methods.Objective):
+    """Soft targets from teachers in the place of labels, a share `taught` of them.
+
+    Attributes:
+        natural: an accurate network of C logits, the teacher of benign images; without it the average teaches them too.
+        average: the average of the student's own weights, the teacher of adversarial images (and on recovered classes).
+        taught: the teachers' share of the target; the label has the rest.
+    """
+
+    natural: nn.Module | None = None
+    average: list[WeightAverage] = field(default_factory=list)
+    taught: float = 0.5
+
+    def loss(self, model: nn.Module, x: Tensor, adversarial: Tensor, y: Tensor) -> Tensor:
+        if not self.average:
+            self.average.append(WeightAverage(model, 0.995))
+        self.average[0].update(model)
+        with torch.no_grad():
+            own = self.average[0](torch.cat([x, adversarial])).float()
+            taught = (recover(own, "logsumexp") if self.targets else own).softmax(1)
+            calm, attacked = taught.chunk(2)
+            if self.natural is not None:
+                calm = self.natural(x).float().softmax(1)
+            label = F.one_hot(y, calm.shape[1])
+            calm, attacked = (self.taught * teacher + (1 - self.taught) * label for teacher in (calm, attacked))
+        logits = model(torch.cat([x, adversarial])).float()
+        if self.targets is None:
+            values = losses.soft_cross_entropy(logits, torch.cat([calm, attacked])).view(2, -1).mean(1)
+            return self.weight * values[0] + (1 - self.weight) * values[1]
+        halves = [
+            torch.cat([(1 - weight) * target, weight * target], dim=1)
+            for weight, target in ((self.targets.benign, calm), (self.targets.adversarial, attacked))
+        ]
+        values = losses.soft_cross_entropy(logits, torch.cat(halves)).view(2, -1).mean(1)
+        return self.targets.benign_share * values[0] + (1 - self.targets.benign_share) * values[1]
