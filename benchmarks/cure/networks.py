@@ -18,19 +18,22 @@ from ducat.threat import ThreatModel
 class ManyDummies(nn.Module):
     """Several dummy classes a class, seen as one: 2C logits, of which the dummy half is a logsumexp over `count`."""
 
-    def __init__(self, base: Any, count: int) -> None:
+    def __init__(self, base: nn.Module, count: int) -> None:
         super().__init__()
-        head = base.network.linear
+        name, head = [pair for pair in base.named_modules() if isinstance(pair[1], nn.Linear)][-1]
+        assert isinstance(head, nn.Linear)
         self.count, self.num_classes = count, head.out_features
-        base.network.linear = nn.Linear(head.in_features, (1 + count) * head.out_features)
+        wide = nn.Linear(head.in_features, (1 + count) * head.out_features)
         with torch.no_grad():
             rows = [head.weight]
             noise = torch.Generator().manual_seed(0)
             for _ in range(count):
                 shake = torch.randn(head.weight.shape, generator=noise) * 0.1 * head.weight.std()
                 rows.append(head.weight + shake)
-            base.network.linear.weight.copy_(torch.cat(rows))
-            base.network.linear.bias.copy_(torch.cat([head.bias] + [head.bias - math.log(count)] * count))
+            wide.weight.copy_(torch.cat(rows))
+            wide.bias.copy_(torch.cat([head.bias] + [head.bias - math.log(count)] * count))
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, wide)
         self.base = base
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,6 +102,17 @@ class BySum(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return recover(self.model(x), "logsumexp")
+
+
+class Half(nn.Module):
+    """The real half of a network's 2C logits (0) or the dummy half (1), as a classifier of its own."""
+
+    def __init__(self, model: nn.Module, half: int) -> None:
+        super().__init__()
+        self.model, self.half = model, half
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).chunk(2, dim=1)[self.half]
 
 
 @dataclass(frozen=True)

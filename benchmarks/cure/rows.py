@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.cure.networks import BySum, Gated, Held, ManyDummies, SplitLate, calibrated
+from benchmarks.cure.networks import BySum, Gated, Half, Held, ManyDummies, SplitLate, calibrated
 from ducat.dummy import add_dummy_classes
 
 
@@ -50,6 +50,10 @@ def _by_sum(network: nn.Module, held: Held) -> nn.Module:
 
 def _gated(gate: float, sharpen: float) -> Callable[[nn.Module, Held], nn.Module]:
     return lambda network, held: Gated(network, gate, sharpen)
+
+
+def _half(half: int) -> Callable[[nn.Module, Held], nn.Module]:
+    return lambda network, held: Half(network, half)
 
 
 ROWS: dict[str, Row] = {
@@ -170,6 +174,15 @@ ROWS: dict[str, Row] = {
             deployed=_by_sum,
         )
         for share in (0.2, 0.35, 0.5)
+    },
+    **{
+        f"{title}-half-0.35": Row("halves", expected, of="aware-0.35", deployed=_half(half))
+        for half, (title, expected) in enumerate(
+            [
+                ("real", "the half that benign images are put in: an accurate expert?"),
+                ("dummy", "the half that adversarial images are put in: a robust expert?"),
+            ]
+        )
     },
     **{
         f"split-gate-{gate}-{sharpen}": Row(
