@@ -107,12 +107,12 @@ class BySum(nn.Module):
 class Half(nn.Module):
     """The real half of a network's 2C logits (0) or the dummy half (1), as a classifier of its own."""
 
-    def __init__(self, model: nn.Module, half: int) -> None:
+    def __init__(self, model: nn.Module, index: int) -> None:
         super().__init__()
-        self.model, self.half = model, half
+        self.model, self.index = model, index
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(x).chunk(2, dim=1)[self.half]
+        return self.model(x).chunk(2, dim=1)[self.index]
 
 
 @dataclass(frozen=True)
