@@ -1,11 +1,20 @@
 """The benchmarks measure what they say: their arithmetic, and that the steps they time do the same work."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import training_step
+from benchmarks.cure import fronts, networks
 from benchmarks.cure.fronts import Point, above, front
+from benchmarks.cure.networks import Gated, Half, Held, ManyDummies, calibrated
+from benchmarks.cure.objectives import CHANGES, Changed, scheduled
+from ducat import models
+from ducat.config import DummyConfig, TrainConfig
+from ducat.threat import ThreatModel
 
 
 def test_a_row_of_the_training_step_has_its_rates_and_their_ratio() -> None:
@@ -68,3 +77,71 @@ def test_the_front_is_the_upper_hull_and_rows_are_measured_against_it() -> None:
     assert above(point(65, 18), hull) == pytest.approx(0)
     assert above(point(71, 10), hull) is None
     assert point(50, 30).error == pytest.approx(1.449, abs=1e-3)
+
+
+def content(name: str, seed: int, clean: float, robust: float) -> dict[str, Any]:
+    attacks = [{"accuracy": robust + 0.1}]
+    measured = {"clean": {"accuracy": clean}, "attacks": attacks, "robust": robust, "samples": 500}
+    return {"name": name, "seed": seed, "evaluation": measured}
+
+
+def test_seeds_of_a_row_are_one_line_of_the_table_with_the_error_of_their_mean() -> None:
+    contents = [
+        content("aware-0.5", 1, 0.62, 0.24),
+        content("aware-0.5", 0, 0.58, 0.28),
+        content("pgd-at", 0, 0.5, 0.3),
+        content("mixed-0.5", 0, 0.6, 0.25),
+    ]
+    rows = fronts.points(contents)
+    assert [(row.name, row.seeds) for row in rows] == [("pgd-at", [0]), ("mixed-0.5", [0]), ("aware-0.5", [0, 1])]
+    assert (rows[-1].clean, rows[-1].robust, rows[-1].error) == pytest.approx((60, 26, 2))
+    assert fronts.table(rows).splitlines()[-1].endswith("| 0, 1 | 60.0 | 36.0 | 26.0 ± 2.0 | +1.0 |")
+
+
+def test_scheduled_weights_go_from_one_end_to_the_other() -> None:
+    config = Changed(
+        name="row", dummy=DummyConfig("recovery-aware", start_epoch=0), train=TrainConfig(epochs=3, milestones=())
+    )
+    CHANGES["row"] = scheduled({"benign": (0.0, 0.5)})
+    weights = [config.objective(epoch).targets for epoch in range(3)]
+    assert [each.benign for each in weights if each] == [0, 0.25, 0.5]
+    assert {each.adversarial for each in weights if each} == {1.0}
+
+
+class Pair(nn.Module):
+    """Two linear experts of two classes: one reads the first feature, the other the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.flatten(1).sub(0.5).mul(8).unbind(1)
+        return torch.stack([-first, first, -second, second], dim=1)
+
+
+def test_a_gate_mixes_probabilities_and_power_makes_the_sure_surer() -> None:
+    x = torch.tensor([[[[0.9, 0.6]]], [[[0.2, 0.9]]]])
+    accurate, robust = (Half(Pair(), index)(x).softmax(1) for index in (0, 1))
+    mixed = Gated(Pair(), gate=0.7, sharpen=1)(x)
+    torch.testing.assert_close(mixed.exp(), 0.3 * accurate + 0.7 * robust)
+    plain, sharp = (Gated(Pair(), 0.999, 1, power)(x).softmax(1)[:, 1] for power in (1, 2))
+    assert sharp[0] < plain[0] < plain[1] < sharp[1]
+
+
+@pytest.mark.parametrize(("robust_of_0_7", "chosen"), [(0.495, 0.7), (0.48, 0.85)])
+def test_a_calibrated_gate_is_the_most_accurate_that_gives_up_at_most_a_point(
+    monkeypatch: pytest.MonkeyPatch, robust_of_0_7: float, chosen: float
+) -> None:
+    measured = {0.5: (0.9, 0.3), 0.7: (0.8, robust_of_0_7), 0.85: (0.7, 0.5), 0.95: (0.6, 0.5), 0.999: (0.5, 0.5)}
+    monkeypatch.setattr(networks, "_accuracies", lambda gated, *_: measured[gated.gate])
+    held = Held(torch.rand(4, 1, 1, 2), torch.zeros(4, dtype=torch.long), ThreatModel("linf", 0.1, 0.025, 10))
+    assert calibrated(Pair(), held).gate == chosen
+
+
+def test_several_dummy_classes_a_class_begin_as_the_network_they_are_made_from() -> None:
+    torch.manual_seed(0)
+    base = models.build("small", 10, channels=1)
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = base.eval()(x)
+        many = ManyDummies(base, 3)(x)
+    assert many.shape == (4, 20)
+    torch.testing.assert_close(many[:, :10], before)
+    torch.testing.assert_close(many[:, 10:], before, atol=0.2, rtol=0)
