@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: their arithmetic, and that the steps they time do the same work."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import ducat
 from benchmarks import training_step
 from benchmarks.cure import fronts, networks
 from benchmarks.cure.fronts import Point, above, front
 from benchmarks.cure.networks import Gated, Half, Held, ManyDummies, calibrated
-from benchmarks.cure.objectives import CHANGES, Changed, scheduled
-from ducat import models
+from benchmarks.cure.objectives import CHANGES, Changed, detached, scheduled
+from ducat import methods, models
 from ducat.config import DummyConfig, TrainConfig
 from ducat.threat import ThreatModel
 
@@ -106,6 +108,25 @@ def test_scheduled_weights_go_from_one_end_to_the_other() -> None:
     weights = [config.objective(epoch).targets for epoch in range(3)]
     assert [each.benign for each in weights if each] == [0, 0.25, 0.5]
     assert {each.adversarial for each in weights if each} == {1.0}
+
+
+def test_a_detached_pair_has_the_two_hot_loss_and_no_gradient_of_it_in_the_trunk() -> None:
+    torch.manual_seed(0)
+    model = ducat.add_dummy_classes(models.build("small", 10, channels=1), "random").eval()
+    x, adversarial, y = torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8), torch.arange(4)
+    weights = methods.TwoHot(benign_share=0.35)
+    plain, without = (
+        methods.Objective(methods.METHODS["pgd-at"], "recovered", replace(weights, pair=pair)) for pair in (1, 0)
+    )
+    first = next(model.parameters())
+    values, gradients = [], []
+    for objective in (detached(plain, 0.0), plain, without):
+        loss = objective.loss(model, x, adversarial, y)
+        values.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, first)[0])
+    assert values[0] == pytest.approx(values[1], rel=1e-5) != pytest.approx(values[2], rel=1e-3)
+    torch.testing.assert_close(gradients[0], gradients[2])
+    assert not torch.allclose(gradients[0], gradients[1], rtol=1e-2)
 
 
 class Pair(nn.Module):

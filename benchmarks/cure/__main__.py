@@ -125,6 +125,7 @@ class Search:
             "seed": self.seed,
             "settings": dict(row.settings),
             "schedule": dict(row.schedule),
+            "detached": row.detached,
             "teachers": row.teach,
             "of": row.of,
             "images_per_s": folder.metrics[-1]["images_per_s"],
@@ -180,6 +181,8 @@ class Search:
     def _change(self, row: Row) -> objectives.Change | None:
         if row.schedule:
             return objectives.scheduled(row.schedule)
+        if row.detached:
+            return objectives.detached
         if row.teach:
             return objectives.taught(self.trained("natural", "natural").eval() if row.teach == "both" else None)
         return None

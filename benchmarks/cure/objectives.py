@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from ducat import losses, methods
 from ducat.averaging import WeightAverage
 from ducat.config import Config
-from ducat.dummy import recover
+from ducat.dummy import dummy_head, recover, two_hot
 
 Change = Callable[[methods.Objective, float], methods.Objective]
 CHANGES: dict[str, Change] = {}
@@ -38,15 +39,46 @@ def scheduled(ends: Mapping[str, tuple[float, float]]) -> Change:
     return change
 
 
+def detached(plain: methods.Objective, done: float) -> methods.Objective:
+    """Keep the within-pair term's gradient out of the trunk, see `DetachedPair`."""
+    return DetachedPair(**_values(plain))
+
+
 def taught(natural: nn.Module | None) -> Change:
     """Take targets from teachers, see `Distilled`."""
     average: list[WeightAverage] = []
 
     def change(plain: methods.Objective, done: float) -> methods.Objective:
-        values = {item.name: getattr(plain, item.name) for item in dataclasses.fields(plain)}
-        return Distilled(**values, natural=natural, average=average)
+        return Distilled(**_values(plain), natural=natural, average=average)
 
     return change
+
+
+def _values(plain: methods.Objective) -> dict[str, Any]:
+    return {item.name: getattr(plain, item.name) for item in dataclasses.fields(plain)}
+
+
+class DetachedPair(methods.Objective):
+    """The two-hot loss of which the within-pair term trains the last layer alone: a detector on given features."""
+
+    def loss(self, model: nn.Module, x: Tensor, adversarial: Tensor, y: Tensor) -> Tensor:
+        head, seen = dummy_head(model), []
+        assert head is not None
+        assert self.targets is not None
+        handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        try:
+            logits = model(torch.cat([x, adversarial])).float()
+        finally:
+            handle.remove()
+        apart = F.linear(seen[0].detach().float(), head.weight, head.bias)
+        labels, weights = y.repeat(2), self.targets
+        targets = torch.cat([two_hot(y, len(head.weight) // 2, w) for w in (weights.benign, weights.adversarial)])
+        recovered, apart_recovered = (
+            losses.cross_entropy(recover(each, "logsumexp"), labels) for each in (logits, apart)
+        )
+        pair = losses.soft_cross_entropy(apart, targets) - apart_recovered
+        benign, attacked = (recovered + weights.pair * pair).view(2, -1).mean(1)
+        return weights.benign_share * benign + (1 - weights.benign_share) * attacked
 
 
 @dataclass(frozen=True)

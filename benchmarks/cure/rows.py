@@ -22,6 +22,7 @@ class Row:
         network: makes the network from the base; None doubles its head with copies where there are dummy classes.
         teach: the teachers, "both" (a natural network and the average) or "self" (the average alone); "" for none.
         schedule: weights of the two-hot targets that go from one value to another over the epochs.
+        detached: keep the within-pair term's gradient out of the trunk.
         deployed: what is evaluated, made from the trained network and held-out images.
         of: another row whose network is evaluated, instead of training one.
     """
@@ -32,6 +33,7 @@ class Row:
     network: Callable[[nn.Module], nn.Module] | None = None
     teach: str = ""
     schedule: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    detached: bool = False
     deployed: Callable[[nn.Module, Held], nn.Module] = lambda network, held: network
     of: str | None = None
 
@@ -101,6 +103,12 @@ ROWS: dict[str, Row] = {
     ),
     "pair-0.1": Row("variants", "a weak detector costs less capacity: more robust", _dummy(dummy__pair_weight=0.1)),
     "pair-3": Row("variants", "a strong detector costs robustness", _dummy(dummy__pair_weight=3)),
+    "pair-detached": Row(
+        "variants",
+        "a detector that costs the trunk nothing: as `pair-0`",
+        _aware(0.35),
+        detached=True,
+    ),
     "random-rows": Row(
         "variants",
         "random rows lose part of the short branch",
