@@ -12,9 +12,11 @@ import ducat
 from benchmarks import training_step
 from benchmarks.cure import fronts, networks
 from benchmarks.cure.fronts import Point, above, front
-from benchmarks.cure.networks import Gated, Half, Held, ManyDummies, calibrated
+from benchmarks.cure.networks import Gated, Half, Held, ManyDummies, calibrated, through_stand_ins
 from benchmarks.cure.objectives import CHANGES, Changed, detached, scheduled
 from ducat import methods, models
+from ducat.attacks.adaptive import SilentDummies
+from ducat.attacks.pgd import pgd
 from ducat.config import DummyConfig, TrainConfig
 from ducat.threat import ThreatModel
 
@@ -144,6 +146,18 @@ def test_a_gate_mixes_probabilities_and_power_makes_the_sure_surer() -> None:
     torch.testing.assert_close(mixed.exp(), 0.3 * accurate + 0.7 * robust)
     plain, sharp = (Gated(Pair(), 0.999, 1, power)(x).softmax(1)[:, 1] for power in (1, 2))
     assert sharp[0] < plain[0] < plain[1] < sharp[1]
+
+
+def test_stand_ins_break_a_mixture_that_hides_its_gradients() -> None:
+    # Both features are within the ball of the other class; the sharp expert passes no gradient to its own.
+    y = torch.tensor([0, 1, 0, 1])
+    x = (0.5 + 0.05 * (2 * y - 1)).repeat(2, 1).T.reshape(4, 1, 1, 2)
+    threat = ThreatModel("linf", 0.1, 0.025, 20)
+    hidden = Gated(Pair(), gate=0.999, sharpen=1e6, power=2)
+    assert (hidden(pgd(hidden, x, y, threat, start=x)).argmax(1) == y).all()
+    found = through_stand_ins(SilentDummies(hidden), x, y, threat, torch.Generator().manual_seed(0))
+    assert (found - x).abs().max() <= 0.1 + 1e-6
+    assert (hidden(found).argmax(1) != y).all()
 
 
 @pytest.mark.parametrize(("robust_of_0_7", "chosen"), [(0.495, 0.7), (0.48, 0.85)])

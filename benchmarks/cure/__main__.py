@@ -6,8 +6,9 @@
 
 In each setting one network is trained with PGD-AT; every row then trains it on for the same number of epochs, with
 the same learning rate, batches and steps of the inner attack, and differs in nothing else but what `ROWS` says of it.
-Robust accuracy is the worst case over PGD-20 and our ensemble, both on the classifier that is deployed. A row that is
-in --work is not made again, so that an interrupted search goes on where it stopped; `--table DIR` writes what there is.
+Robust accuracy is the worst case over PGD-20 and our ensemble, both on the classifier that is deployed, and for
+mixtures also over attacks through smoother mixtures. A row that is in --work is not made again, so that an interrupted
+search goes on where it stopped; `--table DIR` writes what there is.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from torch import nn
 import ducat
 from benchmarks.cure import objectives
 from benchmarks.cure.fronts import write
-from benchmarks.cure.networks import Held, Joined
+from benchmarks.cure.networks import Gated, Held, Joined, through_stand_ins
 from benchmarks.cure.rows import ROWS, Row
 from benchmarks.cure.settings import SETTINGS, Setting
 from ducat import checkpoint, methods
@@ -56,6 +57,7 @@ def register() -> None:
         Attack("ensemble-front", True, _ensemble("front")),
     )
     SUITES["front"] = Suite(attacks, audit=False)
+    SUITES["front-of-mixtures"] = Suite((*attacks, Attack("stand-ins", True, through_stand_ins)), audit=False)
     plain = methods.METHODS["pgd-at"]
     methods.METHODS["pgd-at-margin"] = replace(plain, title="PGD-AT on the margin", objective="margin")
     methods.METHODS["pgd-at-kl"] = replace(plain, title="PGD-AT on KL", objective="kl", gaussian_start=True)
@@ -118,14 +120,13 @@ class Search:
         deployed = row.deployed(network.eval(), Held(held_out.floats(), held_out.labels, threat))
         x, y = load_test(self.setting.data, self.setting.test, self.data)
         title = manifest["data"]["title"]
-        measured = ducat.evaluate(deployed, x, y, threat, "front", num_classes=10, seed=self.seed, data=title)
+        suite = "front-of-mixtures" if isinstance(deployed, Gated) else "front"
+        measured = ducat.evaluate(deployed, x, y, threat, suite, num_classes=10, seed=self.seed, data=title)
         content = {
             "name": name,
             "front": row.front,
             "seed": self.seed,
             "settings": dict(row.settings),
-            "schedule": dict(row.schedule),
-            "detached": row.detached,
             "teachers": row.teach,
             "of": row.of,
             "images_per_s": folder.metrics[-1]["images_per_s"],
@@ -153,7 +154,10 @@ class Search:
         if not finished:
             # A few epochs that were stopped are begun again: networks and teachers of a row's own cannot be resumed.
             shutil.rmtree(folder.path, ignore_errors=True)
-            change = self._change(row)
+            change = row.change
+            if row.teach:
+                natural = self.trained("natural", "natural").eval() if row.teach == "both" else None
+                change = objectives.taught(natural)
             kind = Config if change is None else objectives.Changed
             config = with_options(
                 kind(name=folder.name),
@@ -177,15 +181,6 @@ class Search:
         tensors, _ = checkpoint.read(folder.checkpoint_path("last"))
         network.load_state_dict(checkpoint.part("model", tensors))
         return network, folder
-
-    def _change(self, row: Row) -> objectives.Change | None:
-        if row.schedule:
-            return objectives.scheduled(row.schedule)
-        if row.detached:
-            return objectives.detached
-        if row.teach:
-            return objectives.taught(self.trained("natural", "natural").eval() if row.teach == "both" else None)
-        return None
 
     def _joined(self) -> tuple[nn.Module, RunFolder]:
         robust, folder = self._trained_on("pgd-at")

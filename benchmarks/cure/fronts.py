@@ -21,6 +21,10 @@ DRAWN = (
     "one head, two teachers",
     "two experts, split late",
 )
+HEAD = """# The search for dummy classes that hold: its rows
+
+Written by `python -m benchmarks.cure --table results`. [cure.md](cure.md): how they were measured, and what they say.
+"""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def table(rows: Sequence[Point]) -> str:
 
 
 def write(work: Path, out: Path) -> None:
-    """Write the settings' tables to cure-rows.md, all that was measured to cure.json, and a plot for each setting."""
+    """Write the settings' tables to cure-tables.md, all that was measured to cure.json, and a plot for each setting."""
     out.mkdir(exist_ok=True)
     contents, parts = {}, []
     for name, setting in SETTINGS.items():
@@ -137,7 +141,7 @@ def write(work: Path, out: Path) -> None:
         parts.append(f"## {name}\n\n{setting.about}.\n\n{table(rows)}\n![{name}](cure-{name}.svg)\n")
         lines = {line: _places(rows, line) for line in (*BASELINES, *DRAWN)}
         plots.save(plots.fronts(lines), out / f"cure-{name}.svg")
-    checkpoint.write_text(out / "cure-rows.md", "\n".join(parts))
+    checkpoint.write_text(out / "cure-tables.md", "\n".join([HEAD, *parts]))
     checkpoint.write_text(out / "cure.json", json.dumps(contents, indent=1) + "\n")
 
 

@@ -124,6 +124,44 @@ class Held:
     threat: ThreatModel
 
 
+STAND_INS = (
+    (0.9999, 1, 1),
+    (0.5, 1, 1),
+    (0.85, 1, 1),
+    (0.85, 2, 1),
+    (0.95, 1, 1),
+    (0.5, 2, 1),
+    (0.5, 4, 1),
+    (0.5, 1, 2),
+    (0.95, 4, 2),
+    (0.5, 0.2, 2),
+)
+
+
+def through_stand_ins(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator
+) -> Tensor:
+    """Attack the mixture in `model` through other mixtures of its experts: one that is sharp hides its gradients.
+
+    PGD-50 on the cross-entropy and the margin of each stand-in (gate, sharpening, power); `model` judges the result,
+    and a sample that is fooled is attacked no more.
+    """
+    mixture = next(module for module in model.modules() if isinstance(module, Gated))
+    result = x.clone()
+    with torch.no_grad():
+        left = (recover(model(x)).argmax(1) == y).nonzero().squeeze(1)
+    for stand_in, objective in product(STAND_INS, ("cross-entropy", "margin")):
+        if len(left) == 0:
+            break
+        surrogate, ball = Gated(mixture.experts, *stand_in), replace(threat, steps=50)
+        found = pgd(surrogate, x[left], y[left], ball, objective, generator=generator, keep="last")
+        with torch.no_grad():
+            fooled = recover(model(found)).argmax(1) != y[left]
+        result[left[fooled]] = found[fooled]
+        left = left[~fooled]
+    return result
+
+
 GATES, SHARPENINGS, POWERS = (0.5, 0.7, 0.85, 0.95), (1, 2, 4), (1, 2)
 GIVEN_UP = 0.01
 HELD = 400

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ducat import losses, methods
 from ducat.averaging import WeightAverage
 from ducat.config import Config
-from ducat.dummy import dummy_head, recover, two_hot
+from ducat.dummy import dummy_head, recover
 
 Change = Callable[[methods.Objective, float], methods.Objective]
 CHANGES: dict[str, Change] = {}
@@ -67,17 +67,13 @@ class DetachedPair(methods.Objective):
         assert self.targets is not None
         handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         try:
-            logits = model(torch.cat([x, adversarial])).float()
+            logits = model(self.forwarded(x, adversarial)).float()
         finally:
             handle.remove()
         apart = F.linear(seen[0].detach().float(), head.weight, head.bias)
-        labels, weights = y.repeat(2), self.targets
-        targets = torch.cat([two_hot(y, len(head.weight) // 2, w) for w in (weights.benign, weights.adversarial)])
-        recovered, apart_recovered = (
-            losses.cross_entropy(recover(each, "logsumexp"), labels) for each in (logits, apart)
-        )
-        pair = losses.soft_cross_entropy(apart, targets) - apart_recovered
-        benign, attacked = (recovered + weights.pair * pair).view(2, -1).mean(1)
+        weights, without = self.targets, replace(self.targets, pair=0)
+        pair = self._two_hot_loss(apart, y, weights) - self._two_hot_loss(apart, y, without)
+        benign, attacked = (self._two_hot_loss(logits, y, without) + pair).view(2, -1).mean(1)
         return weights.benign_share * benign + (1 - weights.benign_share) * attacked
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.cure.networks import BySum, Gated, Half, Held, ManyDummies, SplitLate, calibrated
+from benchmarks.cure.objectives import Change, detached, scheduled
 from ducat.dummy import add_dummy_classes
 
 
@@ -21,8 +22,7 @@ class Row:
         settings: options that differ from the branch's.
         network: makes the network from the base; None doubles its head with copies where there are dummy classes.
         teach: the teachers, "both" (a natural network and the average) or "self" (the average alone); "" for none.
-        schedule: weights of the two-hot targets that go from one value to another over the epochs.
-        detached: keep the within-pair term's gradient out of the trunk.
+        change: what the branch's objective is made into.
         deployed: what is evaluated, made from the trained network and held-out images.
         of: another row whose network is evaluated, instead of training one.
     """
@@ -32,8 +32,7 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
     network: Callable[[nn.Module], nn.Module] | None = None
     teach: str = ""
-    schedule: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    detached: bool = False
+    change: Change | None = None
     deployed: Callable[[nn.Module, Held], nn.Module] = lambda network, held: network
     of: str | None = None
 
@@ -107,7 +106,7 @@ ROWS: dict[str, Row] = {
         "variants",
         "a detector that costs the trunk nothing: as `pair-0`",
         _aware(0.35),
-        detached=True,
+        change=detached,
     ),
     "random-rows": Row(
         "variants",
@@ -131,19 +130,19 @@ ROWS: dict[str, Row] = {
         "variants",
         "w_b from 0 to 0.5: a crisp pair first, then softer",
         _aware(0.35),
-        schedule={"benign": (0.0, 0.5)},
+        change=scheduled({"benign": (0.0, 0.5)}),
     ),
     "adversarial-rising": Row(
         "variants",
         "w_a from 0.5 to 1: the pair is learnt late, and disturbs less",
         _aware(0.35),
-        schedule={"adversarial": (0.5, 1.0)},
+        change=scheduled({"adversarial": (0.5, 1.0)}),
     ),
     "share-falling": Row(
         "variants",
         "benign share from 0.7 to 0: accuracy first, robustness last",
         _aware(0.35),
-        schedule={"benign_share": (0.7, 0.0)},
+        change=scheduled({"benign_share": (0.7, 0.0)}),
     ),
     "three-dummies": Row(
         "variants",
