@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, help="the data set's archive, where it has to be prepared first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", type=Path, metavar="DIR", help="write what there is, tables and plots; make no rows")
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=list(ROWS), help="rows to make; all by default")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=ROWS, help="rows to make; all by default")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     register()
@@ -206,7 +206,10 @@ def main() -> None:
         source = ["--from", str(arguments.archive), "--root", str(search.data)]
         if code := command(["data", "prepare", search.setting.data, *source]):
             sys.exit(code)
-    for name in arguments.only:
+    possible = [name for name in ROWS if search.setting.splits or not name.startswith("split-")]
+    for name in arguments.only or possible:
+        if name not in possible:
+            parser.error(f"--only {name}: the network of --setting {arguments.setting} cannot be split")
         search.run(name)
 
 

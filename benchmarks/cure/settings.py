@@ -15,6 +15,7 @@ class Setting:
         base: those of the first phase, PGD-AT from random weights.
         branch: those of the second, which each row trains in its own way.
         test: number of test images.
+        splits: whether the network has a last stage that can be split, which the rows `split-*` need.
     """
 
     about: str
@@ -22,6 +23,7 @@ class Setting:
     base: Mapping[str, Any]
     branch: Mapping[str, Any]
     test: int
+    splits: bool = True
 
     @property
     def data(self) -> str:
@@ -75,5 +77,6 @@ SETTINGS: dict[str, Setting] = {
         },
         branch={"train.epochs": 20, "train.schedule": "cosine", "train.validate_every": 20},
         test=500,
+        splits=False,
     ),
 }
