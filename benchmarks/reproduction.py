@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import ducat
+from ducat import plots, report
 from ducat.analysis import always_failed
 from ducat.attacks import external
 from ducat.attacks.suites import SUITES, Attack, Suite, _external
@@ -173,8 +174,8 @@ def autoattack(folder: RunFolder, data: str, work: Path) -> ducat.Evaluation:
     return ducat.evaluate(model, x[chosen].contiguous(), y[chosen], threat, "autoattack-blind", num_classes=10)
 
 
-def markdown(data: str, rows: Sequence[Mapping[str, Any]], work: Path) -> str:
-    """Return one data set's table as Markdown, with the conditions that it was measured under."""
+def markdown(data: str, rows: Sequence[Mapping[str, Any]], work: Path, out: Path) -> str:
+    """Draw one data set's plot and return its table as Markdown, with the conditions that it was measured under."""
     first, table = rows[0], TABLES[data]
     knows = {False: "blind", True: "knows recovery"}
     attacks = ", ".join(f"{row['name']} ({knows[row['knows_recovery']]})" for row in first["evaluation"]["attacks"])
@@ -189,13 +190,17 @@ def markdown(data: str, rows: Sequence[Mapping[str, Any]], work: Path) -> str:
         runs[row["method"], row["dummy_classes"], row["seed"]] = Run.read(
             folder_of(work, data, row["method"], row["dummy_classes"], row["seed"]).path, title
         )
+    comparison = compare(list(runs.values()))
+    plots.save(plots.trade_off(report.points(comparison.sections[0])), out / f"reproduction-{data}.svg")
     text = [
         f"## {first['data_title']}",
         "",
         f"{first['training_images']:,} training images; {settings}; trained in {first['precision']}.",
         f"Attacks: {attacks}.",
         "",
-        to_markdown(compare(list(runs.values()))).rstrip(),
+        to_markdown(comparison).rstrip(),
+        "",
+        f"![Clean accuracy against accuracy under attack, hollow blind, filled robust](reproduction-{data}.svg)",
         "",
         f"Two blind attacks apart, in %; AutoAttack on the raw outputs of {chosen} samples:",
         "",
@@ -225,7 +230,8 @@ def markdown(data: str, rows: Sequence[Mapping[str, Any]], work: Path) -> str:
 
 
 def write(work: Path, out: Path) -> None:
-    """Write reproduction.md and reproduction.json from the rows that there are."""
+    """Write reproduction.md, reproduction.json and a plot for each data set from the rows that there are."""
+    out.mkdir(exist_ok=True)
     rows = []
     for data, table in TABLES.items():
         for (method, seed), kind in product(table.rows, KINDS):
@@ -239,8 +245,7 @@ def write(work: Path, out: Path) -> None:
         "`robust` over all, those that know it included. Training seeds are named; attacks have seed 0.\n"
     ]
     for data in dict.fromkeys(row["data"] for row in rows):
-        parts.append(markdown(data, [row for row in rows if row["data"] == data], work))
-    out.mkdir(exist_ok=True)
+        parts.append(markdown(data, [row for row in rows if row["data"] == data], work, out))
     write_text(out / "reproduction.json", json.dumps(rows, indent=1) + "\n")
     write_text(out / "reproduction.md", "\n".join(parts))
     print(f"written: {out / 'reproduction.md'}, {out / 'reproduction.json'}")

@@ -37,6 +37,9 @@ class Row:
     of: str | None = None
 
 
+_EMA = {"train.averaging": "ema", "train.averaging_decay": 0.995, "train.averaging_start_epoch": 0}
+
+
 def _aware(share: float, **others: Any) -> dict[str, Any]:
     return {"dummy.kind": "recovery-aware", "dummy.benign_share": share, **others}
 
@@ -79,6 +82,12 @@ ROWS: dict[str, Row] = {
         "two-soft targets",
         "two teachers in two halves do not collide: above one head with the same teachers",
         _aware(0.35),
+        teach="both",
+    ),
+    "two-soft-ema": Row(
+        "variants",
+        "deployed as an average, two-soft targets gain what averaging gains",
+        _aware(0.35, **_EMA),
         teach="both",
     ),
     "two-soft-0.5": Row("two-soft targets", "", _aware(0.5), teach="both"),
@@ -153,18 +162,12 @@ ROWS: dict[str, Row] = {
     "ema": Row(
         "variants",
         "an average is worth a point of both, on any method",
-        _dummy(train__averaging="ema", train__averaging_decay=0.995, train__averaging_start_epoch=0),
+        _aware(0.35, **_EMA),
     ),
     "ema-mixed-0.35": Row(
         "averaged baselines",
         "",
-        {
-            "method.name": "mixed",
-            "method.weight": 0.35,
-            "train.averaging": "ema",
-            "train.averaging_decay": 0.995,
-            "train.averaging_start_epoch": 0,
-        },
+        {"method.name": "mixed", "method.weight": 0.35, **_EMA},
     ),
     "awp": Row("variants", "AWP costs clean accuracy in a network that underfits", _dummy(train__awp=0.005)),
     "smooth": Row(
