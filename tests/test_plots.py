@@ -37,6 +37,20 @@ def test_the_trade_off_stands_where_the_numbers_say() -> None:
     assert drawn >= {(70, 90), (20, 90), (55, 85), (45, 85)}
 
 
+def test_a_trade_off_of_many_keeps_room_for_its_axes_and_no_two_look_alike() -> None:
+    evaluation = next(iter(POINTS.values()))[0]
+    figure = plots.trade_off({f"a method with a name of some length {number}": [evaluation] for number in range(12)})
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.get_position().height * figure.get_figheight() > 2
+    filled = [
+        line
+        for line in axes.lines
+        if line.get_markerfacecolor() == line.get_color() and line.get_marker() in plots.MARKS
+    ]
+    assert len({(line.get_color(), line.get_marker()) for line in filled}) == 12
+
+
 def test_fronts_stand_where_the_numbers_say_and_no_two_look_alike() -> None:
     lines = {f"way {number}": [(50.0 + number, 30.0), (60.0 + number, 20.0)] for number in range(9)}
     axes = plots.fronts({**lines, "nothing": []}).axes[0]

@@ -37,9 +37,11 @@ def trade_off(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         points: contents of evaluation.json, one for each training seed, by the name to show. Several give their mean,
             with the sample standard deviation as a cross.
     """
-    figure, axes = _figure(height=3.9)
+    columns = 1 if max(map(len, points)) > 24 else 2
+    figure, axes = _figure(height=max(3.9, 3.0 + 0.22 * len(points) / columns))  # a long legend leaves the axes room
     for index, (name, evaluations) in enumerate(points.items()):
-        colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
+        # Colours begin again with other marks.
+        colour, mark = COLOURS[index % len(COLOURS)], MARKS[(index + index // len(COLOURS)) % len(MARKS)]
         clean = _mean([evaluation["clean"]["accuracy"] for evaluation in evaluations])
         blind, robust = (_mean([evaluation[key] for evaluation in evaluations]) for key in ("blind", "robust"))
         axes.plot([blind[0], robust[0]], [clean[0], clean[0]], color=colour, linewidth=1.5, zorder=1)
@@ -65,9 +67,7 @@ def trade_off(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         # Networks that hardly differ must not look far apart; accuracy ends at 100.
         low = min((low + high - SPAN) / 2, 101 - SPAN)
         axes.set_ylim(low, low + SPAN)
-    figure.legend(
-        loc="outside lower center", ncols=1 if max(map(len, points)) > 24 else 2, frameon=False, labelcolor=INK
-    )
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK)
     return figure
 
 
