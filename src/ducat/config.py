@@ -136,11 +136,11 @@ class ThreatConfig:
     """What the attacker may do, in training and evaluation."""
 
     norm: Norm = "linf"
-    """linf or l2."""
+    """linf, l2 or l1."""
     eps: float | int | str | None = None
     """Radius of the ball, on images in [0, 1]: a number or a fraction such as 8/255. By default usual for the data."""
     step_size: float | int | str | None = None
-    """Length of an attack step, in the units of eps; eps / 4 by default."""
+    """Length of an attack step, in the units of eps; by default eps / 4, for l2 15/128 of eps."""
     steps: int = 10
     """Attack steps in training."""
 
