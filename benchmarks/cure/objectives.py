@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ducat import losses, methods
-from ducat.averaging import WeightAverage
 from ducat.config import Config
 from ducat.dummy import dummy_head, recover
+from ducat.training.averaging import WeightAverage
 
 Change = Callable[[methods.Objective, float], methods.Objective]
 CHANGES: dict[str, Change] = {}

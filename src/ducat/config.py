@@ -17,12 +17,12 @@ from ducat.data.specs import DataSpec
 from ducat.models.architecture import Architecture
 from ducat.schedules import SCHEDULES, epoch_of
 from ducat.threat import Norm, ThreatModel
-from ducat.tracking import TRACKERS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 Kind = Literal["off", "published", "recovery-aware"]
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def _at_least(name: str, value: float | int | None, low: float | int) -> None:
