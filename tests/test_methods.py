@@ -294,11 +294,11 @@ def test_there_are_recipes() -> None:
         (lambda: TrainConfig(epochs=9, awp_start_epoch=9), r"train\.awp_start_epoch=9 is not an epoch"),
         (lambda: Config(name="../../etc/x"), r"name='\.\./\.\./etc/x' is not the name of a folder"),
         (lambda: Config(name=".."), r"name='\.\.' is not the name of a folder"),
-        (lambda: MethodConfig("mixed", weight=6), r"method\.weight=6 is outside \[0, 1\]: for mixed it is the share"),
+        (lambda: MethodConfig("mixed", weight=6), r"method\.weight=6 is outside \[0, 1\]: it is the share"),
         (lambda: DummyConfig(pair_weight=-1), r"dummy\.pair_weight=-1 must be at least 0"),
         (
             lambda: Config(method=MethodConfig("mixed"), dummy=DummyConfig("published")),
-            r"dummy\.kind=published mixes .* choose pgd-at, and the share of the benign ones by dummy\.benign_share",
+            r"dummy\.kind=published does not fit .* mixes .* choose pgd-at, and the share of the benign ones by dummy\.benign_share",
         ),
         (lambda: config(kind="published", epochs=1, milestones=()), r"dummy\.start_epoch=1 is not an epoch"),
     ],

@@ -18,7 +18,7 @@ from ducat.runs import RunFolder, Which
 
 COMPARED = 64  # images that a written file is compared on
 
-Images = Float[Tensor, "batch channels height width"]
+Batch = Float[Tensor, "batch channels height width"]
 Logits = Float[Tensor, "batch classes"]
 Outputs = Logits | tuple[Logits, Float[Tensor, " batch"]]
 
@@ -53,7 +53,7 @@ class Classifier(
         with torch.random.fork_rng(devices=[]):
             self.model = architecture.build()
 
-    def forward(self, images: Images) -> Outputs:
+    def forward(self, images: Batch) -> Outputs:
         logits = self.model(images)
         if not self.architecture.dummy_classes:
             return logits

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ducat.export.classifier import Source, save
+from ducat.methods import DUMMY_CLASSES, Paper, find
 
 _LOADER = '''"""The model of this folder for RobustBench: images in [0, 1] to logits, one deterministic forward pass."""
 
@@ -23,21 +24,6 @@ def load_model() -> Classifier:
 '''
 
 NOT_MEASURED = "not measured"
-_PAPERS = {
-    "natural": ("", ""),
-    "pgd-at": ("Towards Deep Learning Models Resistant to Adversarial Attacks", "https://arxiv.org/abs/1706.06083"),
-    "trades": (
-        "Theoretically Principled Trade-off between Robustness and Accuracy",
-        "https://arxiv.org/abs/1901.08573",
-    ),
-    "mart": ("Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ""),
-    "consistency": ("Consistency Regularization for Adversarial Robustness", "https://arxiv.org/abs/2103.04623"),
-}
-_DUMMY_PAPER = (
-    "New Paradigm of Adversarial Training: Breaking Inherent Trade-Off between Accuracy and Robustness via Dummy "
-    "Classes",
-    "https://arxiv.org/abs/2410.12671",
-)
 
 
 def write(source: Source, path: Path) -> None:
@@ -57,10 +43,10 @@ def read(path: Path) -> Callable[[Tensor], Any]:
     return module.load_model()
 
 
-def _paper(source: Source) -> tuple[str, str]:
-    """Return title and address of the paper of the method, each empty where there is none."""
+def _paper(source: Source) -> Paper:
+    """Return the paper of the method; title and address are empty where there is none."""
     config = source.folder.config
-    return _DUMMY_PAPER if config.dummy.kind != "off" else _PAPERS.get(config.method.name, ("", ""))
+    return DUMMY_CLASSES if config.dummy.kind != "off" else find(config.method.name).paper or Paper("")
 
 
 def _percent(share: float | None) -> str:

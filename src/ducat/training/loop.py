@@ -418,9 +418,8 @@ class _Loop:
             return dict(zip(measured, shares.tolist(), strict=True))
         return validate(
             self.step.deployed,
-            self.config,
+            self.step,
             self.dataset,
-            self.accelerator,
             progress=lambda attack: self._stop() if self.step.agreed(bool(self.received)) else None,
         )
 

@@ -23,7 +23,7 @@ from ducat.training.parallel import LocalRows, synchronize_batch_norm
 if TYPE_CHECKING:
     pass
 
-Images = Float[Tensor, "batch channels height width"]
+Batch = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
 
 
@@ -54,7 +54,7 @@ class Step:
         self,
         config: Config,
         model: nn.Module,
-        example: Images,
+        example: Batch,
         *,
         objective: Callable[[int], methods.Objective] | None = None,
         notice: Callable[[str], None] = lambda text: None,
@@ -86,7 +86,7 @@ class Step:
         )
         example = example.to(device)
         self.folded = fold_batch_norm(self.model, example) if fold else None
-        self.views = methods.find(config.method.name).views
+        self.views = self.objective(0).method.views
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         if world_size > 1:
             synchronize_batch_norm(self.model)  # after folding, which compares outputs that need no other process
@@ -107,7 +107,7 @@ class Step:
         """The weights that are validated, and saved to be used: the average, once it has begun."""
         return self.average.module if self.average is not None and self.average.updates else self.model
 
-    def __call__(self, x: Images, y: Labels, epoch: int, step: int, steps: int) -> Float[Tensor, ""]:
+    def __call__(self, x: Batch, y: Labels, epoch: int, step: int, steps: int) -> Float[Tensor, ""]:
         """Do one step, and return its loss.
 
         Args:
@@ -134,7 +134,7 @@ class Step:
             self.average.update(self.model)
         return loss.detach()
 
-    def attack(self, x: Images, y: Labels, epoch: int, step: int, purpose: str = "attack") -> Images:
+    def attack(self, x: Batch, y: Labels, epoch: int, step: int, purpose: str = "attack") -> Batch:
         """Return the adversarial images of a step, a function of the seed, the purpose, the epoch and the step."""
         objective = self.objective(epoch)
         # The 0 is what one process has always drawn with: the runs of earlier versions can be made again.

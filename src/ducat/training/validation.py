@@ -1,18 +1,14 @@
 """What is measured on the validation split after an epoch, and what its numbers warn of."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from ducat.config import Config
 from ducat.data import Dataset, Images
 from ducat.evaluate import evaluate
-from ducat.methods import ATTACKS
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from ducat.training.step import Step
 
 COLLAPSE = 0.05  # a smaller fall of PGD accuracy is noise of the validation split
 CHUNK = 500  # samples that validation attacks at a time, at most
@@ -23,33 +19,31 @@ Validate = Callable[[nn.Module, Images], Mapping[str, float]]
 name, "clean", "blind" and "robust" among them. Where several processes train, each calls it and the mean counts."""
 
 
-def validate(
-    model: nn.Module, config: Config, dataset: Dataset, accelerator: "Accelerator", progress: Callable[[str], None]
-) -> dict[str, float]:
+def validate(model: nn.Module, step: Step, dataset: Dataset, progress: Callable[[str], None]) -> dict[str, float]:
     """Measure the deployed network on the validation split, of which each process attacks its share.
 
     Args:
         model: the network that is deployed.
-        config: the resolved settings of the run.
+        step: of the training: its ball, and the processes that share the work.
         dataset: the data with the split.
-        accelerator: says which share is this process's, and where the network is.
         progress: called with the name of each attack before each chunk of samples.
     """
+    accelerator = step.accelerator
     split, processes = dataset.validation, accelerator.num_processes
     mine = split.select(torch.arange(accelerator.process_index, len(split), processes))
     mine = mine.to(accelerator.device)
     # As many chunks in every process, since all agree on stopping before each.
     share = -(-len(split) // processes)
     chunk = -(-share // -(-share // CHUNK))
-    single_step = ATTACKS[config.method.attack].single_step
+    single_step = step.objective(0).inner.single_step
     measured = evaluate(
         model,
         mine.floats(),
         mine.labels,
-        config.threat.build(None),
+        step.threat,
         "single-step" if single_step else "quick",
         num_classes=len(dataset.classes),
-        seed=config.train.seed,
+        seed=step.config.train.seed,
         batch_size=chunk,
         progress=progress,
     )
