@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.training_step import THREAT, Recipe, Step, environment, seconds, table
-from ducat.parallel import synchronize_batch_norm
+from ducat.training.parallel import synchronize_batch_norm
 
 BATCHES = (0.25, 0.5, 2)  # of the base's
 CLASSES = (100, 200, 1000)

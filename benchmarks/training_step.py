@@ -164,11 +164,11 @@ class Step:
         self.network.eval()
         if goal.method.objective == "kl":
             with torch.no_grad():
-                clean = F.softmax(goal._read(self.network(x)), 1)
+                clean = F.softmax(goal.read(self.network(x)), 1)
         adversarial = x + 0.001 * torch.randn_like(x)
         for _ in range(self.threat.steps):
             adversarial = adversarial.detach().requires_grad_()
-            logits = goal._read(self.network(adversarial))
+            logits = goal.read(self.network(adversarial))
             if goal.method.objective == "kl":
                 value = F.kl_div(F.log_softmax(logits, 1), clean, reduction="sum")
             else:

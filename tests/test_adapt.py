@@ -3,6 +3,7 @@ import json
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,30 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ducat
-from ducat.adapt import adapt, settings
+from ducat import training
 from ducat.cli import main
-from ducat.config import Config, DataConfig, DummyConfig, ModelConfig, ThreatConfig, TrainConfig
+from ducat.config import DummyConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.dummy import dummy_head, recover
 from ducat.models import build
 from ducat.runs import RunFolder
-from ducat.train import train
+from ducat.training import adapt as training_adapt
+from ducat.training.adapt import settings
+from tests import support
+from tests.support import Watcher, unvalidated
 
-TINY = Config(
+TINY = replace(
+    support.TINY,
     name="adapted",
-    data=DataConfig("digits", samples=64),
     model=ModelConfig("small"),
     dummy=DummyConfig("recovery-aware", start_epoch=0),
     threat=ThreatConfig(steps=1),
-    train=TrainConfig(epochs=1, batch_size=32, learning_rate=0.0, schedule="constant", precision="float32"),
+    train=replace(support.TINY.train, epochs=1, learning_rate=0.0),
 )
 SPEC = ducat.data.SPECS["digits"]
 
 
-@pytest.fixture(autouse=True)
-def unvalidated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ducat.train._Loop._validate", lambda self: {"clean": 1.0, "blind": 1.0, "robust": 0.5})
+adapt = partial(training_adapt.adapt, validate=unvalidated)
+train = partial(training.train, validate=unvalidated)
 
 
 def original(name: str = "small", normalized: bool = True, **options: Any) -> nn.Module:
@@ -197,19 +200,10 @@ def test_adapting_trains_and_can_be_resumed(tmp_path: Path) -> None:
     whole = adapt(source, chosen, tmp_path / "whole")
     assert [row["dummy_classes"] for row in whole.metrics] == ["published", "published"]
 
-    class Stop:
-        def step(self, done: int, total: int) -> None: ...
-
-        def warning(self, text: str) -> None: ...
-
-        def epoch(self, row: dict[str, Any]) -> None:
-            if row["epoch"] == 0:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        adapt(source, chosen, tmp_path, Stop())
+        adapt(source, chosen, tmp_path, Watcher(leave_after=1))
     source.unlink()
-    resumed = ducat.train.resume(tmp_path / "adapted").load("last").state_dict()
+    resumed = training.resume(tmp_path / "adapted").load("last").state_dict()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.load("last").state_dict().items())
     head = resumed["network.14.weight"]
     assert not torch.equal(head[:10], head[10:])

@@ -10,7 +10,7 @@ from ducat import analysis
 from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
 from ducat.evaluate import Evaluation, evaluate_run
 from ducat.runs import RunFolder
-from ducat.train import train
+from ducat.training import train
 
 SAMPLES = 80
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ducat.averaging import WeightAverage, perturbed_weights, update_batch_norm
 from ducat.models import build
+from ducat.training.averaging import WeightAverage, perturbed_weights, update_batch_norm
 
 
 def make_model(seed: int = 0) -> nn.Module:

@@ -44,7 +44,7 @@ def test_the_steps_that_are_timed_do_the_same_work(method: str, dummy: str) -> N
         assert (adversarial - step.x).abs().max() <= step.threat.radius + 1e-6
         step.network.eval()
         with torch.no_grad():
-            reached.append(F.cross_entropy(step.objective._read(step.network(adversarial)), step.y).item())
+            reached.append(F.cross_entropy(step.objective.read(step.network(adversarial)), step.y).item())
             losses.append(step._loss(adversarial).item())
     # A new network is nearly linear in the ball, so that every attack gets about as far.
     assert reached == pytest.approx([reached[0]] * 3, rel=0.05)
@@ -106,10 +106,10 @@ def test_scheduled_weights_go_from_one_end_to_the_other() -> None:
     config = Changed(
         name="row", dummy=DummyConfig("recovery-aware", start_epoch=0), train=TrainConfig(epochs=3, milestones=())
     )
-    CHANGES["row"] = scheduled({"benign": (0.0, 0.5)})
+    CHANGES["row"] = scheduled({"benign_weight": (0.0, 0.5)})
     weights = [config.objective(epoch).targets for epoch in range(3)]
-    assert [each.benign for each in weights if each] == [0, 0.25, 0.5]
-    assert {each.adversarial for each in weights if each} == {1.0}
+    assert [each.benign_weight for each in weights if each] == [0, 0.25, 0.5]
+    assert {each.adversarial_weight for each in weights if each} == {1.0}
 
 
 def test_a_detached_pair_has_the_two_hot_loss_and_no_gradient_of_it_in_the_trunk() -> None:
@@ -118,7 +118,7 @@ def test_a_detached_pair_has_the_two_hot_loss_and_no_gradient_of_it_in_the_trunk
     x, adversarial, y = torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8), torch.arange(4)
     weights = methods.TwoHot(benign_share=0.35)
     plain, without = (
-        methods.Objective(methods.METHODS["pgd-at"], "recovered", replace(weights, pair=pair)) for pair in (1, 0)
+        methods.Objective(methods.METHODS["pgd-at"], "recovered", replace(weights, pair_weight=pair)) for pair in (1, 0)
     )
     first = next(model.parameters())
     values, gradients = [], []

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ducat.cli import main
-from ducat.compare import Comparison, Run, compare, to_csv, to_latex, to_markdown
 from ducat.config import Config, DataConfig, ThreatConfig, TrainConfig
+from ducat.reporting.compare import Comparison, Run, compare, to_csv, to_latex, to_markdown
 from ducat.runs import RunFolder
 
 CONFIG = Config(name="run", data=DataConfig("digits"), threat=ThreatConfig(eps=0.2))

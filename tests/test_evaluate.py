@@ -15,7 +15,7 @@ from ducat.attacks.suites import SUITES, Attack, Suite
 from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
 from ducat.evaluate import Evaluation, compare, evaluate_run
 from ducat.runs import RunFolder
-from ducat.train import train
+from ducat.training import train
 
 Templates = tuple[nn.Sequential, torch.Tensor, torch.Tensor]
 THREAT = ducat.ThreatModel(eps=0.09)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ducat.meter import Meter
+from ducat.training.meter import Meter
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ducat import plots
+from ducat.reporting import plots
 
 
 def evaluation(clean: float, blind: float, robust: float) -> dict:

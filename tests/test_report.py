@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ducat import behaviour
-from ducat.compare import Run, compare
 from ducat.config import Config, DataConfig, DummyConfig, ThreatConfig, TrainConfig, config_parser
-from ducat.report import page, reproduce
+from ducat.reporting.compare import Run, compare
+from ducat.reporting.page import page, reproduce
 from ducat.runs import RunFolder
 
 CONFIG = Config(

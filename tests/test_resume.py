@@ -19,7 +19,8 @@ from ducat import checkpoint
 from ducat.cli import main
 from ducat.config import Config, DataConfig, DummyConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.runs import RunFolder
-from ducat.train import Interrupted, resume, train
+from ducat.training import Interrupted, resume, train
+from tests.support import Watcher
 
 CONFIG = Config(
     name="run",
@@ -228,7 +229,7 @@ def test_a_run_killed_at_a_chosen_moment_ends_as_an_unbroken_one(tmp_path: Path,
 def signal_at(place: str, signum: signal.Signals, times: int = 1) -> str:
     """Let a process send itself a signal in its fifth step, or in its first validation."""
     return f"""
-import ducat.train as room
+import ducat.training.validation as room
 from ducat import methods
 left = [5 if {place!r} == "step" else 1]
 def sending(function):
@@ -331,17 +332,8 @@ def test_whatever_is_trained_continues_bit_by_bit(tmp_path: Path, settings: dict
     config = replace(CONFIG, train=replace(CONFIG.train, epochs=2, averaging_start_epoch=0, **settings))
     train(config, tmp_path / "unbroken")
 
-    class Stopper:
-        def step(self, done: int, total: int) -> None:
-            if done == stop_at:
-                signal.raise_signal(signal.SIGTERM)
-
-        def epoch(self, row: dict[str, Any]) -> None: ...
-
-        def warning(self, text: str) -> None: ...
-
     with pytest.raises(Interrupted):
-        train(config, tmp_path, Stopper())
+        train(config, tmp_path, Watcher(signal_after=stop_at, signum=signal.SIGTERM))
     resume(tmp_path / "run")
     assert_same(tmp_path / "run", outcome(tmp_path / "unbroken" / "run"))
 
@@ -390,31 +382,16 @@ def test_two_processes_cannot_train_one_run(tmp_path: Path) -> None:
 
 def test_other_data_are_told(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train(CONFIG, tmp_path, Stop(after=1))
+        train(CONFIG, tmp_path, Watcher(leave_after=1))
     folder = RunFolder(tmp_path / "run")
     folder.update_manifest({"data": {**folder.manifest["data"], "fingerprint": "sha256:0"}})
     with pytest.raises(ValueError, match="the data digits are not those"):
         resume(folder.path)
 
 
-class Stop:
-    """A listener that ends a run, as Ctrl-C twice does, after some epochs."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def step(self, done: int, total: int) -> None: ...
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        if row["epoch"] + 1 == self.after:
-            raise KeyboardInterrupt
-
-    def warning(self, text: str) -> None: ...
-
-
 def test_an_interrupted_run_can_be_used(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train(replace(CONFIG, dummy=DummyConfig("published", start_epoch=3)), tmp_path, Stop(after=1))
+        train(replace(CONFIG, dummy=DummyConfig("published", start_epoch=3)), tmp_path, Watcher(leave_after=1))
     folder = RunFolder.open(tmp_path / "run")
     assert folder.load("last")(torch.rand(2, 1, 8, 8)).shape == (2, 20)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint best .*status: interrupted.*: choose from last"):

@@ -16,13 +16,14 @@ import torch
 
 from ducat import checkpoint
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ModelConfig, ThreatConfig, TrainConfig
-from ducat.parallel import LocalRows
 from ducat.runs import RunFolder
-from ducat.train import Interrupted, resume, train
+from ducat.training import Interrupted, resume, train
+from ducat.training.parallel import LocalRows
+from tests.support import Watcher
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["ducat.train", "accelerate", "filelock", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"]
+    ["ducat.training", "accelerate", "filelock", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"]
 )
 
 CONFIG = Config(
@@ -143,17 +144,8 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
     config = variant("run", threat=L2)
     whole = train(config, tmp_path / "whole")
 
-    class Stopper:
-        def step(self, done: int, total: int) -> None:
-            if done == 4:
-                signal.raise_signal(signal.SIGTERM)
-
-        def epoch(self, row: dict[str, Any]) -> None: ...
-
-        def warning(self, text: str) -> None: ...
-
     with pytest.raises(Interrupted):
-        train(config, tmp_path, Stopper())
+        train(config, tmp_path, Watcher(signal_after=4, signum=signal.SIGTERM))
     together([tmp_path / "run"], tmp_path)
     assert_close(whole, RunFolder(tmp_path / "run"))
 

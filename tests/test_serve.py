@@ -20,7 +20,7 @@ import ducat
 from ducat.cli import main
 from ducat.export import Source
 from ducat.runs import RunFolder
-from ducat.serve import LARGEST_UPLOAD, Playground
+from ducat.serve.server import LARGEST_UPLOAD, Playground
 
 pytestmark = pytest.mark.skipif(
     not (find_spec("starlette") and find_spec("uvicorn")), reason="the extra serve is not installed"
@@ -109,7 +109,7 @@ def test_what_the_attacker_knows_decides(eps: str, knows: bool, fooled: bool, ti
         ("/attack?eps=0.1&attack=fgsm", png(), "image/png", "evil.example", 400, "Invalid host"),
         ("/about", None, "image/png", "evil.example:7860", 400, "Invalid host"),
         ("/../../etc/passwd", None, "image/png", None, 404, "Not Found"),
-        ("/serve.py", None, "image/png", None, 404, "Not Found"),
+        ("/page.py", None, "image/png", None, 404, "Not Found"),
     ],
 )
 def test_what_is_not_wanted_is_refused(
@@ -131,7 +131,7 @@ def test_images_of_other_sizes_and_colours_are_taken(address: str, size: tuple[i
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_may_load_nothing(address: str) -> None:
-    for path in ("/", "/serve.js", "/serve.css"):
+    for path in ("/", "/page.js", "/page.css"):
         status, headers, body = ask(address, path)
         assert status == 200
         assert "default-src 'none'" in headers["content-security-policy"]

@@ -5,7 +5,7 @@ import pytest
 
 from ducat.cli import main
 from ducat.config import Config
-from ducat.tracking import Tracker, check
+from ducat.training.tracking import Tracker, check
 
 
 def without(*packages: str, monkeypatch: pytest.MonkeyPatch) -> None:

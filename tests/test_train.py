@@ -4,23 +4,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import ducat
-from ducat import methods
+from ducat import checkpoint, methods
 from ducat.config import Config, DataConfig, DummyConfig, ThreatConfig, TrainConfig
 from ducat.dummy import DummyLinear, RecoveredClassifier, dummy_head
 from ducat.runs import RunFolder
-from ducat.train import train
-
-TINY = Config(
-    name="run",
-    data=DataConfig("digits", samples=64),
-    threat=ThreatConfig(steps=2),
-    train=TrainConfig(epochs=3, batch_size=32, learning_rate=0.05, schedule="constant", precision="float32"),
-)
+from ducat.training import train
+from tests.support import TINY, Watcher
 
 
 def with_dummies(kind: str, start_epoch: int = 1) -> Config:
@@ -103,46 +98,33 @@ def test_recovery_aware_dummy_rows_are_copies_until_the_switch(tmp_path: Path) -
 
 
 def _stop_after(config: Config, root: Path, epochs: int) -> RunFolder:
-    class Listener:
-        def step(self, done: int, total: int) -> None: ...
-
-        def warning(self, text: str) -> None: ...
-
-        def epoch(self, row: dict) -> None:
-            if row["epoch"] + 1 == epochs:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(config, root, Listener())
+        train(config, root, Watcher(leave_after=epochs))
     return RunFolder.open(root / config.name)
 
 
-def test_best_is_chosen_by_robust_validation_accuracy_with_dummy_classes_in_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_is_chosen_by_robust_validation_accuracy_with_dummy_classes_in_use(tmp_path: Path) -> None:
     robust = iter([0.9, 0.3, 0.5, 0.4])
-    validate = "ducat.train._Loop._validate"
-    monkeypatch.setattr(validate, lambda self: {"clean": 1.0, "blind": 1.0, "robust": next(robust)})
-    epochs_saved = []
-    save = ducat.train._Loop._save
+    best = []
 
-    def spy(self: ducat.train._Loop, which: str) -> None:
-        if which == "best":
-            epochs_saved.append(self.position.epoch - 1)
-        save(self, which)
+    class Listener(Watcher):
+        def epoch(self, row: dict[str, Any]) -> None:
+            path = RunFolder.open(tmp_path / "run").checkpoint_path("best")
+            best.append(checkpoint.read(path)[1]["position"]["epoch"] - 1 if path.is_file() else None)
 
-    monkeypatch.setattr(ducat.train._Loop, "_save", spy)
+    def validate(model: torch.nn.Module, split: ducat.data.Images) -> dict[str, float]:
+        return {"clean": 1.0, "blind": 1.0, "robust": next(robust)}
+
     config = with_dummies("published")
-    train(replace(config, train=replace(config.train, epochs=4)), tmp_path)
-    assert epochs_saved == [1, 2], "epoch 0 is before dummy classes, epoch 3 is worse than epoch 2"
+    train(replace(config, train=replace(config.train, epochs=4)), tmp_path, Listener(), validate=validate)
+    assert best == [None, 1, 2, 2], "epoch 0 is before dummy classes, epoch 3 is worse than epoch 2"
 
 
-def test_test_images_are_never_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_test_images_are_never_looked_at(tmp_path: Path) -> None:
     dataset = ducat.data.load("digits", samples=64)
     ruined = replace(dataset, test=replace(dataset.test, images=torch.zeros_like(dataset.test.images)))
     first = train(TINY, tmp_path / "first")
-    monkeypatch.setattr(ducat.data, "load", lambda *arguments, **options: ruined)
-    second = train(TINY, tmp_path / "second")
+    second = train(TINY, tmp_path / "second", data=ruined)
     assert [(row["loss"], row["robust"]) for row in first.metrics] == [
         (row["loss"], row["robust"]) for row in second.metrics
     ]
@@ -191,20 +173,6 @@ def test_settings_that_do_not_fit_the_data_are_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "a run folder was made for a run that could not start"
 
 
-class Warnings:
-    """A listener that keeps what it is warned of."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def step(self, done: int, total: int) -> None: ...
-
-    def epoch(self, row: dict[str, object]) -> None: ...
-
-    def warning(self, text: str) -> None:
-        self.texts.append(text)
-
-
 def test_a_compiled_network_is_trained_like_any_other(tmp_path: Path) -> None:
     # In a process of its own, since the tests' type checker cannot be traced. What may fail on a network of ours is the
     # tracing; what a C compiler makes of it is PyTorch's.
@@ -236,11 +204,11 @@ def test_training_goes_on_without_a_compiler_and_says_so(tmp_path: Path, monkeyp
         return Broken()
 
     monkeypatch.setattr(torch, "compile", broken)
-    listener = Warnings()
+    listener = Watcher()
     config = replace(TINY, train=replace(TINY.train, epochs=1, compile=True))
     folder = train(config, tmp_path, listener)
     assert folder.manifest["status"] == "finished"
-    assert listener.texts == ["torch.compile does not work here (RuntimeError): training without it"]
+    assert listener.warnings == ["torch.compile does not work here (RuntimeError): training without it"]
 
 
 def test_training_attacks_a_folded_copy_of_the_network_as_it_is(

@@ -40,7 +40,7 @@ from ducat.data import load, load_test
 from ducat.dummy import add_dummy_classes
 from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder
-from ducat.train import Initial, train
+from ducat.training import Initial, train
 
 
 def register() -> None:
@@ -177,7 +177,7 @@ class Search:
                 return architecture, network
 
             base = f"base-s{self.seed}"
-            train(config, self.runs, initial=Initial(build, {"file": str(self.runs / base), "row": name}))
+            train(config, self.runs, model=Initial(build, {"file": str(self.runs / base), "row": name}))
         tensors, _ = checkpoint.read(folder.checkpoint_path("last"))
         network.load_state_dict(checkpoint.part("model", tensors))
         return network, folder

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ducat import losses, methods
-from ducat.averaging import WeightAverage
 from ducat.config import Config
 from ducat.dummy import dummy_head, recover
+from ducat.training.averaging import WeightAverage
 
 Change = Callable[[methods.Objective, float], methods.Objective]
 CHANGES: dict[str, Change] = {}
@@ -71,9 +71,9 @@ class DetachedPair(methods.Objective):
         finally:
             handle.remove()
         apart = F.linear(seen[0].detach().float(), head.weight, head.bias)
-        weights, without = self.targets, replace(self.targets, pair=0)
-        pair = self._two_hot_loss(apart, y, weights) - self._two_hot_loss(apart, y, without)
-        benign, attacked = (self._two_hot_loss(logits, y, without) + pair).view(2, -1).mean(1)
+        weights, without = self.targets, replace(self.targets, pair_weight=0)
+        pair = self.two_hot_loss(apart, y, weights) - self.two_hot_loss(apart, y, without)
+        benign, attacked = (self.two_hot_loss(logits, y, without) + pair).view(2, -1).mean(1)
         return weights.benign_share * benign + (1 - weights.benign_share) * attacked
 
 
@@ -109,7 +109,7 @@ class Distilled(methods.Objective):
             return self.weight * values[0] + (1 - self.weight) * values[1]
         halves = [
             torch.cat([(1 - weight) * target, weight * target], dim=1)
-            for weight, target in ((self.targets.benign, calm), (self.targets.adversarial, attacked))
+            for weight, target in ((self.targets.benign_weight, calm), (self.targets.adversarial_weight, attacked))
         ]
         values = losses.soft_cross_entropy(logits, torch.cat(halves)).view(2, -1).mean(1)
         return self.targets.benign_share * values[0] + (1 - self.targets.benign_share) * values[1]

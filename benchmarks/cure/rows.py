@@ -139,13 +139,13 @@ ROWS: dict[str, Row] = {
         "variants",
         "w_b from 0 to 0.5: a crisp pair first, then softer",
         _aware(0.35),
-        change=scheduled({"benign": (0.0, 0.5)}),
+        change=scheduled({"benign_weight": (0.0, 0.5)}),
     ),
     "adversarial-rising": Row(
         "variants",
         "w_a from 0.5 to 1: the pair is learnt late, and disturbs less",
         _aware(0.35),
-        change=scheduled({"adversarial": (0.5, 1.0)}),
+        change=scheduled({"adversarial_weight": (0.5, 1.0)}),
     ),
     "share-falling": Row(
         "variants",

@@ -43,7 +43,7 @@ from ducat.data import load_test
 from ducat.data.prepare import prepare
 from ducat.evaluate import evaluate, evaluate_run
 from ducat.runs import RunFolder, environment
-from ducat.train import Interrupted, resume, train
+from ducat.training import Interrupted, resume, train
 
 DATA = "cifar10-jpeg"
 NAMES = {"off": "pgd-at", "published": "published", "recovery-aware": "recovery-aware"}

@@ -12,22 +12,22 @@ from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 import ducat
-from ducat import analysis, behaviour, checkpoint, data, plots, report
-from ducat import compare as comparing
+from ducat import analysis, behaviour, checkpoint, data, training
 from ducat import demo as demo_room
-from ducat import train as train_room
-from ducat.adapt import adapt, settings
-from ducat.compare import Comparison, Run
 from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, config_parser
 from ducat.evaluate import evaluate_checkpoint, evaluate_run
+from ducat.progress import Live
+from ducat.reporting import compare as comparing
+from ducat.reporting import page, plots
+from ducat.reporting.compare import Comparison, Run
 from ducat.runs import RunFolder, Which
 from ducat.threat import Norm
-from ducat.train import Interrupted
+from ducat.training import Interrupted
+from ducat.training.adapt import adapt, settings
 
 BAD_INPUT = 2
 # What a user can cause; anything else is a defect of ours and shows its traceback.
@@ -54,62 +54,6 @@ class Command(NamedTuple):
     run: Callable[[Namespace, Console], None]
 
 
-class Live:
-    """Progress of trainings and attacks: a live line each on a terminal, a plain line per validation elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_interactive,
-            transient=True,
-        )
-
-    def __enter__(self) -> "Live":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def training(self, title: str) -> "Training":
-        """Return a listener for one training."""
-        return Training(self, title)
-
-    def attacks(self, title: str) -> Callable[[str], None]:
-        """Return a function to call with the name of each attack on one network as it starts."""
-        task = self.progress.add_task(title, total=None)
-        return lambda attack: self.progress.update(task, description=f"{title}: attack {attack}")
-
-
-class Training:
-    """A listener that shows one training."""
-
-    def __init__(self, live: Live, title: str) -> None:
-        self.live, self.title = live, title
-        self.task = live.progress.add_task(title, total=None)
-
-    def step(self, done: int, total: int) -> None:
-        self.live.progress.update(self.task, completed=done, total=total)
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        text = f"{self.title}: epoch {row['epoch'] + 1}, loss {row['loss']:.3f}"
-        if "robust" in row:
-            shares = ", ".join(f"{name} {100 * row[name]:.1f}" for name in ("clean", "blind", "robust"))
-            text += f", validation {shares}"
-            if not self.live.console.is_interactive:
-                self.live.console.print(text, highlight=False, soft_wrap=True)
-        self.live.progress.update(self.task, description=text)
-
-    def warning(self, text: str) -> None:
-        self.live.console.print(f"[bold]warning[/bold] {self.title}: {text}", highlight=False, soft_wrap=True)
-
-
 def _run_train(arguments: Namespace, console: Console) -> None:
     if arguments.resume is not None:
         folder = RunFolder.open(arguments.resume)
@@ -117,11 +61,11 @@ def _run_train(arguments: Namespace, console: Console) -> None:
             _print(console, f"{folder.path} is finished: nothing was left to do")
             return
         with Live(console) as live:
-            train_room.resume(folder.path, live.training(folder.name))
+            training.resume(folder.path, live.training(folder.name))
     else:
         config = _config(arguments)
         with Live(console) as live:
-            folder = train_room.train(config, arguments.runs, live.training(config.name or config.method.name))
+            folder = training.train(config, arguments.runs, live.training(config.name or config.method.name))
     _print_trained(console, folder)
 
 
@@ -240,10 +184,10 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
         checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
     behaviour.measure_run(folder)
     comparison = comparing.compare([Run.read(folder.path)])
-    page = folder.path / "report.html"
-    report.page(page, folder.name, comparison)
+    report = folder.path / "report.html"
+    page.page(report, folder.name, comparison)
     print_comparison(console, comparison)
-    _print(console, f"Page: {page}")
+    _print(console, f"Page: {report}")
 
 
 def _threat(arguments: Namespace) -> ThreatConfig:
@@ -284,7 +228,7 @@ def _run_compare(arguments: Namespace, console: Console) -> None:
         if files[name] is not None:
             checkpoint.write_text(files[name], write(comparison))
     if files["html"] is not None:
-        report.page(files["html"], "Comparison of runs", comparison)
+        page.page(files["html"], "Comparison of runs", comparison)
 
 
 def _compare_parser(arguments: Sequence[str]) -> ArgumentParser:

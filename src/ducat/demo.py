@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ducat import behaviour, plots, report
-from ducat.compare import Comparison, Run, compare
+from ducat import behaviour
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, TrainConfig
 from ducat.evaluate import evaluate_run
-from ducat.train import Listener, train
+from ducat.reporting import page, plots
+from ducat.reporting.compare import Comparison, Run, compare
+from ducat.training import Listener, train
 
 EPOCHS = 60
 METHODS: dict[str, tuple[str, DummyConfig]] = {
@@ -102,8 +103,8 @@ def run(
         behaviour.measure_run(made)
         demo.paths[title] = made.path
     comparison = demo.comparison
-    plots.save(plots.trade_off(report.points(comparison.sections[0])), folder / "trade-off.svg")
-    report.page(
+    plots.save(plots.trade_off(page.points(comparison.sections[0])), folder / "trade-off.svg")
+    page.page(
         folder / "report.html",
         "Dummy classes on digits: what they do and what they hide",
         comparison,

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ducat.config import TRACKERS
+
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 PROJECT = "ducat"
-TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 class Tracker:

@@ -39,9 +39,9 @@ TYPES = {"image/png": "PNG", "image/jpeg": "JPEG"}
 EXAMPLES = 12
 ATTACKS = {attack.strategy: attack.run for attack in SUITES["light"].attacks}
 ASSETS = {
-    "/": ("serve.html", "text/html"),
-    "/serve.css": ("serve.css", "text/css"),
-    "/serve.js": ("serve.js", "text/javascript"),
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
 }
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
@@ -166,7 +166,7 @@ def application(playground: Playground) -> "Starlette":
         return JSONResponse({"error": message}, status, HEADERS)
 
     def asset(name: str, media_type: str) -> Route:
-        content = resources.files("ducat").joinpath(name).read_text(encoding="utf-8")
+        content = resources.files("ducat.serve").joinpath(name).read_text(encoding="utf-8")
         path = next(path for path, (file, _) in ASSETS.items() if file == name)
 
         async def endpoint(request: Request) -> Response:

@@ -7,10 +7,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ducat import checkpoint, plots
-from ducat import compare as comparing
-from ducat.compare import Comparison, Run, Section
+from ducat import checkpoint
 from ducat.config import Config
+from ducat.reporting import compare as comparing
+from ducat.reporting import plots
+from ducat.reporting.compare import Comparison, Run, Section
 
 KINDS = {"benign": "Benign images", "adversarial": "Adversarial images"}
 
@@ -30,7 +31,7 @@ def page(
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    template = resources.files("ducat").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    template = resources.files("ducat.reporting").joinpath("page.html.jinja").read_text(encoding="utf-8")
     figures = {name: Markup(svg) for name, svg in _figures(comparison).items()}  # ours, from matplotlib
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     html = environment.from_string(template).render(
