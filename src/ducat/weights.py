@@ -127,7 +127,8 @@ def read(source: Path) -> Weights:
         ValueError: if the file is damaged, or holds no weights.
     """
     if source.is_dir():
-        source = RunFolder.open(source).checkpoint_path("best")
+        run = RunFolder.open(source)
+        source = run.checkpoint_path("best" if run.manifest["data"]["validation"] else "last")
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist: give a run folder, or a file of weights")
     if source.suffix != ".safetensors":

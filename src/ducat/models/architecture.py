@@ -33,8 +33,11 @@ class Architecture:
     width: int | None = None
     stem_stride: int = 1
 
-    def build(self) -> nn.Module:
-        """Return the network with new random weights, from PyTorch's global generator; dummy rows are random too."""
+    def build(self, *, init: str = "he") -> nn.Module:
+        """Return the network with new random weights, from PyTorch's global generator; dummy rows are random too.
+
+        `init` is as for `models.build`.
+        """
         model = build(
             self.name,
             self.num_classes,
@@ -43,5 +46,6 @@ class Architecture:
             std=self.std,
             width=self.width,
             stem_stride=self.stem_stride,
+            init=init,
         )
         return add_dummy_classes(model, init="random") if self.dummy_classes else model
