@@ -169,6 +169,8 @@ class TrainConfig:
     """Passes over the training images."""
     batch_size: int = 128
     """Images a step, over all processes."""
+    drop_last: bool = True
+    """Whether images that do not fill an epoch's last batch are left out of that epoch."""
     learning_rate: float | int = 0.1
     """Highest learning rate of SGD."""
     momentum: float | int = 0.9

@@ -240,6 +240,7 @@ class _Loop:
             augment=AUGMENTATIONS[config.data.augmentation](spec),
             device=self.accelerator.device,
             views=self.step.views,
+            drop_last=settings.drop_last,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
