@@ -30,6 +30,7 @@ METHODS_APART = [name for name, method in METHODS.items() if method.forwards_apa
 KINDS = ("off", "published", "recovery-aware")
 HOW = ("joint", "separate")
 SEEDS = (0, 1, 2)
+SAMPLES, SUITE = 300, "quick"
 MEASURES = ("clean", "blind", "robust", "seconds")
 
 
@@ -41,14 +42,14 @@ def _settings(epochs: int, learning_rate: float) -> TrainConfig:
 
 TABLES = {
     "digits": Config(
-        data=DataConfig("digits"), dummy=DummyConfig(start_epoch=0.6), train=_settings(20, 0.3), model=ModelConfig()
+        data=DataConfig("digits"), dummy=DummyConfig(start_epoch=0.6), train=_settings(12, 0.3), model=ModelConfig()
     ),
     "cifar10": Config(
-        data=DataConfig("cifar10", samples=2000),
+        data=DataConfig("cifar10", samples=1000),
         model=ModelConfig("resnet8", width=8),
         method=MethodConfig(attack="pgd-cosine"),
         dummy=DummyConfig(start_epoch=0.6),
-        train=_settings(10, 0.2),
+        train=_settings(6, 0.2),
     ),
 }
 
@@ -71,9 +72,9 @@ def make(name: str, method: str, kind: str, how: str, seed: int, work: Path) -> 
     # Evaluation is no part of the time: a validation that costs nothing stands in for it.
     folder = training.train(config, work / "runs", validate=lambda model, images: dict.fromkeys(MEASURES[:3], 0.0))
     seconds = time.process_time() - began
-    x, y = data.load_test(name, 500, work / "data")
+    x, y = data.load_test(name, SAMPLES, work / "data")
     model, threat = RunFolder(folder.path).load("last"), folder.config.threat.build(None)
-    evaluation = ducat.evaluate(model, x, y, threat, "light", num_classes=10).to_dict()
+    evaluation = ducat.evaluate(model, x, y, threat, SUITE, num_classes=10).to_dict()
     row = {
         "data": folder.manifest["data"],
         "method": method,
@@ -100,7 +101,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     text = [
         f"## {first['data']['title']}",
         "",
-        f"{first['data']['train']:,} training images, 500 test images, suite `light`, trained in "
+        f"{first['data']['train']:,} training images, {SAMPLES} test images, suite `{SUITE}`, trained in "
         f"{first['environment']['precision']}; mean ± standard deviation over seeds, in %; seconds of processor time.",
         "",
         "| method | dummy classes | batch norm | seeds | clean | blind | robust | seconds |",
