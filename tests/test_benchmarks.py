@@ -14,12 +14,12 @@ from benchmarks import training_step
 from benchmarks.cure import fronts, networks
 from benchmarks.cure.fronts import Point, above, front
 from benchmarks.cure.networks import Gated, Half, Held, ManyDummies, calibrated, through_stand_ins
-from benchmarks.cure.objectives import CHANGES, Changed, detached, scheduled
+from benchmarks.cure.objectives import changed, detached, inner, scheduled
 from benchmarks.training_step import Ours, Recipe, Research
 from ducat import methods, models
 from ducat.attacks.adaptive import SilentDummies
 from ducat.attacks.pgd import pgd
-from ducat.config import DummyConfig, TrainConfig
+from ducat.config import Config, DummyConfig, TrainConfig
 from ducat.threat import ThreatModel
 
 
@@ -105,13 +105,18 @@ def test_seeds_of_a_row_are_one_line_of_the_table_with_the_error_of_their_mean()
 
 
 def test_scheduled_weights_go_from_one_end_to_the_other() -> None:
-    config = Changed(
-        name="row", dummy=DummyConfig("recovery-aware", start_epoch=0), train=TrainConfig(epochs=3, milestones=())
-    )
-    CHANGES["row"] = scheduled({"benign_weight": (0.0, 0.5)})
-    weights = [config.objective(epoch).targets for epoch in range(3)]
+    config = Config(dummy=DummyConfig("recovery-aware", start_epoch=0), train=TrainConfig(epochs=3, milestones=()))
+    objective = changed(config, scheduled({"benign_weight": (0.0, 0.5)}))
+    weights = [objective(epoch).targets for epoch in range(3)]
     assert [each.benign_weight for each in weights if each] == [0, 0.25, 0.5]
     assert {each.adversarial_weight for each in weights if each} == {1.0}
+
+
+def test_a_row_changes_what_the_attack_maximises_and_nothing_else() -> None:
+    config = Config(dummy=DummyConfig("recovery-aware", start_epoch=0), train=TrainConfig(epochs=2, milestones=()))
+    plain, changes = config.objective(0), changed(config, inner(objective="margin"))(0)
+    assert (plain.method.objective, changes.method.objective) == ("cross-entropy", "margin")
+    assert replace(changes, method=plain.method) == plain
 
 
 def test_a_detached_pair_has_the_two_hot_loss_and_no_gradient_of_it_in_the_trunk() -> None:

@@ -13,7 +13,7 @@ from ducat.reporting.compare import Comparison, Run, compare
 from ducat.training import Listener, train
 
 EPOCHS = 60
-METHODS: dict[str, tuple[str, DummyConfig]] = {
+NETWORKS: dict[str, tuple[str, DummyConfig]] = {
     "natural": ("natural", DummyConfig("off")),
     "PGD-AT": ("pgd-at", DummyConfig("off")),
     "DUCAT, published": ("pgd-at", DummyConfig("published", start_epoch=0.5)),
@@ -83,7 +83,7 @@ def run(
     if folder.exists():
         raise FileExistsError(f"{folder} exists, and nothing is overwritten: give another --out")
     demo = Demo(folder)
-    for title, (method, dummy) in METHODS.items():
+    for title, (method, dummy) in NETWORKS.items():
         config = Config(
             data=DataConfig("digits"),
             method=MethodConfig(method),

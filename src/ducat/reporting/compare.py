@@ -385,4 +385,4 @@ def _ball(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     return {"norm": evaluation["threat"]["norm"], "eps": evaluation["threat"]["eps"]}
 
 
-FORMATS: dict[str, Callable[[Comparison], str]] = {"csv": to_csv, "markdown": to_markdown, "latex": to_latex}
+TABLES: dict[str, Callable[[Comparison], str]] = {"csv": to_csv, "markdown": to_markdown, "latex": to_latex}
