@@ -99,7 +99,7 @@ class Initial:
                 )
             return architecture, model
 
-        return cls(build, {"model": "given to train"})
+        return cls(build, {"file": "a network given to train"})
 
 
 def train(

@@ -25,7 +25,7 @@ from ducat.serve.server import LARGEST_UPLOAD, Playground
 pytestmark = pytest.mark.skipif(
     not (find_spec("starlette") and find_spec("uvicorn")), reason="the extra serve is not installed"
 )
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks import cost, cost_model
 from benchmarks.training_step import Ours, Recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Operations(TorchDispatchMode):
