@@ -64,8 +64,7 @@ class Judge:
         """Return how often each image is classified correctly, (len(rows),), in [0, 1]."""
         y = self.y[rows]
         if self.how == "random":
-            together = self._right(images.repeat(draws, 1, 1, 1), y.repeat(draws))
-            return together.view(draws, len(rows)).mean(0)
+            return torch.stack([self._right(images, y) for _ in range(draws)]).mean(0)
         right = self._right(images, y)
         if self.how == "company":
             for place, (row, image) in enumerate(zip(rows.tolist(), images, strict=True)):

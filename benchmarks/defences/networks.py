@@ -62,6 +62,14 @@ class WinnersTakeAll(nn.Module):
         return torch.where(flat >= limit, flat, torch.zeros_like(flat)).view_as(x)
 
 
+class Binary(nn.Module):
+    """The sign, with the gradient of a hard tangent (Hubara et al. 2016)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        soft = x.clamp(-1, 1)
+        return soft + (x.sign() - soft).detach()
+
+
 def convolutional(
     outputs: int = 10,
     channels: int = 1,
@@ -104,7 +112,8 @@ class Base:
         build: fresh weights, from the global generator.
         eps: of adversarial training with PGD-7; 0 for none.
         loss: "labels", "dummy-published", "dummy-aware", "parity" (two classes), "smooth" (label smoothing 0.8),
-            "codes" (error-correcting bits), "images" (an autoencoder), "adversarial" (tell attacked images from benign).
+            "codes" (error-correcting bits), "images" (an autoencoder), "adversarial" (tell attacked images from benign
+            ones).
         epochs: passes over the training images.
         rate: the highest learning rate of AdamW, one-cycle.
         seed: of weights and batches.
@@ -149,6 +158,7 @@ BASES: Mapping[str, Base] = {
     "preact-resnet20": Base(lambda: ducat.models.build("preact-resnet20", 10, channels=1, width=4), epochs=15),
     "thermometer": Base(lambda: nn.Sequential(Thermometer(), convolutional(channels=LEVELS))),
     "winners": Base(lambda: convolutional(activation=WinnersTakeAll)),
+    "binary": Base(lambda: convolutional(activation=Binary)),
     "smooth": Base(convolutional, loss="smooth"),
     "codes": Base(lambda: convolutional(16), loss="codes"),
     "natural-2": Base(convolutional, seed=3),
@@ -196,6 +206,14 @@ class Bases:
         unfinished = path.with_suffix(f".{os.getpid()}")
         save_file({key: value.contiguous() for key, value in network.state_dict().items()}, unfinished)
         unfinished.rename(path)
+        return network.eval().requires_grad_(False)
+
+    def joined(self) -> nn.Module:
+        """Return the natural and the PGD-AT network of the search for a cure, as one (digits, seed 1)."""
+        from benchmarks.cure.__main__ import Search
+
+        work = self.folder / "cure"
+        network = Search(work, DIGITS, seed=1).joined()[0]
         return network.eval().requires_grad_(False)
 
     def _fit(self, network: nn.Module, base: Base) -> None:

@@ -6,7 +6,7 @@ Most defences hide the gradients of a network that is trained plainly ("natural"
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ducat
-from benchmarks.cure.networks import Gated, Joined
+from benchmarks.cure.networks import STAND_INS, Gated, Half, Joined
 from benchmarks.defences.networks import (
     CODE,
     DIGITS,
     PHOTOGRAPHS,
     THREATS,
     Bases,
+    Binary,
     Thermometer,
-    WinnersTakeAll,
     training_images,
 )
 
@@ -40,7 +40,7 @@ class Row:
         about: what it is, and where it was published.
         build: makes it from trained networks, afresh.
         stand_ins: differentiable networks through which it is attacked; by default itself.
-        inside: names of trained networks whose adversarial images are tried first.
+        inside: names of trained networks whose adversarial images, found once by long attacks, are tried first.
         honest: whether it is a network and not a defence.
         judged: a row of `attacks.JUDGEMENTS`.
         data: digits or photographs.
@@ -106,8 +106,7 @@ class Draws(nn.Module):
         self.network, self.draws = network, draws
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.network(x.repeat(self.draws, 1, 1, 1)).view(self.draws, len(x), -1)
-        return logits.log_softmax(2).logsumexp(0)
+        return torch.stack([self.network(x).log_softmax(1) for _ in range(self.draws)]).logsumexp(0)
 
 
 class Mean(nn.Module):
@@ -146,7 +145,7 @@ class Activation(nn.Module):
 def activated(network: nn.Module, change: Change, first: int | None = None) -> nn.Module:
     """Put a change in the place of each of the `first` activations of a convolutional network."""
     assert isinstance(network, nn.Sequential)
-    places = [index for index, layer in enumerate(network) if isinstance(layer, nn.ReLU | WinnersTakeAll)]
+    places = [index for index, layer in enumerate(network) if isinstance(layer, nn.ReLU | Binary)]
     for index in places[:first]:
         network[index] = Activation(change)
     return network
@@ -266,6 +265,21 @@ def hashed(x: Tensor) -> Tensor:
     return (((1e6 * key + 12.9898 * places).sin() * 43758.5453) % 1).float().view_as(x)
 
 
+def seeded_noisy(x: Tensor) -> Tensor:
+    """Noise that is drawn with the same seed in each call, so that it depends on an image's place in its batch."""
+    return x + 0.15 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+def stretched(x: Tensor) -> Tensor:
+    """More contrast; what is then outside of [0, 1] is cut off, and most gradients with it."""
+    return (2 * x - 0.5).clamp(0, 1)
+
+
+def thresholded(x: Tensor) -> Tensor:
+    """Dark pixels become black."""
+    return torch.where(x > 0.25, x, torch.zeros_like(x))
+
+
 def hash_noisy(x: Tensor) -> Tensor:
     return x + 0.25 * (2 * hashed(x) - 1)
 
@@ -328,6 +342,20 @@ class Unseen(nn.Module):
 
 
 # ---- changes of the output ----
+
+
+def ranks(logits: Tensor) -> Tensor:
+    """Return each class's rank, which is a number without a gradient."""
+    return logits.argsort(1).argsort(1).to(logits.dtype)
+
+
+def top_probability(logits: Tensor) -> Tensor:
+    """Return the largest probability in its place, and zeros: no other class has a gradient."""
+    return one_hot(logits).detach() * logits.softmax(1)
+
+
+def noisy_outputs(logits: Tensor) -> Tensor:
+    return logits + 3 * torch.randn_like(logits)
 
 
 def one_hot(logits: Tensor) -> Tensor:
@@ -395,6 +423,18 @@ class Duplicates(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         distance = torch.cdist(x.flatten(1), x.flatten(1), p=torch.inf) + 2 * torch.eye(len(x))
         return torch.where((distance.amin(1) <= 2 * EPS)[:, None], self.repeated(x), self.single(x))
+
+
+class Placed(nn.Module):
+    """The first image of a batch meets the first network, the others the second; or, where `size`, a batch of one."""
+
+    def __init__(self, first: nn.Module, others: nn.Module, size: bool) -> None:
+        super().__init__()
+        self.first, self.others, self.size = first, others, size
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = torch.arange(len(x)) + (len(x) - 1 if self.size else 0)
+        return torch.where((place == 0)[:, None], self.first(x), self.others(x))
 
 
 class Counting(nn.Module):
@@ -534,6 +574,21 @@ class Prototypes(Training):
         return one_hot_by_index(-distance) if self.hard else -distance
 
 
+class Exploding(nn.Module):
+    """Adds small waves of a very high frequency to the logits: the gradient is that of the waves."""
+
+    directions: Tensor
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("directions", torch.randn(64, 10, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        waves: Tensor = self.network(x) + 0.01 * torch.sin(1e5 * x.flatten(1) @ self.directions)
+        return waves
+
+
 class Codes(nn.Module):
     """The agreement of signed bits with each class's code (Verma & Swami 2019); `change` is what makes bits."""
 
@@ -671,8 +726,8 @@ def _after(name: str, change: Change) -> Build:
     return lambda bases: After(bases(name), change)
 
 
-def _outputs(about: str, name: str, change: Change) -> Row:
-    return Row(about, _after(name, change), _of(name), (name,))
+def _outputs(about: str, name: str, change: Change, **settings: Any) -> Row:
+    return Row(about, _after(name, change), _of(), (name,), **settings)
 
 
 def _inputs(about: str, name: str, change: Change, *smooth: Change, **settings: Any) -> Row:
@@ -680,21 +735,29 @@ def _inputs(about: str, name: str, change: Change, *smooth: Change, **settings: 
 
     def stand_ins(bases: Bases) -> Sequence[nn.Module]:
         network = bases(name)
-        return [Before(change, network, straight=True), network, *(Before(each, network) for each in smooth)]
+        return [Before(change, network, straight=True), *(Before(each, network) for each in smooth)]
 
     return Row(about, lambda bases: Before(change, bases(name)), stand_ins, (name,), **settings)
 
 
-def _random(about: str, name: str, change: Change) -> Row:
+def _random(about: str, name: str, change: Change, **settings: Any) -> Row:
     def stand_ins(bases: Bases) -> Sequence[nn.Module]:
         return [Draws(Before(change, bases(name))), bases(name)]
 
-    return Row(about, lambda bases: Before(change, bases(name)), stand_ins, (name,), judged="random")
+    return Row(about, lambda bases: Before(change, bases(name)), stand_ins, (name,), judged="random", **settings)
 
 
 def _honest(about: str, name: str, change: Build | None = None, **settings: Any) -> Row:
     return Row(about, change or (lambda bases: bases(name)), None, (name,), honest=True, **settings)
 
+
+def _rough(x: Tensor) -> Tensor:
+    """Tell images whose brightness jumps from pixel to pixel, as that of attacked ones does."""
+    curve = x[..., 2:] - 2 * x[..., 1:-1] + x[..., :-2]
+    return curve.abs().mean((1, 2, 3)) > 0.06
+
+
+_FEW: dict[str, Any] = {"data": PHOTOGRAPHS, "samples": 50}
 
 ROWS: dict[str, Row] = {
     # ---- honest networks ----
@@ -730,7 +793,7 @@ ROWS: dict[str, Row] = {
     "derived-class": Row(
         "a class derived from RecoveredClassifier, whose forward asks a natural network",
         lambda bases: Derived(bases("recovery-aware"), bases("natural")),
-        _of("natural"),
+        _of(),
         ("natural",),
     ),
     "batch-company": Row(
@@ -743,34 +806,48 @@ ROWS: dict[str, Row] = {
     "batch-duplicates": Row(
         "images that resemble others of their batch meet a robust network",
         lambda bases: Duplicates(bases("natural"), bases("robust")),
-        _of("natural"),
+        _of(),
+        ("natural",),
+        judged="company",
+    ),
+    "batch-place": Row(
+        "the first image of a batch meets a natural network, the others a robust one",
+        lambda bases: Placed(bases("natural"), bases("robust"), size=False),
+        _of(),
+        ("natural",),
+        judged="company",
+    ),
+    "batch-of-one": Row(
+        "an image alone meets a natural network, a batch a robust one",
+        lambda bases: Placed(bases("natural"), bases("robust"), size=True),
+        _of(),
         ("natural",),
         judged="company",
     ),
     "counts-queries": Row(
         "after 300 images a natural network gives way to the nearest training image",
         lambda bases: Counting(bases("natural"), Neighbours(bases), 300),
-        _of("natural"),
+        _of(),
         ("natural",),
         judged="fresh",
     ),
     "remembers-images": Row(
         "an image that resembles one that was seen gets the same answer again (Chen et al. 2020)",
         lambda bases: Remembering(bases("natural")),
-        _of("natural"),
+        _of(),
         ("natural",),
         judged="fresh",
     ),
     "notices-gradients": Row(
         "answers by a robust network while a gradient is wanted, else by a natural one",
         lambda bases: NoticesGradients(bases("natural"), bases("robust")),
-        _of("natural"),
+        _of(),
         ("natural",),
     ),
     "foreign-gradient": Row(
         "the logits of a natural network with the gradient of a robust one",
         lambda bases: ForeignGradient(bases("natural"), bases("robust")),
-        _of("natural"),
+        _of(),
         ("natural",),
     ),
     "detector-switch": Row(
@@ -844,6 +921,24 @@ ROWS: dict[str, Row] = {
         ("natural",),
         judged="random",
     ),
+    "noisy-outputs": Row(
+        "noise of 3 on the logits",
+        _after("robust", noisy_outputs),
+        lambda bases: [Draws(After(bases("robust"), noisy_outputs)), bases("robust")],
+        ("robust",),
+        judged="random",
+    ),
+    "seeded-noise": Row(
+        "noise of 0.15 that is drawn with the same seed in each call",
+        lambda bases: Before(seeded_noisy, bases("robust")),
+        lambda bases: [
+            Before(seeded_noisy, bases("robust")),
+            Draws(Before(noisy(0.15), bases("robust"))),
+            bases("robust"),
+        ],
+        ("robust",),
+        judged="company",
+    ),
     "hash-noise": _inputs(
         "noise that a hash of the image decides",
         "natural",
@@ -860,10 +955,22 @@ ROWS: dict[str, Row] = {
     "mixture-0.85": Row(
         "the same at gate 0.85", lambda bases: _mixture(bases, 0.85, 4, 2), _mixtures, ("natural", "robust")
     ),
+    "mixture-cure": Row(
+        "`joined-calibrated` of results/cure.md, seed 1: natural and PGD-AT, gate 0.5, sharpening 4, power 2",
+        lambda bases: Gated(bases.joined(), 0.5, 4, 2),
+        lambda bases: [
+            *(Gated(bases.joined(), *stand_in) for stand_in in STAND_INS),
+            *(Half(bases.joined(), half) for half in (0, 1)),
+        ],
+        eps=0.3,
+        samples=500,
+    ),
     # ---- outputs ----
     "one-hot": _outputs("one-hot outputs by comparison: the gradient is zero", "robust", one_hot),
     "one-hot-index": _outputs("one-hot outputs by indexing: no gradient at all", "robust", one_hot_by_index),
     "one-hot-natural": _outputs("one-hot outputs of a natural network", "natural", one_hot_by_index),
+    "ranks": _outputs("the ranks of the logits", "robust", ranks),
+    "top-probability": _outputs("the largest probability, and zeros", "robust", top_probability),
     "attracted": _outputs("margins made to mislead score-based search: AAA (Chen et al. 2022)", "robust", attracted),
     "scaled-up": _outputs("logits times 10,000", "natural", lambda z: 1e4 * z),
     "scaled-down": _outputs("logits divided by 10,000", "natural", lambda z: 1e-4 * z),
@@ -892,6 +999,10 @@ ROWS: dict[str, Row] = {
     "median": _inputs("a median filter without its gradient (Xu et al. 2018)", "natural", _unseen(median), median),
     "less-variation": _inputs(
         "total variation minimisation without its gradient (Guo et al. 2018)", "natural", _unseen(less_variation)
+    ),
+    "stretched": _inputs("contrast doubled and cut off", "natural", stretched, lambda x: torch.sigmoid(8 * (x - 0.5))),
+    "thresholded": _inputs(
+        "pixels below a quarter become black", "natural", thresholded, lambda x: x * torch.sigmoid(30 * (x - 0.25))
     ),
     "sine-waves": _inputs("a sine of high frequency is added to the input", "robust", wavy),
     "thermometer": Row(
@@ -930,7 +1041,7 @@ ROWS: dict[str, Row] = {
     "anti-adversary": Row(
         "an anti-adversary layer on PGD-AT (Alfarra et al. 2022)",
         lambda bases: AntiAdversary(bases("robust")),
-        _of("robust"),
+        _of(),
         ("robust",),
     ),
     "nearest-neighbour": Row(
@@ -959,6 +1070,20 @@ ROWS: dict[str, Row] = {
         lambda bases: Smoothed(bases("natural")),
         lambda bases: [Smoothed(bases("natural"), soft=True)],
         ("natural",),
+    ),
+    "exploding-gradient": Row(
+        "waves of high frequency on the logits",
+        lambda bases: Exploding(bases("robust")),
+        _of(),
+        ("robust",),
+    ),
+    "binary-activations": Row(
+        "activations of -1 and 1, without gradient (Galloway et al. 2018)",
+        lambda bases: activated(bases("binary"), torch.sign),
+        lambda bases: [
+            bases("binary"),
+            *(activated(bases("binary"), soft) for soft in (torch.tanh, lambda x: torch.tanh(4 * x))),
+        ],
     ),
     "codes": Row(
         "error-correcting codes with signed bits (Verma & Swami 2019)",
@@ -1002,6 +1127,19 @@ ROWS: dict[str, Row] = {
         ("robust",),
         judged="company",
     ),
+    # ---- photographs, which need `ducat data prepare cifar10-jpeg` ----
+    "photograph-natural": _honest("four convolutions, trained plainly", "photograph-natural", **_FEW),
+    "photograph-robust": _honest("the same by PGD-AT", "photograph-robust", **_FEW),
+    "photograph-jpeg": _inputs("cosine coefficients rounded, as in JPEG", "photograph-natural", compressed, **_FEW),
+    "photograph-one-hot": _outputs("one-hot outputs by indexing", "photograph-robust", one_hot_by_index, **_FEW),
+    "photograph-noise": _random("noise of 0.1 on its input", "photograph-robust", noisy(0.1), **_FEW),
+    "photograph-detector": Row(
+        "where the image is rough a robust network answers, else a natural one",
+        lambda bases: Switch(_rough, bases("photograph-robust"), bases("photograph-natural")),
+        _of("photograph-natural", "photograph-robust"),
+        ("photograph-natural", "photograph-robust"),
+        **_FEW,
+    ),
     # ---- forms ----
     "tuple": Row("answers a tuple", lambda bases: Wrapped(bases("natural"), lambda z: (z, z.mean())), _of("natural")),
     "dictionary": Row(
@@ -1012,12 +1150,12 @@ ROWS: dict[str, Row] = {
         lambda bases: Wrapped(bases("natural"), lambda z: SimpleNamespace(logits=z)),
         _of("natural"),
     ),
-    "no-grad": Row("runs under no_grad", lambda bases: Unseen(bases("natural")), _of("natural"), ("natural",)),
+    "no-grad": Row("runs under no_grad", lambda bases: Unseen(bases("natural")), _of(), ("natural",)),
     "numpy": Row(
         "goes through NumPy",
         lambda bases: After(bases("natural"), lambda z: torch.from_numpy(z.detach().numpy().copy())),
-        _of("natural"),
+        _of(),
         ("natural",),
     ),
-    "in-place": Row("changes its input in place", lambda bases: InPlace(bases("robust")), _of("robust"), ("robust",)),
+    "in-place": Row("changes its input in place", lambda bases: InPlace(bases("robust")), _of(), ("robust",)),
 }
