@@ -14,9 +14,9 @@ import ducat
 
 JUDGEMENTS = ("plain", "random", "company", "fresh")
 FEW, MANY = 24, 400  # draws of a random defence while it is attacked, and of the image that is chosen in the end
-STEPS, EVERY = 60, 10
-TARGETS = 9
-QUERIES = 400
+STEPS, EVERY = 40, 10
+TARGETS = 6, 2  # of networks that are not random, and of random ones
+QUERIES = 200
 
 
 def logits_of(output: Any) -> Tensor:
@@ -156,23 +156,23 @@ def ascend(
             yield now
 
 
-def through(truth: Truth, proxy: nn.Module, noise: torch.Generator, restarts: int = 2) -> None:
+def through(truth: Truth, proxy: nn.Module, noise: torch.Generator) -> None:
     """Attack a stand-in with cross-entropy, margin, and towards each of the nearest wrong classes."""
     judge = truth.judge
 
-    def climb(rows: Tensor, goal: Callable[[Tensor, Tensor], Tensor], start: Tensor | None = None) -> None:
+    def climb(rows: Tensor, goal: Callable[[Tensor, Tensor], Tensor], at_benign: bool = False) -> None:
+        if not len(rows):
+            return
         images = truth.judge.x[rows]
+        start = images if at_benign else None
         found = ascend(proxy, images, judge.y[rows], truth.threat, goal, noise, judge.classes, start)
         iterates = list(found)
         for iterate in iterates if judge.how == "plain" else iterates[-1:]:
             truth.offer(iterate, rows)
         truth.near[rows] = iterates[-1]
 
-    for restart in range(restarts):
-        for goal in (_cross_entropy, _margin):
-            rows = truth.standing
-            if len(rows):
-                climb(rows, goal, None if restart else judge.x[rows])
+    climb(truth.standing, _cross_entropy, at_benign=True)
+    climb(truth.standing, _margin)
     rows = truth.standing
     if not len(rows):
         return
@@ -180,10 +180,9 @@ def through(truth: Truth, proxy: nn.Module, noise: torch.Generator, restarts: in
         logits = logits_of(proxy(truth.near[rows])).float()
     logits = ducat.recover(logits) if logits.shape[1] == 2 * judge.classes else logits
     order = logits.scatter(1, judge.y[rows][:, None], -torch.inf).argsort(dim=1, descending=True)
-    for rank in range(min(TARGETS, judge.classes - 1)):
+    for rank in range(min(TARGETS[judge.how == "random"], judge.classes - 1)):
         left = truth.rates[rows] > 0
-        if left.any():
-            climb(rows[left], _towards(order[left, rank]))
+        climb(rows[left], _towards(order[left, rank]))
 
 
 def by_chance(truth: Truth, noise: torch.Generator, tries: int = 60) -> None:
@@ -242,6 +241,7 @@ def find_truth(
         truth = Truth.begin(judge, threat)
         for images in known:
             truth.offer(images)
+            truth.near = images.clone()
         for proxy in proxies:
             through(truth, proxy.eval().requires_grad_(False), noise)
         by_chance(truth, noise)

@@ -165,8 +165,8 @@ BASES: Mapping[str, Base] = {
     "natural-3": Base(convolutional, seed=4),
     "autoencoder": Base(autoencoder, loss="images", rate=0.003, epochs=60),
     "detector": Base(lambda: convolutional(1, width=8), loss="adversarial", epochs=10),
-    "photograph-natural": Base(_photographer, data=PHOTOGRAPHS, samples=4000, epochs=8),
-    "photograph-robust": Base(_photographer, eps=8 / 255, data=PHOTOGRAPHS, samples=4000, epochs=8),
+    "photograph-natural": Base(_photographer, data=PHOTOGRAPHS, samples=4000, epochs=6),
+    "photograph-robust": Base(_photographer, eps=8 / 255, data=PHOTOGRAPHS, samples=1500, epochs=8),
 }
 
 

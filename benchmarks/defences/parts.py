@@ -199,11 +199,16 @@ def wavy(x: Tensor) -> Tensor:
 
 
 def hashed(x: Tensor) -> Tensor:
-    """Return numbers in [0, 1) that look random and follow from each image, of the images' shape."""
-    flat = x.detach().flatten(1).double()
-    places = torch.arange(flat.shape[1], dtype=torch.float64)
-    key = (flat @ torch.cos(37 * places))[:, None]
-    return (((1e6 * key + 12.9898 * places).sin() * 43758.5453) % 1).float().view_as(x)
+    """Return numbers in [0, 1) that look random and follow from each image, of the images' shape.
+
+    In whole numbers: a sum of others would depend on the size of the batch.
+    """
+    bits = x.detach().float().contiguous().view(torch.int32).long().flatten(1)
+    places = torch.arange(1, bits.shape[1] + 1)
+    mixed = (bits * (2 * places + 1) * 2654435761).sum(1, keepdim=True) + places * 40503
+    for _ in range(2):
+        mixed = (mixed ^ (mixed >> 15)) * 2246822519
+    return ((mixed >> 20) % 2**24).view_as(x).float() / 2**24
 
 
 def seeded_noisy(x: Tensor) -> Tensor:

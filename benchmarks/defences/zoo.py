@@ -171,7 +171,8 @@ def _random(about: str, name: str, change: Change, **settings: Any) -> Row:
 
 
 def _honest(about: str, name: str, change: Build | None = None, **settings: Any) -> Row:
-    return Row(about, change or (lambda bases: bases(name)), None, (name,), honest=True, **settings)
+    stand_ins = _of() if change is None else None  # its own long attack is that of `inside`
+    return Row(about, change or (lambda bases: bases(name)), stand_ins, (name,), honest=True, **settings)
 
 
 def _rough(x: Tensor) -> Tensor:
