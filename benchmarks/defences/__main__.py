@@ -95,7 +95,9 @@ class Zoo:
         row, path = ROWS[name], self._path("found", name, ROWS[name])
         earlier = [load_file(path)["images"]] if path.is_file() else []
         inside = [self.inside(base, row) for base in row.inside]
-        truth = find_truth(self.judge(row), row.threat, row.proxies(self.bases), known=[*known, *earlier, *inside])
+        guesses = row.guesses(self.bases, *self.test(row), row.threat.radius)
+        images = [*known, *guesses, *earlier, *inside]
+        truth = find_truth(self.judge(row), row.threat, row.proxies(self.bases), known=images)
         save_file({"images": truth.images.contiguous()}, path)
         return truth
 

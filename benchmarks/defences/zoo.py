@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import ducat
 from benchmarks.cure.networks import STAND_INS, Gated, Half, Joined
-from benchmarks.defences.networks import DIGITS, PHOTOGRAPHS, THREATS, Bases, Thermometer
+from benchmarks.defences.networks import DIGITS, PHOTOGRAPHS, THREATS, Bases, Thermometer, training_images
 from benchmarks.defences.parts import (
     After,
     AntiAdversary,
@@ -88,6 +88,7 @@ class Row:
         about: what it is, and where it was published.
         build: makes it from trained networks, afresh.
         stand_ins: differentiable networks through which it is attacked; by default itself.
+        guesses: `(bases, images, labels, eps)` to further images that may fool it, one for each sample.
         inside: names of trained networks whose adversarial images, found once by long attacks, are tried first.
         honest: whether it is a network and not a defence.
         judged: a row of `attacks.JUDGEMENTS`.
@@ -100,6 +101,7 @@ class Row:
     about: str
     build: Build
     stand_ins: Callable[[Bases], Sequence[nn.Module]] | None = None
+    guesses: Callable[[Bases, Tensor, Tensor, float], Sequence[Tensor]] = lambda bases, x, y, eps: ()
     inside: Sequence[str] = ()
     honest: bool = False
     judged: str = "plain"
@@ -141,6 +143,18 @@ def _mixtures(bases: Bases) -> Sequence[nn.Module]:
     return [_mixture(bases, *choice) for choice in choices]
 
 
+def _between(bases: Bases, x: Tensor, y: Tensor, eps: float) -> Sequence[Tensor]:
+    """Return what is nearest, in the ball, to training images of other classes, or farthest from those of its own."""
+    images, labels = training_images(DIGITS, None, bases.root)
+    distance, own = torch.cdist(x.flatten(1), images.flatten(1)), labels == y[:, None]
+    friend = images[distance.masked_fill(~own, torch.inf).argmin(1)]
+    guesses = []
+    for place in distance.masked_fill(own, torch.inf).topk(20, largest=False).indices.unbind(1):
+        wrong = images[place]
+        guesses += [wrong.clamp(x - eps, x + eps), (x + eps * (wrong - friend).sign()).clamp(0, 1)]
+    return guesses
+
+
 def _of(*names: str) -> Callable[[Bases], Sequence[nn.Module]]:
     return lambda bases: [bases(name) for name in names]
 
@@ -150,7 +164,7 @@ def _after(name: str, change: Change) -> Build:
 
 
 def _outputs(about: str, name: str, change: Change, **settings: Any) -> Row:
-    return Row(about, _after(name, change), _of(), (name,), **settings)
+    return Row(about, _after(name, change), _of(), inside=(name,), **settings)
 
 
 def _inputs(about: str, name: str, change: Change, *smooth: Change, **settings: Any) -> Row:
@@ -160,19 +174,19 @@ def _inputs(about: str, name: str, change: Change, *smooth: Change, **settings: 
         network = bases(name)
         return [Before(change, network, straight=True), *(Before(each, network) for each in smooth)]
 
-    return Row(about, lambda bases: Before(change, bases(name)), stand_ins, (name,), **settings)
+    return Row(about, lambda bases: Before(change, bases(name)), stand_ins, inside=(name,), **settings)
 
 
 def _random(about: str, name: str, change: Change, **settings: Any) -> Row:
     def stand_ins(bases: Bases) -> Sequence[nn.Module]:
         return [Draws(Before(change, bases(name))), bases(name)]
 
-    return Row(about, lambda bases: Before(change, bases(name)), stand_ins, (name,), judged="random", **settings)
+    return Row(about, lambda bases: Before(change, bases(name)), stand_ins, inside=(name,), judged="random", **settings)
 
 
 def _honest(about: str, name: str, change: Build | None = None, **settings: Any) -> Row:
     stand_ins = _of() if change is None else None  # its own long attack is that of `inside`
-    return Row(about, change or (lambda bases: bases(name)), stand_ins, (name,), honest=True, **settings)
+    return Row(about, change or (lambda bases: bases(name)), stand_ins, inside=(name,), honest=True, **settings)
 
 
 def _rough(x: Tensor) -> Tensor:
@@ -218,61 +232,61 @@ ROWS: dict[str, Row] = {
         "a class derived from RecoveredClassifier, whose forward asks a natural network",
         lambda bases: Derived(bases("recovery-aware"), bases("natural")),
         _of(),
-        ("natural",),
+        inside=("natural",),
     ),
     "batch-company": Row(
         "an adversarial image among benign ones meets a natural network, a uniform batch a robust one",
         lambda bases: Company(bases("robust"), bases("natural")),
         _of("natural"),
-        ("natural", "robust"),
+        inside=("natural", "robust"),
         judged="company",
     ),
     "batch-duplicates": Row(
         "images that resemble others of their batch meet a robust network",
         lambda bases: Duplicates(bases("natural"), bases("robust")),
         _of(),
-        ("natural",),
+        inside=("natural",),
         judged="company",
     ),
     "batch-place": Row(
         "the first image of a batch meets a natural network, the others a robust one",
         lambda bases: Placed(bases("natural"), bases("robust"), size=False),
         _of(),
-        ("natural",),
+        inside=("natural",),
         judged="company",
     ),
     "batch-of-one": Row(
         "an image alone meets a natural network, a batch a robust one",
         lambda bases: Placed(bases("natural"), bases("robust"), size=True),
         _of(),
-        ("natural",),
+        inside=("natural",),
         judged="company",
     ),
     "counts-queries": Row(
         "after 300 images a natural network gives way to the nearest training image",
         lambda bases: Counting(bases("natural"), Neighbours(bases), 300),
         _of(),
-        ("natural",),
+        inside=("natural",),
         judged="fresh",
     ),
     "remembers-images": Row(
         "an image that resembles one that was seen gets the same answer again (Chen et al. 2020)",
         lambda bases: Remembering(bases("natural")),
         _of(),
-        ("natural",),
+        inside=("natural",),
         judged="fresh",
     ),
     "notices-gradients": Row(
         "answers by a robust network while a gradient is wanted, else by a natural one",
         lambda bases: NoticesGradients(bases("natural"), bases("robust")),
         _of(),
-        ("natural",),
+        inside=("natural",),
     ),
     "foreign-gradient": Row(
         "the logits of a natural network with the gradient of a robust one",
         lambda bases: ForeignGradient(bases("natural"), bases("robust")),
         _of(),
-        ("natural",),
+        inside=("natural",),
     ),
     "detector-switch": Row(
         "what a detector takes for adversarial meets a robust network, the rest a natural one (MagNet's idea)",
@@ -281,7 +295,7 @@ ROWS: dict[str, Row] = {
             *(Blended(bases("natural"), bases("detector"), share) for share in (0.3, 1, 3, 10)),
             *(bases(name) for name in ("robust", "natural")),
         ],
-        ("natural", "robust"),
+        inside=("natural", "robust"),
     ),
     "detector-constant": Row(
         "what a detector takes for adversarial is answered by class 0, the rest by a natural network",
@@ -294,7 +308,7 @@ ROWS: dict[str, Row] = {
             *(Blended(bases("natural"), bases("detector"), share) for share in (0.3, 1, 3, 10)),
             bases("natural"),
         ],
-        ("natural", "robust"),
+        inside=("natural", "robust"),
     ),
     "brightest-pixel": Row(
         "where the brightest pixel is below 0.99 a robust network answers, else a natural one",
@@ -304,19 +318,19 @@ ROWS: dict[str, Row] = {
             bases("natural"),
             bases("robust"),
         ],
-        ("natural", "robust"),
+        inside=("natural", "robust"),
     ),
     "hash-switch": Row(
         "a hash of the image chooses between a natural and a robust network",
         lambda bases: Switch(lambda x: hashed(x)[:, 0, 0, 0] < 0.5, bases("robust"), bases("natural")),
         _of("natural", "robust"),
-        ("natural", "robust"),
+        inside=("natural", "robust"),
     ),
     "early-exit": Row(
         "a small network answers where it is sure, else a large one (Teerapittayanon et al. 2016); both natural",
         lambda bases: Switch(_sure(bases("other")), bases("other"), bases("natural")),
         lambda bases: [bases("other"), bases("natural"), Mean(bases("other"), bases("natural"))],
-        ("natural", "other"),
+        inside=("natural", "other"),
     ),
     # ---- random ----
     "noise": _random("a robust network with noise of 0.15 on its input", "robust", noisy(0.15)),
@@ -325,7 +339,7 @@ ROWS: dict[str, Row] = {
         "each image meets a natural or a robust network, by chance",
         lambda bases: Switch(lambda x: torch.rand(len(x)) < 0.5, bases("natural"), bases("robust")),
         lambda bases: [Mean(bases("natural"), bases("robust")), bases("robust"), bases("natural")],
-        ("natural", "robust"),
+        inside=("natural", "robust"),
         judged="random",
     ),
     "random-resize": _random("random resizing and padding (Xie et al. 2018)", "natural", resized),
@@ -335,21 +349,21 @@ ROWS: dict[str, Row] = {
         "dropout of 0.15 at inference",
         lambda bases: activated(bases("natural"), lambda x: F.dropout(F.relu(x), 0.15)),
         lambda bases: [Draws(activated(bases("natural"), lambda x: F.dropout(F.relu(x), 0.15))), bases("natural")],
-        ("natural",),
+        inside=("natural",),
         judged="random",
     ),
     "random-pruning": Row(
         "stochastic activation pruning (Dhillon et al. 2018)",
         lambda bases: activated(bases("natural"), pruned),
         lambda bases: [Draws(activated(bases("natural"), pruned)), bases("natural")],
-        ("natural",),
+        inside=("natural",),
         judged="random",
     ),
     "noisy-outputs": Row(
         "noise of 3 on the logits",
         _after("robust", noisy_outputs),
         lambda bases: [Draws(After(bases("robust"), noisy_outputs)), bases("robust")],
-        ("robust",),
+        inside=("robust",),
         judged="random",
     ),
     "seeded-noise": Row(
@@ -360,7 +374,7 @@ ROWS: dict[str, Row] = {
             Draws(Before(noisy(0.15), bases("robust"))),
             bases("robust"),
         ],
-        ("robust",),
+        inside=("robust",),
         judged="company",
     ),
     "hash-noise": _inputs(
@@ -374,10 +388,10 @@ ROWS: dict[str, Row] = {
         "natural and robust network at gate 0.5, the robust one sharpened (Bai et al. 2024)",
         lambda bases: _mixture(bases, 0.5, 4, 2),
         _mixtures,
-        ("natural", "robust"),
+        inside=("natural", "robust"),
     ),
     "mixture-0.85": Row(
-        "the same at gate 0.85", lambda bases: _mixture(bases, 0.85, 4, 2), _mixtures, ("natural", "robust")
+        "the same at gate 0.85", lambda bases: _mixture(bases, 0.85, 4, 2), _mixtures, inside=("natural", "robust")
     ),
     "mixture-cure": Row(
         "`joined-calibrated` of results/cure.md, seed 1: natural and PGD-AT, gate 0.5, sharpening 4, power 2",
@@ -408,7 +422,7 @@ ROWS: dict[str, Row] = {
     "clipped": _outputs(
         "logits at most 1 below the largest", "natural", lambda z: (z - z.amax(1, keepdim=True)).clamp_min(-1)
     ),
-    "integers": _outputs("logits rounded to integers", "robust", torch.round),
+    "integers": Row("logits rounded to integers", _after("robust", torch.round), _of("robust"), inside=("robust",)),
     "half-overflow": _outputs("half-precision outputs that overflow", "natural", lambda z: (2e4 * z).half()),
     "suspicious-nan": _outputs("not a number where it is not sure", "robust", suspicious_nan),
     "detached": _outputs("the gradient is cut", "robust", lambda z: z.detach()),
@@ -440,19 +454,19 @@ ROWS: dict[str, Row] = {
         "projection to 20 principal components, without its gradient",
         lambda bases: Before(Unseen(Projected(bases)), bases("natural")),
         lambda bases: [Before(Projected(bases), bases("natural")), bases("natural")],
-        ("natural",),
+        inside=("natural",),
     ),
     "autoencoder": Row(
         "an autoencoder cleans the image, without its gradient (Gu & Rigazio 2015)",
         lambda bases: Before(Unseen(Purified(bases("autoencoder"), 1)), bases("natural")),
         lambda bases: [Before(Purified(bases("autoencoder"), 1), bases("natural")), bases("natural")],
-        ("natural",),
+        inside=("natural",),
     ),
     "purified": Row(
         "ten steps towards what an autoencoder makes of it, without their gradient",
         lambda bases: Before(Unseen(Purified(bases("autoencoder"), 10)), bases("natural")),
         lambda bases: [Before(Purified(bases("autoencoder"), steps), bases("natural")) for steps in (10, 1)],
-        ("natural",),
+        inside=("natural",),
     ),
     "nearest-image": Row(
         "the nearest training image is classified in the image's place (Dubey et al. 2019)",
@@ -461,26 +475,28 @@ ROWS: dict[str, Row] = {
             *(Before(Nearest(bases, sharpness), bases("natural")) for sharpness in (1, 4)),
             *(Neighbours(bases, sharpness) for sharpness in (0.3, 1, 3, 10)),
         ],
-        ("natural", "robust"),
+        guesses=_between,
+        inside=("natural", "robust"),
     ),
     # ---- insides ----
     "anti-adversary": Row(
         "an anti-adversary layer on PGD-AT (Alfarra et al. 2022)",
         lambda bases: AntiAdversary(bases("robust")),
-        _of(),
-        ("robust",),
+        lambda bases: [AntiAdversary(bases("robust"))],
+        inside=("robust",),
     ),
     "nearest-neighbour": Row(
         "the class of the nearest training image",
         Neighbours,
         lambda bases: [Neighbours(bases, sharpness) for sharpness in (0.3, 1, 3, 10)],
-        ("natural", "robust"),
+        guesses=_between,
+        inside=("natural", "robust"),
     ),
     "prototypes": Row(
         "the nearest mean feature of a robust network, by argmin",
         lambda bases: Prototypes(bases, bases("robust"), hard=True),
         lambda bases: [Prototypes(bases, bases("robust"), hard=False), bases("robust")],
-        ("robust",),
+        inside=("robust",),
     ),
     "votes": Row(
         "the votes of three natural networks and a robust one",
@@ -489,19 +505,19 @@ ROWS: dict[str, Row] = {
             Mean(*(bases(name) for name in ("natural", "natural-2", "natural-3", "robust"))),
             Mean(*(bases(name) for name in ("natural", "natural-2", "natural-3"))),
         ],
-        ("natural", "robust"),
+        inside=("natural", "robust"),
     ),
     "smoothed": Row(
         "votes over 16 fixed noises of 0.2 (Cohen et al. 2019)",
         lambda bases: Smoothed(bases("natural")),
         lambda bases: [Smoothed(bases("natural"), soft=True)],
-        ("natural",),
+        inside=("natural",),
     ),
     "exploding-gradient": Row(
         "waves of high frequency on the logits",
         lambda bases: Exploding(bases("robust")),
         _of(),
-        ("robust",),
+        inside=("robust",),
     ),
     "binary-activations": Row(
         "activations of -1 and 1, without gradient (Galloway et al. 2018)",
@@ -526,20 +542,20 @@ ROWS: dict[str, Row] = {
             Draws(Before(noisy(0.05), bases("winners")), 16),
             *(bases(name) for name in ("natural", "natural-2", "other")),
         ],
-        ("natural", "robust"),
+        inside=("natural", "robust"),
     ),
-    "label-smoothing": Row("label smoothing of 0.8", lambda bases: bases("smooth"), None, ("natural",)),
+    "label-smoothing": Row("label smoothing of 0.8", lambda bases: bases("smooth"), None, inside=("natural",)),
     "quantised-activations": Row(
         "activations rounded to halves, without gradient",
         lambda bases: activated(bases("robust"), quantised),
         lambda bases: [activated(bases("robust"), quantised_straight), bases("robust")],
-        ("robust",),
+        inside=("robust",),
     ),
     "denoised-features": Row(
         "features through a median filter, without its gradient",
         lambda bases: activated(bases("natural"), opaque(lambda x: median(F.relu(x))), 1),
         lambda bases: [activated(bases("natural"), lambda x: median(F.relu(x)), 1), bases("natural")],
-        ("natural",),
+        inside=("natural",),
     ),
     "batch-statistics": Row(
         "batch norm with the statistics of the batch at inference",
@@ -550,7 +566,7 @@ ROWS: dict[str, Row] = {
             BatchStatistics(bases("robust")),
             bases("robust"),
         ],
-        ("robust",),
+        inside=("robust",),
         judged="company",
     ),
     # ---- photographs, which need `ducat data prepare cifar10-jpeg` ----
@@ -563,7 +579,7 @@ ROWS: dict[str, Row] = {
         "where the image is rough a robust network answers, else a natural one",
         lambda bases: Switch(_rough, bases("photograph-robust"), bases("photograph-natural")),
         _of("photograph-natural", "photograph-robust"),
-        ("photograph-natural", "photograph-robust"),
+        inside=("photograph-natural", "photograph-robust"),
         **_FEW,
     ),
     # ---- forms ----
@@ -576,12 +592,12 @@ ROWS: dict[str, Row] = {
         lambda bases: Wrapped(bases("natural"), lambda z: SimpleNamespace(logits=z)),
         _of("natural"),
     ),
-    "no-grad": Row("runs under no_grad", lambda bases: Unseen(bases("natural")), _of(), ("natural",)),
+    "no-grad": Row("runs under no_grad", lambda bases: Unseen(bases("natural")), _of(), inside=("natural",)),
     "numpy": Row(
         "goes through NumPy",
         lambda bases: After(bases("natural"), lambda z: torch.from_numpy(z.detach().numpy().copy())),
         _of(),
-        ("natural",),
+        inside=("natural",),
     ),
-    "in-place": Row("changes its input in place", lambda bases: InPlace(bases("robust")), _of(), ("robust",)),
+    "in-place": Row("changes its input in place", lambda bases: InPlace(bases("robust")), _of(), inside=("robust",)),
 }
