@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ducat
-from ducat.threat import ROUNDING, TOLERANCE
+from ducat.threat import TOLERANCE
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
 threats = st.one_of(
@@ -33,8 +33,7 @@ def test_starts_and_projections_stay_in_the_ball_and_the_bounds(
     for moved in (threat.random_start(x, generator), threat.project(far, x)):
         assert moved.min() >= 0
         assert moved.max() <= 1
-        rounding = ROUNDING * x[0].numel() if threat.norm == "l1" else 0
-        assert (lengths(moved - x, threat.norm) <= threat.radius + TOLERANCE + rounding).all()
+        assert (lengths(moved.double() - x.double(), threat.norm) <= threat.radius + TOLERANCE).all()
         assert threat.allows(moved, x).all()
 
 
@@ -83,7 +82,7 @@ def test_an_l1_projection_is_the_nearest_point_of_ball_and_box(
     other = torch.tensor(elsewhere[: len(pixels)], dtype=torch.float64).view_as(x)
     for share in (1e-3, 0.1, 1.0):
         candidate = x + (other - x) * min(share, eps / max(float((other - x).abs().sum()), 1e-12))
-        assert ((far - near) * (candidate - near)).sum() <= 1e-9
+        assert ((far - near) * (candidate - near)).sum() <= 1e-5  # the radius is short of eps by a float32 rounding
 
 
 def test_an_l1_step_moves_the_largest_gradients_that_have_room() -> None:

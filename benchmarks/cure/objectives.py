@@ -15,17 +15,17 @@ from ducat.dummy import dummy_head, recover
 from ducat.training.averaging import WeightAverage
 
 Change = Callable[[methods.Objective, float], methods.Objective]
-CHANGES: dict[str, Change] = {}
-"""By the name of a run: what makes its objective of the config's, given the share of the epochs that are over."""
+"""Makes a row's objective of the config's, given the share of the epochs that are over."""
 
 
-@dataclass(frozen=True)
-class Changed(Config):
-    """A config whose objective is changed by the row of its name in `CHANGES`."""
+def changed(config: Config, change: Change) -> Callable[[int], methods.Objective]:
+    """Return what each epoch minimises: the config's objective, changed."""
+    return lambda epoch: change(config.objective(epoch), epoch / max(1, config.train.epochs - 1))
 
-    def objective(self, epoch: int) -> methods.Objective:
-        assert self.name is not None
-        return CHANGES[self.name](super().objective(epoch), epoch / max(1, self.train.epochs - 1))
+
+def inner(**values: Any) -> Change:
+    """Change the row of the method: what its attack maximises, and where it starts."""
+    return lambda plain, done: replace(plain, method=replace(plain.method, **values))
 
 
 def scheduled(ends: Mapping[str, tuple[float, float]]) -> Change:

@@ -13,7 +13,6 @@ Norm = Literal["linf", "l2", "l1"]
 DEFAULT_EPS: dict[str, float] = {"linf": 8 / 255, "l2": 128 / 255, "l1": 12.0}
 DEFAULT_STEP: dict[str, float] = {"linf": 1 / 4, "l2": 15 / 128, "l1": 1 / 4}  # in units of eps
 TOLERANCE = 1e-6  # of the ball, in the norm's units: float32 rounding of x + delta, never a larger budget
-ROUNDING = 2.0**-25  # of one pixel in [0, 1]; in l1 that of all pixels adds up
 SPREAD = 0.05  # share of the pixels that an l1 step of length eps moves; a shorter step moves fewer, as far each
 
 
@@ -33,21 +32,18 @@ def number(value: float | int | str, name: str) -> float:
 
 
 def _norms(delta: Tensor, norm: str) -> Tensor:
+    """Return the lengths in float64: in float32 those of large images are off by more than `TOLERANCE`."""
     order = 1 if norm == "l1" else 2
-    return torch.linalg.vector_norm(delta.flatten(1), ord=order, dim=1).view(-1, *[1] * (delta.ndim - 1))
+    return torch.linalg.vector_norm(delta.flatten(1).double(), ord=order, dim=1).view(-1, *[1] * (delta.ndim - 1))
 
 
-def _project_l1(adversarial: Tensor, x: Tensor, radius: float) -> Tensor:
-    """Return the nearest point of the l1 ball around x that is in [0, 1].
+def _shrunk_l1(change: Float[Tensor, "batch pixels"], room: Float[Tensor, "batch pixels"], radius: float) -> Tensor:
+    """Return the nearest changes of the l1 ball that [0, 1] has room for, of changes that are 0 or more.
 
-    Each pixel's change shrinks by the same amount lambda, and ends between 0 and the room that [0, 1] leaves it. The
-    sum of the changes falls with lambda along straight pieces, which end where a pixel leaves its bound (change - room)
-    and where it arrives at 0 (change); sorting these ends finds the piece on which the sum is the radius.
+    Each pixel's change shrinks by the same amount lambda, and ends between 0 and its room. The sum of the changes falls
+    with lambda along straight pieces, which end where a pixel leaves its bound (change - room) and where it arrives at
+    0 (change); sorting these ends finds the piece on which the sum is the radius.
     """
-    delta = (adversarial - x).flatten(1).double()
-    start = x.flatten(1).double()
-    change = delta.abs()
-    room = torch.where(delta > 0, 1 - start, start)
     ends = torch.cat([change, change - room], dim=1)
     slopes = torch.cat([torch.ones_like(change), -torch.ones_like(change)], dim=1)
     # Stable: a pixel without room arrives at 0 where it leaves its bound, and has to be counted in before out.
@@ -57,10 +53,7 @@ def _project_l1(adversarial: Tensor, x: Tensor, radius: float) -> Tensor:
     total = reach - ends * count  # of the changes, where lambda is at each end; it grows along the row
     place = torch.searchsorted(total, total.new_full((len(total), 1), radius)).clamp(1, total.shape[1] - 1) - 1
     shrink = (reach.gather(1, place) - radius) / count.gather(1, place).clamp_min(1)
-    # Within the ball already: nothing shrinks.
-    shrink = shrink.where(change.minimum(room).sum(1, keepdim=True) > radius, 0)
-    moved = (change - shrink).clamp_min(0).minimum(room) * delta.sign()
-    return x + moved.to(x.dtype).view_as(x)
+    return (change - shrink).clamp_min(0).minimum(room)
 
 
 @dataclass(frozen=True)
@@ -126,7 +119,7 @@ class ThreatModel:
                 delta = -torch.log1p(-uniform) * delta.sign()
             shape = (len(x), *[1] * (x.ndim - 1))
             length = torch.rand(shape, generator=generator, device=device).to(x) ** (1 / max(1, x[:1].numel()))
-            delta = delta / _norms(delta, self.norm).clamp_min(1e-12) * length
+            delta = delta / _norms(delta, self.norm).clamp_min(1e-12).to(delta) * length
         return self.project(x + self.radius * delta, x)
 
     def project(
@@ -135,11 +128,19 @@ class ThreatModel:
         """Return the nearest point of the ball around x, cut to [0, 1]; for l1 the nearest of both at once."""
         if self.norm == "linf":
             adversarial = torch.minimum(torch.maximum(adversarial, x - self.radius), x + self.radius)
-        elif self.norm == "l2":
-            delta = adversarial - x
-            adversarial = x + delta * (self.radius / _norms(delta, "l2").clamp_min(1e-12)).clamp_max(1)
         else:
-            adversarial = _project_l1(adversarial, x, self.radius)
+            delta = adversarial.double() - x.double()
+            # Rounding to float32 may lengthen the change by up to this.
+            pixels = x[:1].numel()
+            radius = max(0.0, self.radius - 2**-25 * (pixels if self.norm == "l1" else pixels**0.5))
+            if self.norm == "l1":
+                room = torch.where(delta > 0, 1 - x.double(), x.double())
+                length = _norms(delta.abs().minimum(room), "l1")
+                shrunk = _shrunk_l1(delta.abs().flatten(1), room.flatten(1), radius).view_as(delta) * delta.sign()
+            else:
+                length = _norms(delta, "l2")
+                shrunk = delta * (radius / length.clamp_min(1e-12))
+            adversarial = (x.double() + torch.where(length > self.radius, shrunk, delta)).to(adversarial.dtype)
         return adversarial.clamp(0, 1)
 
     def direction(self, gradient: Float[Tensor, "batch *image"]) -> Float[Tensor, "batch *image"]:
@@ -152,7 +153,7 @@ class ThreatModel:
             return torch.zeros_like(flat).scatter(1, place, flat.gather(1, place).sign()).view_as(gradient)
         # Scaling by the largest entry first keeps tiny gradients from underflowing when they are squared.
         gradient = gradient / gradient.flatten(1).abs().amax(1).clamp_min(1e-38).view(-1, *[1] * (gradient.ndim - 1))
-        return gradient / _norms(gradient, "l2").clamp_min(1e-12)
+        return gradient / _norms(gradient, "l2").clamp_min(1e-12).to(gradient)
 
     def ascend(
         self,
@@ -188,15 +189,12 @@ class ThreatModel:
         self, adversarial: Float[Tensor, "batch *image"], x: Float[Tensor, "batch *image"]
     ) -> Float[Tensor, " batch"]:
         """Return the norm of each image's change."""
-        delta = (adversarial - x).flatten(1)
-        if self.norm == "l1":
-            return delta.double().abs().sum(1).to(delta)
-        return torch.linalg.vector_norm(delta, ord=math.inf if self.norm == "linf" else 2, dim=1)
+        delta = (adversarial.double() - x.double()).flatten(1)
+        return torch.linalg.vector_norm(delta, ord={"linf": math.inf, "l2": 2, "l1": 1}[self.norm], dim=1)
 
     def allows(
         self, adversarial: Float[Tensor, "batch *image"], x: Float[Tensor, "batch *image"]
     ) -> Bool[Tensor, " batch"]:
-        """Tell for each image whether it is in [0, 1] and in the ball, up to rounding (`TOLERANCE`); NaN is not."""
+        """Tell for each image whether it is in [0, 1] and in the ball, up to `TOLERANCE`; NaN is not."""
         inside = ((adversarial >= 0) & (adversarial <= 1)).flatten(1).all(1)
-        slack = TOLERANCE + (ROUNDING * x[:1].numel() if self.norm == "l1" else 0)
-        return inside & (self.distance(adversarial, x) <= self.radius + slack)
+        return inside & (self.distance(adversarial, x) <= self.radius + TOLERANCE)

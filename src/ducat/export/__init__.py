@@ -1,6 +1,6 @@
 """The doors to other tools: a run's deployed classifier, and the formats that it can be written in."""
 
-from ducat.export.classifier import Classifier, Source, load
+from ducat.export.classifier import Classifier, Deployed, load
 from ducat.export.formats import FORMATS, export
 
-__all__ = ["FORMATS", "Classifier", "Source", "export", "load"]
+__all__ = ["FORMATS", "Classifier", "Deployed", "export", "load"]

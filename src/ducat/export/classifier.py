@@ -71,7 +71,7 @@ class Classifier(
 
 
 @dataclass(frozen=True)
-class Source:
+class Deployed:
     """A run's deployed classifier, and what is known of it.
 
     Attributes:
@@ -91,7 +91,7 @@ class Source:
     images_name: str
 
     @classmethod
-    def read(cls, run: Path | str, which: Which = "best", *, detector: bool = False) -> "Source":
+    def read(cls, run: Path | str, which: Which = "best", *, detector: bool = False) -> "Deployed":
         """Read a run.
 
         Raises:
@@ -127,7 +127,7 @@ class Source:
         return torch.export.export(self.classifier, (self.images[:2],), dynamic_shapes={"images": batch})
 
 
-def save(source: Source, path: Path) -> None:
+def save(source: Deployed, path: Path) -> None:
     """Write weights and their description as safetensors, which `load` reads."""
     classifier = source.classifier
     state = {

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ducat.export import hub, robustbench
-from ducat.export.classifier import Classifier, Source, load, save
+from ducat.export.classifier import Classifier, Deployed, load, save
 from ducat.runs import Which
 
 TOLERANCE = 1e-4  # of logits: other libraries add in another order
@@ -33,7 +33,7 @@ class Format(NamedTuple):
     `write(source, path)` makes a file or a folder; `read(path)` returns a function of images to one output or a tuple.
     """
 
-    write: Callable[[Source, Path], None]
+    write: Callable[[Deployed, Path], None]
     read: Callable[[Path], Callable[[Tensor], Any]]
 
 
@@ -76,7 +76,7 @@ def export(run: Path | str, format: str, out: Path | str, *, which: Which = "bes
         raise FileExistsError(f"out: {out} exists, and nothing is overwritten")
     if detector and format == "robustbench":
         raise ValueError("detector: RobustBench takes classifiers with one output")
-    source = Source.read(run, which, detector=detector)
+    source = Deployed.read(run, which, detector=detector)
     with _making(out) as part:
         FORMATS[format].write(source, part)
         difference = _compare(source.classifier, FORMATS[format].read(part), source.images)
@@ -136,7 +136,7 @@ def _need(extra: str, *modules: str) -> None:
         raise ValueError(f"{', '.join(missing)} is not installed: pip install 'ducat[{extra}]'")
 
 
-def _write_onnx(source: Source, path: Path) -> None:
+def _write_onnx(source: Deployed, path: Path) -> None:
     _need("onnx", "onnx", "onnxscript", "onnxruntime")
     names = ["logits", "adversarial"] if source.classifier.detector else ["logits"]
     with _quiet("torch.onnx"):
@@ -155,7 +155,7 @@ def _read_onnx(path: Path) -> Callable[[Tensor], Any]:
     return lambda images: tuple(session.run(None, {"images": images.numpy()}))
 
 
-def _write_torch_export(source: Source, path: Path) -> None:
+def _write_torch_export(source: Deployed, path: Path) -> None:
     with _quiet("torch.export"), open(path, "wb") as file:
         torch.export.save(source.program, file)
 

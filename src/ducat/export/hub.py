@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from ducat import checkpoint
-from ducat.export.classifier import Classifier, Source
+from ducat.export.classifier import Classifier, Deployed
 from ducat.reporting import compare as comparing
 
 
-def write(source: Source, path: Path) -> None:
+def write(source: Deployed, path: Path) -> None:
     path.mkdir()
     checkpoint.write_text(path / "README.md", _card(source))
     source.classifier.save_pretrained(path)
@@ -26,7 +26,7 @@ def read(path: Path) -> Callable[[Tensor], Any]:
         return Classifier.from_pretrained(path)
 
 
-def _card(source: Source) -> str:
+def _card(source: Deployed) -> str:
     classifier, manifest = source.classifier, source.folder.manifest
     front = {
         "library_name": "ducat",
@@ -66,17 +66,17 @@ def _card(source: Source) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _has_dummies(source: Source) -> bool:
+def _has_dummies(source: Deployed) -> bool:
     return source.classifier.architecture.dummy_classes
 
 
-def _method(source: Source) -> str:
+def _method(source: Deployed) -> str:
     config = source.folder.config
     kind = config.dummy.kind
     return config.method.name + ("" if kind == "off" else f" with {kind} dummy classes")
 
 
-def _accuracy(source: Source) -> list[str]:
+def _accuracy(source: Deployed) -> list[str]:
     if source.evaluated is None:
         return [
             "**Not evaluated.** Nothing has been measured of this checkpoint, neither its clean accuracy nor its "

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ducat.export.classifier import Source, save
+from ducat.export.classifier import Deployed, save
 from ducat.methods import DUMMY_CLASSES, Paper, find
 
 _LOADER = '''"""The model of this folder for RobustBench: images in [0, 1] to logits, one deterministic forward pass."""
@@ -26,7 +26,7 @@ def load_model() -> Classifier:
 NOT_MEASURED = "not measured"
 
 
-def write(source: Source, path: Path) -> None:
+def write(source: Deployed, path: Path) -> None:
     path.mkdir()
     save(source, path / "weights.safetensors")
     (path / "model.py").write_text(_LOADER)
@@ -43,7 +43,7 @@ def read(path: Path) -> Callable[[Tensor], Any]:
     return module.load_model()
 
 
-def _paper(source: Source) -> Paper:
+def _paper(source: Deployed) -> Paper:
     """Return the paper of the method; title and address are empty where there is none."""
     config = source.folder.config
     return DUMMY_CLASSES if config.dummy.kind != "off" else find(config.method.name).paper or Paper("")
@@ -68,7 +68,7 @@ def _autoattack(evaluation: Mapping[str, Any], knows_recovery: bool) -> float | 
     return min(found, default=None)
 
 
-def _claim(source: Source) -> str:
+def _claim(source: Deployed) -> str:
     """Fill RobustBench's issue form for new models, with what was measured and nothing else."""
     evaluation, manifest = source.evaluation, source.folder.manifest
     title, address = _paper(source)
@@ -128,7 +128,7 @@ def _claim(source: Source) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _model_info(source: Source) -> dict[str, Any]:
+def _model_info(source: Deployed) -> dict[str, Any]:
     """Return RobustBench's record of a model; null is what was not measured or is not known."""
     evaluation, manifest = source.evaluation, source.folder.manifest
     title, address = _paper(source)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ducat.attacks.adaptive import SilentDummies
 from ducat.attacks.pgd import attackable
 from ducat.attacks.suites import SUITES
-from ducat.behaviour import png
 from ducat.dummy import recover
-from ducat.export import Source
+from ducat.evaluation.behaviour import png
+from ducat.export import Deployed
 from ducat.runs import Which
 from ducat.seeding import generator
 from ducat.threat import ThreatModel
@@ -37,7 +37,7 @@ LARGEST_UPLOAD = 4 * 2**20  # bytes
 LARGEST_IMAGE = 2**24  # pixels: a small file may unpack to a huge image
 TYPES = {"image/png": "PNG", "image/jpeg": "JPEG"}
 EXAMPLES = 12
-ATTACKS = {attack.strategy: attack.run for attack in SUITES["light"].attacks}
+STRATEGIES = {attack.strategy: attack.run for attack in SUITES["light"].attacks}
 ASSETS = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -59,7 +59,7 @@ class Playground:
         source: the run.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Deployed) -> None:
         self.source = source
         self.threat: ThreatModel = source.folder.config.threat.build(None)
         classifier = source.classifier
@@ -76,7 +76,7 @@ class Playground:
             "norm": self.threat.norm,
             "eps": self.threat.radius,
             "dummies": source.classifier.architecture.dummy_classes,
-            "attacks": list(ATTACKS),
+            "attacks": list(STRATEGIES),
             "classes": list(source.classifier.classes),
             "examples": [png(image) for image in source.images[:EXAMPLES]],
             "examples_are": source.images_name,
@@ -89,20 +89,20 @@ class Playground:
         Args:
             x: the image in [0, 1], of the size that `decode` returns.
             eps: radius of the ball, a number or a fraction.
-            strategy: a key of `ATTACKS`.
+            strategy: a key of `STRATEGIES`.
             knows_recovery: whether the attacker knows that predictions are recovered.
 
         Raises:
             ValueError: if eps or the strategy is not possible.
         """
-        if strategy not in ATTACKS:
-            raise ValueError(f"attack {strategy!r} is unknown: choose from {', '.join(ATTACKS)}")
+        if strategy not in STRATEGIES:
+            raise ValueError(f"attack {strategy!r} is unknown: choose from {', '.join(STRATEGIES)}")
         threat = ThreatModel(self.threat.norm, eps)
         view = self.network if knows_recovery else SilentDummies(self.network)
         with self.busy:
             benign = self._look(x)
             y = torch.tensor([benign["class"]])
-            adversarial = ATTACKS[strategy](view, x, y, threat, generator(0, "serve", strategy))
+            adversarial = STRATEGIES[strategy](view, x, y, threat, generator(0, "serve", strategy))
             attacked = self._look(adversarial)
         delta = adversarial - x
         # Grey is no change; the largest change possible is black or white.
@@ -234,7 +234,7 @@ def serve(
         raise ValueError(f"{', '.join(missing)} is not installed: pip install 'ducat[serve]'")
     import uvicorn
 
-    app = application(Playground(Source.read(run, which)))
+    app = application(Playground(Deployed.read(run, which)))
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

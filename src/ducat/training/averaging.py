@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel
 
 __all__ = ["WeightAverage", "perturbed_weights", "update_batch_norm"]
 
 
-class WeightAverage(nn.Module):
+class WeightAverage(AveragedModel):
     """An average of the models that training passes through, kept beside the model that is trained.
 
     With a decay it is an exponential moving average, the n-th update (n = 0, 1, ...) weighing `1 - d_n` with
@@ -29,7 +29,7 @@ class WeightAverage(nn.Module):
     stochastic weight averaging, estimate them anew with `update_batch_norm`. Integer buffers are copied.
 
     `module` is the averaged model, in eval mode and without parameter gradients; evaluate and save it as any model.
-    `state_dict()` holds it and the number of updates, all tensors, and resumes the average bit by bit.
+    `n_averaged` is the number of updates. `state_dict()` holds both, all tensors, and resumes the average bit by bit.
 
     Args:
         model: the model to follow, not wrapped for distributed training; it is copied, not kept.
@@ -39,18 +39,12 @@ class WeightAverage(nn.Module):
         ValueError: `decay` is outside [0, 1).
     """
 
-    updates: Tensor
-
     def __init__(self, model: nn.Module, decay: float | int | None = None) -> None:
-        super().__init__()
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"decay={decay} is outside [0, 1): give for example 0.999, or none for a plain mean")
+        super().__init__(model, avg_fn=self._blended, use_buffers=True)
         self.decay = decay
-        self.module = deepcopy(model).eval().requires_grad_(False)
-        self.register_buffer("updates", torch.tensor(0))
-
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch outputs"]:
-        return self.module(images)
+        self.module.eval().requires_grad_(False)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -64,17 +58,15 @@ class WeightAverage(nn.Module):
         current = [*model.parameters(), *model.buffers()]
         if [tensor.shape for tensor in averaged] != [tensor.shape for tensor in current]:
             raise ValueError("the model no longer has the shape of its weight average: change both, or start a new one")
-        count = int(self.updates)
-        if self.decay is None or count == 0:
-            weight = 1 / (count + 1)
-        else:
-            weight = 1 - min(self.decay, (1 + count) / (10 + count))
-        for average, value in zip(averaged, current, strict=True):
-            if average.is_floating_point():
-                average.lerp_(value.detach(), weight)
-            else:
-                average.copy_(value)
-        self.updates += 1
+        self.update_parameters(model)
+
+    def _blended(self, average: Tensor, current: Tensor, _: Tensor | int) -> Tensor:
+        if not average.is_floating_point():
+            return current
+        # The count that comes as an argument may be on a GPU, where reading it makes the step wait.
+        count = int(self.n_averaged)
+        weight = 1 / (count + 1) if self.decay is None else 1 - min(self.decay, (1 + count) / (10 + count))
+        return average.lerp(current, weight)
 
 
 @torch.no_grad()

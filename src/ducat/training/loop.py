@@ -99,7 +99,7 @@ class Initial:
                 )
             return architecture, model
 
-        return cls(build, {"model": "given to train"})
+        return cls(build, {"file": "a network given to train"})
 
 
 def train(
@@ -285,7 +285,7 @@ class _Loop:
         self.model.load_state_dict(checkpoint.part("raw" if state["averaged"] else "model", tensors))
         if step.average is not None:
             step.average.module.load_state_dict(checkpoint.part("model", tensors))
-            step.average.updates.fill_(state["averaged"])
+            step.average.n_averaged.fill_(state["averaged"])
         checkpoint.join_optimizer(step.optimizer.optimizer, checkpoint.part("optimizer", tensors), state["optimizer"])
         self.position, self.resumed = _Position(**state["position"]), True
         rank = self.accelerator.process_index
@@ -462,7 +462,7 @@ class _Loop:
             "model": asdict(self.architecture),
             "position": asdict(self.position),
             "optimizer": rest,
-            "averaged": int(average.updates) if average is not None else 0,
+            "averaged": int(average.n_averaged) if average is not None else 0,
             "random": [others for _, others in everyones],
             "spent": self.meter.read(),
         }

@@ -105,7 +105,7 @@ class Step:
     @property
     def deployed(self) -> nn.Module:
         """The weights that are validated, and saved to be used: the average, once it has begun."""
-        return self.average.module if self.average is not None and self.average.updates else self.model
+        return self.average.module if self.average is not None and self.average.n_averaged else self.model
 
     def __call__(self, x: Batch, y: Labels, epoch: int, step: int, steps: int) -> Float[Tensor, ""]:
         """Do one step, and return its loss.

@@ -18,14 +18,14 @@ from PIL import Image
 
 import ducat
 from ducat.cli import main
-from ducat.export import Source
+from ducat.export import Deployed
 from ducat.runs import RunFolder
 from ducat.serve.server import LARGEST_UPLOAD, Playground
 
 pytestmark = pytest.mark.skipif(
     not (find_spec("starlette") and find_spec("uvicorn")), reason="the extra serve is not installed"
 )
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ class Sink(torch.nn.Module):
 
 @pytest.mark.parametrize(("eps", "knows", "fooled"), [("1", True, True), ("1", False, False), ("0", True, False)])
 def test_what_the_attacker_knows_decides(eps: str, knows: bool, fooled: bool, tiny_run: Path) -> None:
-    playground = Playground(Source.read(tiny_run))
+    playground = Playground(Deployed.read(tiny_run))
     playground.network = Sink()
     answer = playground.attack(torch.zeros(1, 1, 8, 8), eps, "pgd-20", knows)
     assert answer["fooled"] == fooled

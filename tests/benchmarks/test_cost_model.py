@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks import cost, cost_model
-from benchmarks.training_step import Recipe, Step
+from benchmarks.training_step import Ours, Recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Operations(TorchDispatchMode):
@@ -40,7 +40,7 @@ PLAIN = Recipe(bf16=False, channels_last=False, folded=False)
     ],
 )
 def test_a_step_computes_the_passes_that_are_counted(method: str, dummy: str, attack: str, passes: int) -> None:
-    step = Step(Recipe(**{**vars(PLAIN), "attack": attack}), method, dummy, model="resnet8", batch_size=2)
+    step = Ours(Recipe(**{**vars(PLAIN), "attack": attack}), method, dummy, model="resnet8", batch_size=2)
     assert cost_model.per_image(step.objective, step.threat) == passes
     with Operations() as counted:
         step()

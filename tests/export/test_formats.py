@@ -14,7 +14,7 @@ import torch
 import ducat
 from ducat.cli import main
 from ducat.config import DataConfig
-from ducat.export import FORMATS, Classifier, Source, export, load
+from ducat.export import FORMATS, Classifier, Deployed, export, load
 from ducat.runs import RunFolder
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
@@ -238,7 +238,7 @@ def test_what_does_not_agree_is_not_left_there(
 
 
 def test_a_network_without_dummy_classes_has_no_detector(tiny_run: Path) -> None:
-    architecture = replace(Source.read(tiny_run).classifier.architecture, dummy_classes=False)
+    architecture = replace(Deployed.read(tiny_run).classifier.architecture, dummy_classes=False)
     with pytest.raises(ValueError, match="detector"):
         Classifier(architecture, "0123456789", detector=True)
     images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))

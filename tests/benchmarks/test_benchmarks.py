@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: their arithmetic, and that the steps they time do the same work."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from benchmarks import training_step
 from benchmarks.cure import fronts, networks
 from benchmarks.cure.fronts import Point, above, front
 from benchmarks.cure.networks import Gated, Half, Held, ManyDummies, calibrated, through_stand_ins
-from benchmarks.cure.objectives import CHANGES, Changed, detached, scheduled
+from benchmarks.cure.objectives import changed, detached, inner, scheduled
+from benchmarks.training_step import Ours, Recipe, Research
 from ducat import methods, models
 from ducat.attacks.adaptive import SilentDummies
 from ducat.attacks.pgd import pgd
-from ducat.config import DummyConfig, TrainConfig
+from ducat.config import Config, DummyConfig, TrainConfig
 from ducat.threat import ThreatModel
 
 
@@ -30,22 +32,22 @@ def test_a_row_of_the_training_step_has_its_rates_and_their_ratio() -> None:
         assert row["ratio"] == pytest.approx(row["ducat_images_per_s"] / row["research_images_per_s"], rel=0.02)
 
 
-STEPS = (training_step.RESEARCH, training_step.Recipe(), training_step.Recipe(attack="pgd-cosine"))
+STEPS = (Research, partial(Ours, Recipe()), partial(Ours, Recipe(attack="pgd-cosine")))
 
 
 @pytest.mark.parametrize(("method", "dummy"), [("pgd-at", "off"), ("mart", "recovery-aware")])
 def test_the_steps_that_are_timed_do_the_same_work(method: str, dummy: str) -> None:
     reached, losses = [], []
-    for recipe in STEPS:
-        step = training_step.Step(recipe, method, dummy, model="resnet8", batch_size=16)
+    for make in STEPS:
+        step = make(method, dummy, model="resnet8", batch_size=16)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            adversarial = step._adversarial()
+            adversarial = step.adversarial()
         assert (adversarial - step.x).abs().max() <= step.threat.radius + 1e-6
         step.network.eval()
         with torch.no_grad():
             reached.append(F.cross_entropy(step.objective.read(step.network(adversarial)), step.y).item())
-            losses.append(step._loss(adversarial).item())
+            losses.append(step.loss(adversarial).item())
     # A new network is nearly linear in the ball, so that every attack gets about as far.
     assert reached == pytest.approx([reached[0]] * 3, rel=0.05)
     assert losses == pytest.approx([losses[0]] * 3, rel=0.05)
@@ -53,7 +55,7 @@ def test_the_steps_that_are_timed_do_the_same_work(method: str, dummy: str) -> N
 
 @pytest.mark.parametrize("method", ["pgd-at", "trades"])
 def test_the_research_step_passes_through_the_network_as_often_as_counted(method: str) -> None:
-    step = training_step.Step(training_step.RESEARCH, method, "published", model="resnet8", batch_size=2)
+    step = Research(method, "published", model="resnet8", batch_size=2)
     calls: list[int] = []
     step.network.register_forward_hook(lambda *_: calls.append(1))
     step()
@@ -62,10 +64,10 @@ def test_the_research_step_passes_through_the_network_as_often_as_counted(method
 
 
 def test_warming_up_changes_nothing_that_is_timed() -> None:
-    step = training_step.Step(training_step.Recipe(attack="pgd-cosine"), "pgd-at", "off", model="resnet8", batch_size=2)
-    before = step.threat, step.objective
+    step = Ours(Recipe(attack="pgd-cosine"), "pgd-at", "off", model="resnet8", batch_size=2)
+    before = step.step.threat, step.step.objective(0)
     step.warm_up()
-    assert (step.threat, step.objective) == before
+    assert (step.step.threat, step.step.objective(0)) == before
 
 
 def point(clean: float, robust: float) -> Point:
@@ -103,13 +105,18 @@ def test_seeds_of_a_row_are_one_line_of_the_table_with_the_error_of_their_mean()
 
 
 def test_scheduled_weights_go_from_one_end_to_the_other() -> None:
-    config = Changed(
-        name="row", dummy=DummyConfig("recovery-aware", start_epoch=0), train=TrainConfig(epochs=3, milestones=())
-    )
-    CHANGES["row"] = scheduled({"benign_weight": (0.0, 0.5)})
-    weights = [config.objective(epoch).targets for epoch in range(3)]
+    config = Config(dummy=DummyConfig("recovery-aware", start_epoch=0), train=TrainConfig(epochs=3, milestones=()))
+    objective = changed(config, scheduled({"benign_weight": (0.0, 0.5)}))
+    weights = [objective(epoch).targets for epoch in range(3)]
     assert [each.benign_weight for each in weights if each] == [0, 0.25, 0.5]
     assert {each.adversarial_weight for each in weights if each} == {1.0}
+
+
+def test_a_row_changes_what_the_attack_maximises_and_nothing_else() -> None:
+    config = Config(dummy=DummyConfig("recovery-aware", start_epoch=0), train=TrainConfig(epochs=2, milestones=()))
+    plain, changes = config.objective(0), changed(config, inner(objective="margin"))(0)
+    assert (plain.method.objective, changes.method.objective) == ("cross-entropy", "margin")
+    assert replace(changes, method=plain.method) == plain
 
 
 def test_a_detached_pair_has_the_two_hot_loss_and_no_gradient_of_it_in_the_trunk() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ducat.data.specs import SPECS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
