@@ -30,7 +30,7 @@ METHODS_APART = [name for name, method in METHODS.items() if method.forwards_apa
 KINDS = ("off", "published", "recovery-aware")
 HOW = ("joint", "separate")
 SEEDS = (0, 1, 2)
-SAMPLES, SUITE = 300, "quick"
+SAMPLES, SUITE = 200, "quick"
 MEASURES = ("clean", "blind", "robust", "seconds")
 
 
@@ -42,14 +42,14 @@ def _settings(epochs: int, learning_rate: float) -> TrainConfig:
 
 TABLES = {
     "digits": Config(
-        data=DataConfig("digits"), dummy=DummyConfig(start_epoch=0.6), train=_settings(12, 0.3), model=ModelConfig()
+        data=DataConfig("digits"), dummy=DummyConfig(start_epoch=0.6), train=_settings(8, 0.3), model=ModelConfig()
     ),
     "cifar10": Config(
         data=DataConfig("cifar10", samples=1000),
         model=ModelConfig("resnet8", width=8),
         method=MethodConfig(attack="pgd-cosine"),
         dummy=DummyConfig(start_epoch=0.6),
-        train=_settings(6, 0.2),
+        train=_settings(4, 0.2),
     ),
 }
 

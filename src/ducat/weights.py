@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ducat import checkpoint
+from ducat.models import MODELS
 from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder
 
@@ -83,7 +84,7 @@ class Weights:
         if "normalize.mean" not in weights:
             weights = {f"network.{name}": tensor for name, tensor in weights.items()}
             weights.update({name: tensor for name, tensor in model.state_dict().items() if "normalize." in name})
-        self._load(model, weights, f"{ours.name} for {ours.num_classes} classes")
+        self._load(model, weights, ours)
         mean, std = (tuple(weights[f"normalize.{name}"].flatten().tolist()) for name in ("mean", "std"))
         return replace(ours, mean=mean, std=std), model.eval()
 
@@ -91,7 +92,7 @@ class Weights:
         heads = [tensor for tensor in self.weights.values() if tensor.ndim == 2]
         return bool(heads) and len(heads[-1]) == 2 * architecture.num_classes
 
-    def _load(self, model: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+    def _load(self, model: nn.Module, weights: dict[str, Tensor], ours: Architecture) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         faults = {
@@ -105,8 +106,26 @@ class Weights:
         }
         if any(faults.values()):
             listed = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in faults.items() if names)
-            raise ValueError(f"{self.file} does not fit {what} (model.name, model.width, data.name): {listed}")
+            fitting = _fitting(found, ours)
+            hint = f"; it fits model.name={', '.join(fitting)}" if fitting else ""
+            raise ValueError(
+                f"{self.file} does not fit {ours.name} for {ours.num_classes} classes (model.name, model.width, "
+                f"data.name){hint}: {listed}"
+            )
         model.load_state_dict(weights)
+
+
+def _fitting(found: Mapping[str, tuple[int, ...]], ours: Architecture) -> list[str]:
+    """Return the names of the networks that weights of these shapes fit."""
+    outputs = (2 if ours.dummy_classes else 1) * ours.num_classes
+    shapes = {name.removeprefix("network."): shape for name, shape in found.items() if "normalize." not in name}
+    names = []
+    for name, builder in MODELS.items():
+        with torch.device("meta"):
+            network = builder(num_outputs=outputs, channels=ours.channels, stem_stride=ours.stem_stride)
+        if {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()} == shapes:
+            names.append(name)
+    return names
 
 
 def _shortened(names: list[str]) -> str:

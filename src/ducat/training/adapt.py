@@ -63,6 +63,9 @@ def adapt(
 ) -> RunFolder:
     """Give a trained network dummy classes, train it on with them, and leave a run folder.
 
+    A network that has dummy classes already, as a run of kind published or a checkpoint of the released code, keeps
+    them: trained on recovery-aware, it becomes robust against attackers who know recovery.
+
     Args:
         source: a run folder, of which the best checkpoint is taken, or a file: one of our checkpoints, or a state_dict
             as .pt, .pth or .safetensors. A state_dict may be nested (`NESTINGS`), its names may have a prefix
@@ -102,10 +105,10 @@ def adapt(
 
 
 def _doubled(found: Weights, architecture: Architecture) -> tuple[Architecture, nn.Module]:
-    """Return the network with dummy classes, each a copy of its real class, and its description."""
+    """Return the network with dummy classes, and its description; new ones are copies of their real classes."""
     ours, model = found.network(replace(architecture, dummy_classes=False))
     if ours.dummy_classes:
-        raise ValueError(f"{found.file} already has dummy classes: adapt takes a network without them")
+        return ours, model
     return replace(ours, dummy_classes=True), add_dummy_classes(model, init="copy")
 
 
