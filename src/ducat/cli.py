@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -75,12 +76,11 @@ def _config(arguments: Namespace) -> Config:
 
 def _print_trained(console: Console, folder: RunFolder) -> None:
     last = folder.metrics[-1]
-    console.print(
-        f"{folder.path}: validation clean {100 * last['clean']:.1f}, blind {100 * last['blind']:.1f}, "
-        f"robust {100 * last['robust']:.1f} (last epoch). Next: ducat evaluate {folder.path}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    told, which = "nothing was held out to validate on", " --which last"
+    if "robust" in last:
+        shares = ", ".join(f"{name} {100 * last[name]:.1f}" for name in ("clean", "blind", "robust"))
+        told, which = f"validation {shares} (last epoch)", ""
+    _print(console, f"{folder.path}: {told}. Next: ducat evaluate {folder.path}{which}")
 
 
 def _check_resume(given: Namespace) -> None:
@@ -114,6 +114,41 @@ def _adapt_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser.add_argument("checkpoint", type=Path, help="run folder, or file of weights; comes before the options")
     if arguments and not arguments[0].startswith("-"):
         parser.set_defaults(settings(Path(arguments[0])).flat())
+    return parser
+
+
+def _run_sweep(arguments: Namespace, console: Console) -> None:
+    from ducat import sweep
+
+    base = _config(arguments)
+    with Live(console) as live:
+        made = sweep.sweep(
+            replace(base, name=None),
+            sweep.read_grid(arguments.grid),
+            arguments.runs / (base.name or "sweep"),
+            suite=arguments.suite,
+            samples=arguments.samples,
+            which=arguments.which,
+            progress=live,
+        )
+    print_comparison(console, made.comparison)
+    for name, why in made.failed.items():
+        _print(console, f"{name} is missing: {why}", label="warning")
+    _print(console, f"Tables, plot and page: {made.page.parent}/ (open {made.page})")
+
+
+def _sweep_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _settings_parser("ducat sweep")
+    parser.add_argument(
+        "--grid",
+        type=str,
+        nargs="+",
+        required=True,
+        help="options and their values, as dummy.benign_weight=0,0.25 train.seed=0,1,2: every combination is trained",
+    )
+    parser.add_argument("--suite", choices=tuple(SUITES), default="light", help="which attacks to run")
+    parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")
+    parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
     return parser
 
 
@@ -421,6 +456,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("the whole road on digits, offline, in minutes", _demo_parser, _run_demo),
     "train": Command("train a network and leave a run folder", _train_parser, _run_train),
     "adapt": Command("give a trained network dummy classes and train it on", _adapt_parser, _run_adapt),
+    "sweep": Command("train and evaluate every combination of settings", _sweep_parser, _run_sweep),
     "evaluate": Command("attack a run, blind and recovery-aware", _evaluate_parser, _run_evaluate),
     "compare": Command("put evaluated runs side by side", _compare_parser, _run_compare),
     "analyze": Command("what several evaluated runs say together", _analyze_parser, _run_analyze),
