@@ -105,7 +105,7 @@ def test_a_run_with_an_objective_of_its_own_goes_on_with_it_alone(tmp_path: Path
 def test_a_loop_that_is_not_ours_gets_what_the_settings_say(method: str, kind: str) -> None:
     if METHODS[method].no_dummy_classes and kind != "off":
         with pytest.raises(ValueError, match=rf"dummy\.kind={kind} does not fit this method"):
-            ducat.objective(method, kind)  # type: ignore[arg-type]
+            ducat.objective(method, kind)
         return
     config = replace(
         TINY,
@@ -113,7 +113,7 @@ def test_a_loop_that_is_not_ours_gets_what_the_settings_say(method: str, kind: s
         dummy=DummyConfig(kind, start_epoch=1, benign_share=0.3),  # type: ignore[arg-type]
     )
     for epoch in (0, 1):
-        ours, theirs = config.objective(epoch), ducat.objective(method, kind, epoch >= 1, benign_share=0.3)  # type: ignore[arg-type]
+        ours, theirs = config.objective(epoch), ducat.objective(method, kind, epoch >= 1, benign_share=0.3)
         assert ours == theirs
 
 
