@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 import ducat
-from ducat.analysis import always_failed
 from ducat.attacks import external
 from ducat.attacks.suites import SUITES, Attack, Suite, _external
 from ducat.checkpoint import write_text
 from ducat.cli import main as command
 from ducat.data import load_test
+from ducat.evaluation.studies import always_failed
 from ducat.methods import METHODS
 from ducat.reporting import page, plots
 from ducat.reporting.compare import Run, compare, to_markdown

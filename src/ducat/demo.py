@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ducat import behaviour
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, TrainConfig
-from ducat.evaluate import evaluate_run
+from ducat.evaluation import behaviour
+from ducat.evaluation.runs import evaluate_run
 from ducat.reporting import page, plots
 from ducat.reporting.compare import Comparison, Run, compare
 from ducat.training import Listener, train

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from ducat import behaviour
 from ducat.config import Config, DataConfig, DummyConfig, ThreatConfig, TrainConfig, config_parser
+from ducat.evaluation import behaviour
 from ducat.reporting.compare import Run, compare
 from ducat.reporting.page import page, reproduce
 from ducat.runs import RunFolder

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ducat.attacks.adaptive import SilentDummies
 from ducat.attacks.pgd import attackable
 from ducat.attacks.suites import SUITES
-from ducat.behaviour import png
 from ducat.dummy import recover
+from ducat.evaluation.behaviour import png
 from ducat.export import Deployed
 from ducat.runs import Which
 from ducat.seeding import generator

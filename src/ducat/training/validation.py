@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ducat.data import Dataset, Images
-from ducat.evaluate import evaluate
+from ducat.evaluation import evaluate
 from ducat.training.step import Step
 
 COLLAPSE = 0.05  # a smaller fall of PGD accuracy is noise of the validation split
