@@ -110,7 +110,7 @@ class Search:
             content: dict[str, Any] = json.loads(file.read_text())
             return content
         began = time.perf_counter()
-        network, folder = self._joined() if row.of == "joined" else self._trained_on(row.of or name)
+        network, folder = self.joined() if row.of == "joined" else self._trained_on(row.of or name)
         seconds = time.perf_counter() - began
         manifest, threat = folder.manifest, folder.config.threat.build(None)
         held_out = load(self.setting.data, samples=folder.config.data.samples, root=self.data).validation
@@ -182,7 +182,7 @@ class Search:
         network.load_state_dict(checkpoint.part("model", tensors))
         return network, folder
 
-    def _joined(self) -> tuple[nn.Module, RunFolder]:
+    def joined(self) -> tuple[nn.Module, RunFolder]:
         robust, folder = self._trained_on("pgd-at")
         return Joined(self.trained("natural", "natural"), robust), folder
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import ducat
-from ducat.evaluation import studies
 from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
-from ducat.evaluation import Evaluation
+from ducat.evaluation import Evaluation, studies
 from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder
 from ducat.training import train

@@ -1,8 +1,8 @@
 """Guides: networks with a telling gradient that lead an attack on one whose own gradient is missing or misleads.
 
-Backward pass differentiable approximation (Athalye et al. 2018, arXiv 1802.00420), without a word from the defender: steps
-that pass no gradient are found as they are computed, and classifiers inside a network by trying its parts. A guide only
-leads; the network itself decides which image fools it (`judge` of `attacks.pgd.pgd`).
+Backward pass differentiable approximation (Athalye et al. 2018, arXiv 1802.00420), without a word from the defender:
+steps that pass no gradient are found as they are computed, and classifiers inside a network by trying its parts. A
+guide only leads; the network itself decides which image fools it (`judge` of `attacks.pgd.pgd`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,17 @@ from torch.overrides import TorchFunctionMode
 from ducat.attacks.pgd import attackable
 from ducat.models.outputs import logits_of
 
-__all__ = ["Inside", "Mixture", "Replaced", "Rescaled", "Softened", "classifiers_inside", "mixtures", "modules_within", "narrowed"]
+__all__ = [
+    "Inside",
+    "Mixture",
+    "Replaced",
+    "Rescaled",
+    "Softened",
+    "classifiers_inside",
+    "mixtures",
+    "modules_within",
+    "narrowed",
+]
 
 SPREAD = 10.0  # logits between the best and the worst class, after rescaling
 LEAK = 0.1  # gradient of a unit that is off, when smoothed
@@ -83,7 +93,9 @@ class Replaced(nn.Module):
         known = dict(model.named_modules())
         for name in replacements:
             if name not in known:
-                raise ValueError(f"replacements={name!r}: the model has no such module; it has {', '.join(known)[:300]}")
+                raise ValueError(
+                    f"replacements={name!r}: the model has no such module; it has {', '.join(known)[:300]}"
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         def swap(smooth: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -204,7 +216,10 @@ def classifiers_inside(
                 handle.remove()
         for name, part in parts:
             direct = _Cast(part)
-            for asked, answer in ((Inside(network, part), lambda p=part: heard[id(p)]), (direct, lambda d=direct: d(x))):
+            for asked, answer in (
+                (Inside(network, part), lambda p=part: heard[id(p)]),
+                (direct, lambda d=direct: d(x)),
+            ):
                 try:
                     logits = logits_of(answer())
                 except Exception:  # a part that is not asked, or does not take images, fails in any way there is
@@ -229,7 +244,9 @@ def mixtures(parts: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
         return []
     parts = parts[:MIXED]
     even = [1 / len(parts)] * len(parts)
-    found = [(f"mixture sharpened by {sharpen:g}", Mixture(parts, even, sharpen)) for sharpen in (1.0, 0.2, 4.0)]
+    found: list[tuple[str, nn.Module]] = [
+        (f"mixture sharpened by {sharpen:g}", Mixture(parts, even, sharpen)) for sharpen in (1.0, 0.2, 4.0)
+    ]
     for heavy in range(len(parts)):
         weights = [0.15 / (len(parts) - 1)] * len(parts)
         weights[heavy] = 0.85
@@ -314,18 +331,24 @@ def _names(*names: str) -> set[Any]:
     return found
 
 
-_ROUNDED = _names("round", "floor", "ceil", "trunc", "sign", "sgn", "fix", "round_", "floor_", "ceil_", "trunc_", "sign_")
+_ROUNDED = _names(
+    "round", "floor", "ceil", "trunc", "sign", "sgn", "fix", "round_", "floor_", "ceil_", "trunc_", "sign_"
+)
 _DETACHED = _names("detach", "detach_") | {Tensor.data.__get__}  # type: ignore[attr-defined]
 _ABOVE = _names("gt", "ge", "greater", "greater_equal", "__gt__", "__ge__")
 _BELOW = _names("lt", "le", "less", "less_equal", "__lt__", "__le__")
-_CAST = _names("to", "type", "float", "double", "half", "bfloat16", "int", "long", "short", "byte", "bool", "type_as", "char")
+_CAST = _names(
+    "to", "type", "float", "double", "half", "bfloat16", "int", "long", "short", "byte", "bool", "type_as", "char"
+)
 _ARGMAX = _names("argmax")
 _ONE_HOT = _names("one_hot")
 _TAKEN = _names("__getitem__") | _names("embedding", "index_select")
 _SCATTERED = _names("scatter", "scatter_")
 _CHOSEN = _names("where")
 _FILLED = _names("masked_fill", "masked_fill_")
-_CUT = _names("clamp", "clip", "hardtanh", "relu6", "clamp_", "clip_", "clamp_min", "clamp_max", "fake_quantize_per_tensor_affine")
+_CUT = _names(
+    "clamp", "clip", "hardtanh", "relu6", "clamp_", "clip_", "clamp_min", "clamp_max", "fake_quantize_per_tensor_affine"
+)
 _OFF = _names("relu", "relu_", "threshold")
 _SATURATED = _names("sigmoid", "tanh", "softmax", "erf", "softsign", "hardsigmoid", "sigmoid_", "tanh_")
 _SHIFTED_RIGHT = _names("__rshift__", "bitwise_right_shift")
@@ -487,4 +510,4 @@ def _custom_functions_pass() -> Iterator[None]:
         if own is None:
             del torch.autograd.Function.apply
         else:
-            torch.autograd.Function.apply = own
+            torch.autograd.Function.apply = own  # type: ignore[method-assign]

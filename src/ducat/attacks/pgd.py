@@ -119,7 +119,15 @@ def pgd(
             begin = threat.random_start(x[alive], generator) if start is None or restart else start[alive]
             chosen = reference[alive] if reference is not None else None
             found, value, fooled = _best_iterate(
-                model, x[alive], y[alive], threat, goal, chosen, begin, stop=keep == "first", adaptive=adaptive_steps,
+                model,
+                x[alive],
+                y[alive],
+                threat,
+                goal,
+                chosen,
+                begin,
+                stop=keep == "first",
+                adaptive=adaptive_steps,
                 judge=judge,
             )
             better = fooled | (value > best_value[alive])
