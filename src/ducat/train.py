@@ -26,7 +26,7 @@ from ducat import checkpoint, data, methods, tracking
 from ducat.attacks.pgd import attackable
 from ducat.averaging import WeightAverage, perturbed_weights, update_batch_norm
 from ducat.config import Config, TrainConfig
-from ducat.dummy import dummy_head
+from ducat.dummy import dummy_heads
 from ducat.evaluate import evaluate
 from ducat.meter import Meter
 from ducat.models.architecture import Architecture
@@ -223,7 +223,7 @@ class _Loop:
             rank=rank,
             world_size=world_size,
         )
-        self.head = dummy_head(self.model)
+        self.heads = dummy_heads(self.model)
         self.awp_start = epoch_of(settings.awp_start_epoch, settings.epochs)
         self.averaging_start = epoch_of(settings.averaging_start_epoch, settings.epochs)
         self.average: WeightAverage | None = None
@@ -334,9 +334,9 @@ class _Loop:
                 self.accelerator.backward(loss)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if objective.reading == "real" and self.head is not None:
+            for head in self.heads if objective.reading == "real" else ():
                 # Until the switch the dummy half follows the real one, so that what is saved deploys the base method.
-                self.head.copy_real_rows()
+                head.copy_real_rows()
             if self.average is not None and settings.averaging == "ema" and at.epoch >= self.averaging_start:
                 self.average.update(self.model)
             pending.append(loss.detach())

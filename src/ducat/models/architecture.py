@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ducat.dummy import add_dummy_classes
@@ -44,4 +45,5 @@ class Architecture:
             width=self.width,
             stem_stride=self.stem_stride,
         )
-        return add_dummy_classes(model, init="random") if self.dummy_classes else model
+        images = torch.zeros(1, self.channels, 8, 8)
+        return add_dummy_classes(model, init="random", images=images) if self.dummy_classes else model
