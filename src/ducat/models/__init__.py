@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ducat.models.gowal import gowal_resnet
 from ducat.models.resnet import BasicBlock, Bottleneck, preact_resnet, resnet
 from ducat.models.small import small_cnn
 from ducat.models.wide_resnet import wide_resnet
@@ -27,6 +28,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "preact-resnet18": partial(preact_resnet, depths=(2, 2, 2, 2), width=64),
     "wrn-28-10": partial(wide_resnet, depth=28, width=160),
     "wrn-34-10": partial(wide_resnet, depth=34, width=160),
+    "preact-resnet18-silu": partial(gowal_resnet, depths=(2, 2, 2, 2), width=64, wide=False),
+    "wrn-28-10-silu": partial(gowal_resnet, depths=(4, 4, 4), width=160, wide=True),
+    "wrn-70-16-silu": partial(gowal_resnet, depths=(11, 11, 11), width=256, wide=True),
 }
 """Every network by name. A row is called as `builder(num_outputs, channels=, stem_stride=)`, and with `width=`, the
 channels of its first stage, when the default of the row is overridden."""
