@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ducat.models.doors import allow_code
 from ducat.models.gowal import gowal_resnet
 from ducat.models.resnet import BasicBlock, Bottleneck, preact_resnet, resnet
 from ducat.models.small import small_cnn
 from ducat.models.wide_resnet import wide_resnet
 
-__all__ = ["MODELS", "Normalize", "build"]
+__all__ = ["MODELS", "Normalize", "allow_code", "build"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "small": small_cnn,
@@ -109,7 +110,10 @@ def build(
     if name not in MODELS:
         close = get_close_matches(name.lower(), MODELS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"model name {name!r} is unknown: {hint}known names are {', '.join(MODELS)}")
+        raise ValueError(
+            f"model name {name!r} is unknown: {hint}known names are {', '.join(MODELS)}; timm/NAME, hf:REPO and "
+            "file.py:function are networks of others"
+        )
     sizes = {"num_outputs": num_outputs, "channels": channels, "stem_stride": stem_stride}
     if width is not None:
         sizes["width"] = width
