@@ -6,6 +6,7 @@ With C real classes the network has 2C outputs: output c < C is real class c, ou
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -127,7 +128,7 @@ class DummyHead(nn.Module):
 
     num_classes: int
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # None without one
 
     @torch.no_grad()
     def copy_real_rows(self) -> None:
