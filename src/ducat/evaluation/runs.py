@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ducat import weights
 from ducat.config import Config
 from ducat.data import load, load_test
-from ducat.dummy import dummy_head
 from ducat.evaluation.engine import evaluate
 from ducat.runs import RunFolder, Which
 from ducat.threat import ThreatModel
@@ -55,7 +54,7 @@ def evaluate_run(
         device,
         which,
         suite=suite,
-        num_classes=_num_classes(model),
+        num_classes=folder.read(which)[1]["model"]["num_classes"],
         seed=seed,
         batch_size=batch_size,
         data=folder.manifest["data"]["title"],
@@ -139,11 +138,3 @@ def _evaluate_and_save(
         evaluation.save(path)
         shutil.rmtree(parts)
     return evaluation.to_dict()
-
-
-def _num_classes(model: nn.Module) -> int:
-    """Return C of a network of ours."""
-    head = dummy_head(model)
-    if head is not None:
-        return head.num_classes
-    return [module.out_features for module in model.modules() if isinstance(module, nn.Linear)][-1]
