@@ -107,7 +107,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         seconds = f"{row['seconds']} s" if "robust" in row else ""
         said = row.get("refused", row.get("failed", "")).replace("|", "\\|")
         parameters = f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else ""
-        cells = [row["module"], row["network"], parameters, row.get("size", ""), row.get("heads", ""), same, seconds, said]
+        cells = [
+            row["module"],
+            row["network"],
+            parameters,
+            row.get("size", ""),
+            row.get("heads", ""),
+            same,
+            seconds,
+            said,
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

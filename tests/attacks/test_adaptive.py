@@ -6,7 +6,7 @@ import ducat
 from ducat.attacks.adaptive import BUDGETS, TARGETED, Round, SilentDummies, with_dummy_classes
 from ducat.attacks.objectives import OBJECTIVES
 
-THREATS = [ducat.ThreatModel("linf", 0.1), ducat.ThreatModel("l2", 0.7)]
+THREATS = [ducat.ThreatModel("linf", 0.1), ducat.ThreatModel("l2", 0.7), ducat.ThreatModel("l1", 3.0)]
 
 
 def attack(
@@ -23,7 +23,7 @@ def test_every_objective_of_a_budget_knows_recovery(budget: str) -> None:
     assert all(0 < each.share <= 1 for each in BUDGETS[budget])
 
 
-@pytest.mark.parametrize("threat", THREATS, ids=["linf", "l2"])
+@pytest.mark.parametrize("threat", THREATS, ids=["linf", "l2", "l1"])
 def test_images_stay_in_the_ball_and_are_reproducible(
     network: nn.Module, images: torch.Tensor, labels: torch.Tensor, threat: ducat.ThreatModel
 ) -> None:

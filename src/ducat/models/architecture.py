@@ -52,22 +52,23 @@ class Architecture:
     fit_size: int | None = None
     fit_channels: int | None = None
 
-    def build(self, *, pretrained: bool = False) -> nn.Module:
+    def build(self, *, pretrained: bool = False, init: str = "he") -> nn.Module:
         """Return the network with new random weights, from PyTorch's global generator; dummy rows are random too.
 
         Args:
             pretrained: take the weights that the network's publisher trained instead, which may need network access;
                 a head for another number of classes is new.
+            init: how the convolutions of our networks begin, as for `models.build`; others have their own way.
 
         Raises:
             ValueError: if it cannot be built; the message says why.
         """
-        model = self._foreign(pretrained) if is_foreign(self.name) else self._ours(pretrained)
+        model = self._foreign(pretrained) if is_foreign(self.name) else self._ours(pretrained, init)
         size = self.image_size or OURS
         images = torch.zeros(1, self.channels, size, size)
         return add_dummy_classes(model, init="random", images=images) if self.dummy_classes else model
 
-    def _ours(self, pretrained: bool) -> nn.Module:
+    def _ours(self, pretrained: bool, init: str) -> nn.Module:
         if pretrained:
             raise ValueError(f"model.weights=pretrained: nobody has published weights of {self.name}; give a file")
         if self.options:
@@ -80,6 +81,7 @@ class Architecture:
             std=self.std,
             width=self.width,
             stem_stride=self.stem_stride,
+            init=init,
         )
 
     def _foreign(self, pretrained: bool) -> nn.Module:

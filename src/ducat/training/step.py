@@ -170,7 +170,7 @@ class Step:
         """Yield images as this epoch's steps forwarded them."""
         for step, (x, y) in enumerate(batches):
             adversarial = self.attack(x, y, epoch, step, "batch-norm")
-            yield self.objective(epoch).forwarded(x, adversarial)
+            yield from self.objective(epoch).passes(x, adversarial)
 
     def _compiled(self, example: Tensor, notice: Callable[[str], None]) -> Sequence[nn.Module]:
         """Return the networks compiled, or as they are with a notice where the compiler fails on a forward pass."""
