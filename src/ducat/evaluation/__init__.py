@@ -1,0 +1,1 @@
+"""Measuring robustness truthfully."""
