@@ -46,7 +46,7 @@ class SmallBall(nn.Module):
         steps: of half that length each.
     """
 
-    def __init__(self, network: nn.Module, radius: float, steps: int = 3) -> None:
+    def __init__(self, network: nn.Module, radius: float, steps: int = 2) -> None:
         super().__init__()
         self.network, self.radius, self.steps = network, radius, steps
 

@@ -121,4 +121,3 @@ def _abstained(logits: Tensor, y: Tensor) -> Tensor:
     classes = logits.shape[1] // 2
     allowed = torch.cat([logits.gather(1, y[:, None]), logits[:, classes:]], dim=1)
     return logits.logsumexp(1) - allowed.logsumexp(1)
-
