@@ -43,58 +43,18 @@ _MIXED = {"method.name": "mixed", "method.weight": 0.5}
 
 ROWS: dict[str, Row] = {
     "pgd-at": Row("baselines", "the measure of all"),
-    "trades": Row(
-        "baselines", "less confident everywhere: 0 to 2 points above", {"method.name": "trades", "method.weight": 6}
-    ),
     "mixed": Row("baselines", "more confident on benign images: 1 to 2 points above, as in the probe", _MIXED),
-    "ccat": Row(
-        "baselines",
-        "much above at 5 % under weak attacks, below under ours: confidence is low only where training looked",
-        _MIXED,
-        change=refusing(Lowered),
-    ),
     "aware": Row(
         "dummy classes",
         "confidence 0 to 1 above `pgd-at`, as in the probe; real 7, pair 15 below",
         _aware(),
         signals=("confidence", "real", "pair"),
     ),
-    "aware-w-0.1": Row(
-        "dummy classes",
-        "a crisper pair: pair 2 better than `aware`",
-        _aware(**{"dummy.benign_weight": 0.1}),
-        signals=("confidence", "pair"),
-    ),
-    "aware-w-0": Row(
-        "dummy classes",
-        "crisper still: pair 3 better than `aware`",
-        _aware(**{"dummy.benign_weight": 0.0}),
-        signals=("confidence", "pair"),
-    ),
-    "published": Row(
-        "dummy classes",
-        "far below with every signal: its attack was satisfied by the dummy class",
-        {"dummy.kind": "published"},
-    ),
     "accepted": Row(
         "wrong and accepted inside",
         "its attacker is the evaluation's: confidence 1 to 2 above `aware`",
         _aware(),
         change=refusing(Accepted),
-    ),
-    "accepted-real": Row(
-        "wrong and accepted inside",
-        "real 2 better than in `aware`, still below confidence",
-        _aware(**{"dummy.benign_weight": 0.0}),
-        change=refusing(Accepted, signal="real"),
-        signals=("confidence", "real"),
-    ),
-    "detector-aware": Row(
-        "wrong and accepted inside",
-        "as RADAR: the attacker of training also evades the pair; pair 5 better than in `aware`, below confidence",
-        _aware(**{"dummy.benign_weight": 0.0}),
-        change=refusing(Accepted, signal="pair"),
-        signals=("confidence", "pair"),
     ),
     "mixed-accepted": Row(
         "wrong and accepted inside",
@@ -113,6 +73,19 @@ ROWS: dict[str, Row] = {
         "the same without dummy classes: as `lowered`",
         _MIXED,
         change=refusing(Lowered, uniform=0.33),
+    ),
+    "ccat": Row(
+        "baselines",
+        "much above at 5 % under weak attacks, below under ours: confidence is low only where training looked",
+        _MIXED,
+        change=refusing(Lowered),
+    ),
+    "detector-aware": Row(
+        "wrong and accepted inside",
+        "as RADAR: the attacker of training also evades the pair; pair 5 better than in `aware`, below confidence",
+        _aware(**{"dummy.benign_weight": 0.0}),
+        change=refusing(Accepted, signal="pair"),
+        signals=("confidence", "pair"),
     ),
     "abstain-shared": Row(
         "abstaining",
@@ -139,4 +112,31 @@ ROWS: dict[str, Row] = {
     "cpr-pgd-at": Row("small ball", "2 above `pgd-at`: 7 % less robust loss, as published", of="pgd-at"),
     "cpr-mixed": Row("small ball", "2 above `mixed`", of="mixed"),
     "cpr-accepted": Row("small ball", "2 above `accepted`", of="accepted"),
+    "trades": Row(
+        "baselines", "less confident everywhere: 0 to 2 points above", {"method.name": "trades", "method.weight": 6}
+    ),
+    "aware-w-0": Row(
+        "dummy classes",
+        "crisper still: pair 3 better than `aware`",
+        _aware(**{"dummy.benign_weight": 0.0}),
+        signals=("confidence", "pair"),
+    ),
+    "accepted-real": Row(
+        "wrong and accepted inside",
+        "real 2 better than in `aware`, still below confidence",
+        _aware(**{"dummy.benign_weight": 0.0}),
+        change=refusing(Accepted, signal="real"),
+        signals=("confidence", "real"),
+    ),
+    "aware-w-0.1": Row(
+        "dummy classes",
+        "a crisper pair: pair 2 better than `aware`",
+        _aware(**{"dummy.benign_weight": 0.1}),
+        signals=("confidence", "pair"),
+    ),
+    "published": Row(
+        "dummy classes",
+        "far below with every signal: its attack was satisfied by the dummy class",
+        {"dummy.kind": "published"},
+    ),
 }

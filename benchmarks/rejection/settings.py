@@ -48,7 +48,7 @@ SETTINGS: dict[str, Setting] = {
             "train.validate_every": 40,
         },
         branch={"train.epochs": 20, "train.schedule": "cosine", "train.validate_every": 20},
-        test=200,
+        test=150,
     ),
     "cifar10-jpeg": Setting(
         about="CIFAR-10 (JPEG), 2,000 training images, resnet8 of width 16, L-inf 8/255; 12 epochs of PGD-AT, then 4",
@@ -66,7 +66,7 @@ SETTINGS: dict[str, Setting] = {
             "train.validate_every": 12,
         },
         branch={"train.epochs": 4, "train.schedule": "cosine", "train.validate_every": 4},
-        test=150,
+        test=100,
         rows=(
             "pgd-at",
             "mixed",
