@@ -24,7 +24,7 @@ import torch
 
 import ducat
 from ducat import plots, report
-from ducat.analysis import always_failed
+from ducat.evaluation.studies import always_failed
 from ducat.attacks import external
 from ducat.attacks.suites import SUITES, Attack, Suite, _external
 from ducat.checkpoint import write_text

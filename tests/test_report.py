@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ducat import behaviour
+from ducat.evaluation import behaviour
 from ducat.compare import Run, compare
 from ducat.config import Config, DataConfig, DummyConfig, ThreatConfig, TrainConfig, config_parser
 from ducat.report import page, reproduce

@@ -33,7 +33,7 @@ from benchmarks.cure.rows import ROWS, Row
 from benchmarks.cure.settings import SETTINGS, Setting
 from ducat import checkpoint, methods
 from ducat.attacks.adaptive import BUDGETS, TARGETED, Round
-from ducat.attacks.suites import SUITES, Attack, Suite, _ensemble, _pgd
+from ducat.attacks.suites import SUITES, Attack, Suite, _pgd, ensemble
 from ducat.cli import main as command
 from ducat.config import Config
 from ducat.data import load, load_test
@@ -54,7 +54,7 @@ def register() -> None:
     attacks = (
         Attack("pgd-20", False, _pgd(20)),
         Attack("pgd-20", True, _pgd(20)),
-        Attack("ensemble-front", True, _ensemble("front")),
+        Attack("ensemble-front", True, ensemble("front")),
     )
     SUITES["front"] = Suite(attacks, audit=False)
     SUITES["front-of-mixtures"] = Suite((*attacks, Attack("stand-ins", True, through_stand_ins)), audit=False)

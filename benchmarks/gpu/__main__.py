@@ -41,7 +41,8 @@ from ducat.checkpoint import write_text
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.data import load_test
 from ducat.data.prepare import prepare
-from ducat.evaluate import evaluate, evaluate_run
+from ducat.evaluation import evaluate
+from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder, environment
 from ducat.train import Interrupted, resume, train
 

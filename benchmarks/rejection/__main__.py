@@ -34,7 +34,7 @@ from benchmarks.rejection.second import second
 from benchmarks.rejection.settings import SETTINGS, Setting
 from benchmarks.rejection.tables import write
 from ducat import checkpoint
-from ducat.attacks.adaptive import Round, with_dummy_classes
+from ducat.attacks.adaptive import Round
 from ducat.cli import main as command
 from ducat.config import Config
 from ducat.data import load_test
@@ -132,7 +132,7 @@ class Question:
         paired = ROWS[row.of or name].settings.get("dummy.kind", "off") != "off"
         network = fold_batch_norm(network, load_test(self.setting.data, 2, self.data)[0]) or network
         # A network of a row's own has 2C outputs without being known for it.
-        view = network if paired else with_dummy_classes(network)
+        view = network if paired else rejection.opened(network)
         if row.of is not None:
             radius = folder.config.threat.build(None).radius / 4
             return RecoveredClassifier(SmallBall(view, radius)), dict(SMALL_BALL), folder

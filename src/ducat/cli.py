@@ -17,14 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 import ducat
-from ducat import analysis, behaviour, checkpoint, data, plots, report
+from ducat import checkpoint, data, plots, report
 from ducat import compare as comparing
 from ducat import demo as demo_room
 from ducat import train as train_room
 from ducat.adapt import adapt, settings
 from ducat.compare import Comparison, Run
 from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, config_parser
-from ducat.evaluate import evaluate_checkpoint, evaluate_run
+from ducat.evaluation import behaviour, studies
+from ducat.evaluation.runs import evaluate_checkpoint, evaluate_run
 from ducat.runs import RunFolder, Which
 from ducat.threat import Norm
 from ducat.train import Interrupted
@@ -445,13 +446,13 @@ def _only(runs: list[Path]) -> Path:
 
 STUDIES: dict[str, Study] = {
     "always-failed": Study(
-        lambda given, progress: analysis.always_failed(given.runs), _always_failed_table, plots.always_failed
+        lambda given, progress: studies.always_failed(given.runs), _always_failed_table, plots.always_failed
     ),
     "transfer": Study(
-        lambda given, progress: analysis.transfer(given.runs, given.which, progress), _transfer_table, plots.transfer
+        lambda given, progress: studies.transfer(given.runs, given.which, progress), _transfer_table, plots.transfer
     ),
     "corruption": Study(
-        lambda given, progress: analysis.corruption(
+        lambda given, progress: studies.corruption(
             _only(given.runs), samples=given.samples, which=given.which or "best", progress=progress
         ),
         _corruption_table,

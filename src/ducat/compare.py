@@ -14,9 +14,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ducat import behaviour
-from ducat.evaluate import SCHEMA, Evaluation
-from ducat.evaluate import compare as compare_samples
+from ducat.evaluation import behaviour
+from ducat.evaluation.result import SCHEMA, Evaluation
+from ducat.evaluation.result import compare as compare_samples
 from ducat.runs import RunFolder
 
 QUANTITIES = ("clean", "blind", "robust", "sink gap")

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ducat import behaviour, plots, report
+from ducat import plots, report
 from ducat.compare import Comparison, Run, compare
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, TrainConfig
-from ducat.evaluate import evaluate_run
+from ducat.evaluation import behaviour
+from ducat.evaluation.runs import evaluate_run
 from ducat.train import Listener, train
 
 EPOCHS = 60

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ducat.attacks.adaptive import SilentDummies
 from ducat.attacks.pgd import attackable
 from ducat.attacks.suites import SUITES
-from ducat.behaviour import png
+from ducat.evaluation.behaviour import png
 from ducat.dummy import recover
 from ducat.export import Source
 from ducat.runs import Which

@@ -27,7 +27,7 @@ from ducat.attacks.pgd import attackable
 from ducat.averaging import WeightAverage, perturbed_weights, update_batch_norm
 from ducat.config import Config, TrainConfig
 from ducat.dummy import dummy_head
-from ducat.evaluate import evaluate
+from ducat.evaluation import evaluate
 from ducat.meter import Meter
 from ducat.models.architecture import Architecture
 from ducat.models.folded import fold_batch_norm

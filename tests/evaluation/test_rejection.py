@@ -9,7 +9,6 @@ from scipy.optimize import linprog
 from torch import nn
 
 import ducat
-from ducat.attacks.adaptive import with_dummy_classes
 from ducat.dummy import RecoveredClassifier, add_dummy_classes, recover
 from ducat.evaluation import rejection
 from ducat.evaluation.rejection import (
@@ -23,6 +22,7 @@ from ducat.evaluation.rejection import (
     log_odds,
     measure,
     nearness,
+    opened,
     wrong_and_accepted,
 )
 
@@ -47,7 +47,7 @@ def images(number: int, seed: int = 1) -> torch.Tensor:
 
 def predicted(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return recover(with_dummy_classes(model)(x)).argmax(1)
+        return recover(opened(model)(x)).argmax(1)
 
 
 def highest_pair(model: nn.Module, x: torch.Tensor, y: int, eps: float, threshold: float) -> float:
@@ -101,7 +101,7 @@ def test_two_classes_have_a_closed_form() -> None:
     sign = 1 - 2 * y.float()  # towards the wrong class
     margin = sign * (x.flatten(1) @ difference + (model[1].bias[1] - model[1].bias[0]).item())
     reach = eps * difference.abs().sum()
-    measured = measure(model, x, y, ducat.ThreatModel(eps=eps), [0.0, share], seed=1)
+    measured = measure(model, x, y, ducat.ThreatModel(eps=eps), [0.0, share], seed=1, budget="quick")
     (result,) = measured.signals
     for threshold in result.thresholds.values():
         # With two classes log-odds and lead are the same number: minus the margin of the other class.
@@ -201,7 +201,7 @@ def test_denial_is_refusal_or_error() -> None:
     y = predicted(model, x)
     threshold = calibrate(model, x, y, 0.2, "real")
     threat = ducat.ThreatModel(eps=0.1)
-    found = denied(model, x, y, threat, "real", threshold, generator=torch.Generator().manual_seed(0))
+    found = denied(model, x, y, threat, "real", threshold, "quick", torch.Generator().manual_seed(0))
     assert threat.allows(found, x).all()
     logits, accepted = SelectiveClassifier(model, "real", threshold)(found)
     before, taken = SelectiveClassifier(model, "real", threshold)(x)
@@ -213,7 +213,7 @@ def test_images_that_others_found_count_and_those_outside_the_ball_do_not() -> N
     y = predicted(model, x)
     still = ducat.ThreatModel(eps=0.0)
     elsewhere = images(20, seed=9)
-    assert measure(model, x, y, still, [0.0], found=[elsewhere]).signals[0].robust(-99.0).all()
+    assert measure(model, x, y, still, [0.0], found=[elsewhere], budget="quick").signals[0].robust(-99.0).all()
     wide = ducat.ThreatModel(eps=1.0)
     part = measure(model, x, y, wide, [0.0], found=[elsewhere], budget="quick").signals[0]
     with torch.no_grad():

@@ -86,18 +86,29 @@ class SilentDummies(nn.Module):
         return torch.cat([logits, torch.full_like(logits, torch.finfo(logits.dtype).min / 2)], dim=1)
 
 
-def with_dummy_classes(model: nn.Module) -> nn.Module:
+def is_recovered(model: nn.Module) -> bool:
+    """Tell whether a model is runtime recovery and nothing else: a class derived from it may compute anything."""
+    forward = getattr(model.forward, "__func__", None)
+    return isinstance(model, RecoveredClassifier) and forward is RecoveredClassifier.forward
+
+
+def with_dummy_classes(model: nn.Module, x: Images) -> nn.Module:
     """Return a view of any classifier that has 2C logits.
 
     What `recover` makes of them by max is the decision of the classifier. A `RecoveredClassifier` by max is opened, a
     network made by `add_dummy_classes` is returned as it is, and any other classifier, one recovered by logsumexp
-    included, counts as one without dummy classes.
+    included, counts as one without dummy classes. `x` are images to look at the outputs with.
     """
     if isinstance(model, SilentDummies):
         return model
-    if isinstance(model, RecoveredClassifier):
+    if isinstance(model, RecoveredClassifier) and is_recovered(model):
         return model.model if model.how == "max" else SilentDummies(model)
-    return model if dummy_head(model) is not None else SilentDummies(model)
+    head = dummy_head(model)
+    if head is None:
+        return SilentDummies(model)
+    with attackable(model), torch.no_grad():
+        outputs = model(x[:1]).shape[1]
+    return model if outputs == 2 * head.num_classes else SilentDummies(model)
 
 
 def adaptive(
@@ -105,7 +116,7 @@ def adaptive(
     x: Images,
     y: Labels,
     threat: ThreatModel,
-    budget: str = "standard",
+    budget: str | Sequence[Round] = "standard",
     generator: torch.Generator | None = None,
 ) -> Images:
     """Attack the recovered classifier with an ensemble that keeps, per sample, the first success.
@@ -122,7 +133,7 @@ def adaptive(
         x: benign images in [0, 1], shape (B, channels, H, W).
         y: labels in [0, C), shape (B,).
         threat: the ball.
-        budget: a row of `BUDGETS`: "quick", "standard" or "full".
+        budget: a row of `BUDGETS` ("quick", "standard" or "full"), or rounds.
         generator: source of the random starts; PyTorch's global one by default.
 
     Returns:
@@ -132,9 +143,12 @@ def adaptive(
     Raises:
         ValueError: if the budget is unknown.
     """
-    if budget not in BUDGETS:
+    if isinstance(budget, str) and budget not in BUDGETS:
         raise ValueError(f"budget {budget!r} is unknown: choose from {', '.join(BUDGETS)}")
-    return tournament(with_dummy_classes(model), x, y, threat, BUDGETS[budget], _lead, _aim, generator)
+    if not len(x):
+        return x.clone()
+    rounds = BUDGETS[budget] if isinstance(budget, str) else budget
+    return tournament(with_dummy_classes(model, x), x, y, threat, rounds, _lead, _aim, generator)
 
 
 def _lead(logits: Tensor, y: Tensor) -> Tensor:
@@ -186,9 +200,7 @@ def tournament(
             if len(rows):
                 ball, begin = replace(threat, steps=attack.steps), threat.project(images, x)[rows]
                 goal = aim(attack.objective, None)
-                found = pgd(
-                    network, x[rows], y[rows], ball, goal, start=begin, keep="first", adaptive_steps=True
-                )
+                found = pgd(network, x[rows], y[rows], ball, goal, start=begin, keep="first", adaptive_steps=True)
                 search.take(rows, found)
         rows, targets = search.candidates(attack)
         while len(rows):
@@ -206,9 +218,7 @@ def tournament(
 class _Search:
     """What is known of each sample: how near it came to each wrong class, and the image that came nearest to any."""
 
-    def __init__(
-        self, network: nn.Module, x: Images, y: Labels, score: Callable[[Tensor, Tensor], Tensor]
-    ) -> None:
+    def __init__(self, network: nn.Module, x: Images, y: Labels, score: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.network = network
         self.y = y
         self.score = score

@@ -1,1 +1,7 @@
-"""Measuring robustness truthfully."""
+"""Attack a classifier with everything, those attackers who know recovery included, and say how far to trust the number."""
+
+from ducat.evaluation.engine import evaluate
+from ducat.evaluation.rejection import SelectiveClassifier
+from ducat.evaluation.result import AttackResult, Evaluation, compare
+
+__all__ = ["AttackResult", "Evaluation", "SelectiveClassifier", "compare", "evaluate"]

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ducat.attacks.adaptive import Round, SilentDummies, tournament, with_dummy_classes
+from ducat.attacks.adaptive import Round, SilentDummies, is_recovered, tournament
 from ducat.attacks.objectives import Objective
 from ducat.attacks.pgd import attackable, pgd
-from ducat.dummy import recover
+from ducat.dummy import RecoveredClassifier, dummy_head, recover
 from ducat.seeding import generator as seeded
-from ducat.statistics import mcnemar, wilson
+from ducat.evaluation.statistics import mcnemar, wilson
 from ducat.threat import ThreatModel
 
 Images = Float[Tensor, "samples channels height width"]
@@ -30,6 +30,7 @@ PerSample = Float[Tensor, " samples"]
 
 RADII = (0.25, 0.5, 1.0)  # of eps: where denial is measured
 CURVE = 21  # points of the curve over thresholds
+PER_SAMPLE = ("prediction", "acceptance", "wrong", "right")
 SURE = 0.05  # a p-value below it is no accident
 
 
@@ -92,9 +93,18 @@ def find(signal: str) -> Signal:
     return SIGNALS[signal]
 
 
+def opened(model: nn.Module) -> nn.Module:
+    """Return a classifier, as `SelectiveClassifier` takes it, with its 2C logits."""
+    if isinstance(model, RecoveredClassifier) and is_recovered(model) and model.how == "max":
+        return model.model
+    if isinstance(model, SilentDummies) or (dummy_head(model) is not None and not is_recovered(model)):
+        return model
+    return SilentDummies(model)
+
+
 def signals_of(model: nn.Module) -> list[str]:
     """Return the names of the signals that a classifier has: all of them with dummy classes, else `confidence`."""
-    paired = not isinstance(with_dummy_classes(model), SilentDummies)
+    paired = not isinstance(opened(model), SilentDummies)
     return [name for name, signal in SIGNALS.items() if paired or not signal.needs_dummy_classes]
 
 
@@ -123,7 +133,7 @@ class SelectiveClassifier(nn.Module):
             raise ValueError(f"signal={signal!r} needs dummy classes, which this model has none of: use 'confidence'")
         if math.isnan(threshold):
             raise ValueError(f"threshold={threshold} is not a number")
-        self.model = with_dummy_classes(model)
+        self.model = opened(model)
         self.signal = signal
         self.threshold = float(threshold)
 
@@ -154,14 +164,19 @@ class _Read:
         return self.acceptance.masked_fill(self.prediction != y, -torch.inf)
 
 
+def _device(network: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
 def _read(network: nn.Module, x: Tensor, signal: Signal, batch_size: int = 500) -> _Read:
+    """Return what the network makes of images, on their device."""
     predictions, acceptances = [], []
     with attackable(network), torch.no_grad():
         for chunk in x.split(batch_size):
-            logits = network(chunk).float()
+            logits = network(chunk.to(_device(network))).float()
             prediction = signal.decision(logits).argmax(1)
-            predictions.append(prediction)
-            acceptances.append(_of(prediction, signal.acceptance(logits)))
+            predictions.append(prediction.to(x.device))
+            acceptances.append(_of(prediction, signal.acceptance(logits)).to(x.device))
     return _Read(torch.cat(predictions), torch.cat(acceptances))
 
 
@@ -187,10 +202,20 @@ def calibrate(
     Raises:
         ValueError: if the share is out of range, no image is classified correctly, or the signal does not fit.
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"reject={share} is outside [0, 1): it is a share of the benign images, for example 0.05")
+    check_shares([share])
     network = SelectiveClassifier(model, signal).model
     return _threshold(_read(network, x, find(signal), batch_size).right(y), share)
+
+
+def check_shares(shares: Sequence[float | int]) -> None:
+    """Check shares of benign images that may be refused.
+
+    Raises:
+        ValueError: if one is outside [0, 1).
+    """
+    for share in shares:
+        if not 0 <= share < 1:
+            raise ValueError(f"reject={share} is outside [0, 1): it is a share of the benign images, for example 0.05")
 
 
 def _threshold(right: Tensor, share: float | int) -> float:
@@ -295,7 +320,7 @@ def wrong_and_accepted(
         return Objective(value, knows_recovery=True, reference=fixed, success=success)
 
     rounds = WRONG_BUDGETS[budget]
-    return tournament(with_dummy_classes(model), x, y, threat, rounds, score, aim, generator, starts)
+    return tournament(opened(model), x, y, threat, rounds, score, aim, generator, starts)
 
 
 def denied(
@@ -314,7 +339,7 @@ def denied(
     """
     chosen = find(signal) if isinstance(signal, str) else signal
     steps, restarts = DENIAL_STEPS[budget]
-    network = with_dummy_classes(model)
+    network = opened(model)
 
     def success(logits: Tensor, labels: Tensor) -> Tensor:
         prediction = chosen.decision(logits).argmax(1)
@@ -334,9 +359,7 @@ def denied(
         if not len(rows):
             break
         goal = objective(smooth)
-        found[rows] = pgd(
-            network, x[rows], y[rows], ball, goal, restarts, generator, keep="first", adaptive_steps=True
-        )
+        found[rows] = pgd(network, x[rows], y[rows], ball, goal, restarts, generator, keep="first", adaptive_steps=True)
         read = _read(network, found[rows], chosen)
         standing[rows] = read.right(y[rows]) >= threshold
     return found
@@ -392,6 +415,31 @@ class Rejection:
     held_out: bool
     half: Flags
     signals: Sequence[SignalResult]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything per sample, by the names under which it is kept."""
+        found = {"rejection.half": self.half}
+        for result in self.signals:
+            for name in PER_SAMPLE:
+                found[f"rejection.{result.signal}.{name}"] = getattr(result, name)
+        return found
+
+    @classmethod
+    def restored(
+        cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor], threat: ThreatModel, labels: Tensor
+    ) -> "Rejection":
+        """Undo `to_dict` and `tensors`."""
+        signals = [
+            SignalResult(
+                each["signal"],
+                {row["reject"]: row["threshold"] for row in each["rows"]},
+                **{name: tensors[f"rejection.{each['signal']}.{name}"] for name in PER_SAMPLE},
+            )
+            for each in content["signals"]
+        ]
+        half = tensors["rejection.half"]
+        return cls(threat, labels, content["calibrated"], content["held_out"], half, signals)
 
     @property
     def warnings(self) -> list[str]:
@@ -490,6 +538,7 @@ def measure(
     *,
     held_out: tuple[Images, Labels] | None = None,
     found: Sequence[Images] = (),
+    attacked: nn.Module | None = None,
     signals: Mapping[str, Signal] | None = None,
     budget: str = "standard",
     seed: int = 0,
@@ -502,12 +551,13 @@ def measure(
 
     Args:
         model: as `SelectiveClassifier` takes it.
-        x: benign images in [0, 1], shape (samples, channels, H, W), on the model's device.
+        x: benign images in [0, 1], shape (samples, channels, H, W), on any device.
         y: labels, shape (samples,).
         threat: the ball.
         shares: of the correctly classified benign images, how many may be refused, each in [0, 1).
         held_out: images and labels that the thresholds are set on; by default x and y themselves.
-        found: images in the ball that other attacks found, each of x's shape; one outside the ball is not looked at.
+        found: images that other attacks found, each of x's shape; what is outside the ball does not count.
+        attacked: the model in the form that is fastest to attack; the model itself by default.
         signals: the signals by their names; by default all in `SIGNALS` that the model has.
         budget: "quick" or "standard".
         seed: of the random starts.
@@ -519,24 +569,21 @@ def measure(
     """
     if budget not in WRONG_BUDGETS:
         raise ValueError(f"budget {budget!r} is unknown: choose from {', '.join(WRONG_BUDGETS)}")
-    for share in shares:
-        if not 0 <= share < 1:
-            raise ValueError(f"reject={share} is outside [0, 1): it is a share of the benign images, for example 0.05")
+    check_shares(shares)
     table = {name: SIGNALS[name] for name in signals_of(model)} if signals is None else signals
-    network = with_dummy_classes(model)
+    network = opened(model)
+    led = network if attacked is None else opened(attacked)
+    thresholds: dict[str, dict[float, float]] = {}
     calibration = (x, y) if held_out is None else held_out
-    thresholds = {
-        name: {
-            float(share): _threshold(_read(network, calibration[0], signal, batch_size).right(calibration[1]), share)
-            for share in sorted(shares)
-        }
-        for name, signal in table.items()
-    }
+    for name, signal in table.items():
+        right = _read(network, calibration[0], signal, batch_size).right(calibration[1].to(calibration[0].device))
+        thresholds[name] = {float(share): _threshold(right, share) for share in sorted(shares)}
     parts = []
-    for number, rows in enumerate(torch.arange(len(x), device=x.device).split(batch_size)):
+    for number, rows in enumerate(torch.arange(len(x)).split(batch_size)):
         place = f", samples {int(rows[0]) + 1} to {int(rows[-1]) + 1}" if len(x) > batch_size else ""
-        part = _Part(network, x[rows], y[rows], threat, table, thresholds, budget, (seed, number))
-        part.run([images[rows] for images in found], lambda name, place=place: progress(name + place))
+        few = [each[rows.to(each.device)].to(_device(network)) for each in (x, y, *found)]
+        part = _Part(network, led, few[0], few[1], threat, table, thresholds, budget, (seed, number))
+        part.run(few[2:], lambda name, place=place: progress(name + place))
         parts.append(part)
     results = [
         SignalResult(
@@ -553,12 +600,52 @@ def measure(
     return Rejection(threat, y.cpu(), len(calibration[1]), held_out is not None, half, results)
 
 
-class _Part:
+class Seen:
+    """What images have shown of some samples, for every signal.
+
+    Args:
+        network: images to 2C logits.
+        x: benign images, on the network's device.
+        y: their labels.
+        threat: the ball.
+        signals: the signals by name.
+    """
+
+    def __init__(
+        self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, signals: Mapping[str, Signal]
+    ) -> None:
+        self.network, self.x, self.y, self.threat, self.signals = network, x, y, threat, signals
+        self.balls = [replace(threat, eps=radius * threat.radius, step_size=None) for radius in RADII]
+        self.benign = {name: _read(network, x, signal) for name, signal in signals.items()}
+        self.wrong = {name: read.wrong(y) for name, read in self.benign.items()}
+        self.right = {name: read.right(y).repeat(len(RADII), 1) for name, read in self.benign.items()}
+        # For each signal the images that were accepted highest with a wrong class: where its next attacks begin.
+        self.nearest = {name: x.clone() for name in signals}
+        self.half = next(iter(self.benign.values())).prediction == y
+
+    def look(self, images: Tensor) -> None:
+        """Learn from images, for every signal and radius; those outside the ball are not counted."""
+        inside = self.threat.allows(images, self.x)
+        within = [ball.allows(images, self.x) for ball in self.balls]
+        for name, signal in self.signals.items():
+            read = _read(self.network, images, signal)
+            wrong, right = read.wrong(self.y), read.right(self.y)
+            higher = inside & (wrong > self.wrong[name])
+            self.wrong[name] = torch.where(higher, wrong, self.wrong[name])
+            self.nearest[name][higher] = images[higher]
+            for number, allowed in enumerate(within):
+                lower = torch.minimum(self.right[name][number], right)
+                self.right[name][number] = torch.where(allowed, lower, self.right[name][number])
+            self.half &= (read.prediction == self.y) | ~within[1]
+
+
+class _Part(Seen):
     """One chunk under attack."""
 
     def __init__(
         self,
         network: nn.Module,
+        led: nn.Module,
         x: Tensor,
         y: Tensor,
         threat: ThreatModel,
@@ -567,15 +654,8 @@ class _Part:
         budget: str,
         key: tuple[int, int],
     ) -> None:
-        self.network, self.x, self.y, self.threat = network, x, y, threat
-        self.signals, self.thresholds, self.budget, self.key = signals, thresholds, budget, key
-        self.balls = [replace(threat, eps=radius * threat.radius, step_size=None) for radius in RADII]
-        self.benign = {name: _read(network, x, signal) for name, signal in signals.items()}
-        self.wrong = {name: read.wrong(y) for name, read in self.benign.items()}
-        self.right = {name: read.right(y).repeat(len(RADII), 1) for name, read in self.benign.items()}
-        # For each signal the images that were accepted highest with a wrong class: where its next attacks begin.
-        self.nearest = {name: x.clone() for name in signals}
-        self.half = next(iter(self.benign.values())).prediction == y
+        super().__init__(network, x, y, threat, signals)
+        self.led, self.thresholds, self.budget, self.key = led, thresholds, budget, key
 
     def run(self, found: Sequence[Tensor], progress: Callable[[str], None]) -> None:
         for images in found:
@@ -591,21 +671,6 @@ class _Part:
     def noise(self, *key: str | float | int) -> torch.Generator:
         return seeded(*self.key, "reject", *(str(each) for each in key))
 
-    def look(self, images: Tensor) -> None:
-        """Learn from images, for every signal and radius; those outside the ball are not counted."""
-        for name, signal in self.signals.items():
-            read = _read(self.network, images, signal)
-            wrong, right = read.wrong(self.y), read.right(self.y)
-            inside = self.threat.allows(images, self.x)
-            higher = inside & (wrong > self.wrong[name])
-            self.wrong[name] = torch.where(higher, wrong, self.wrong[name])
-            self.nearest[name][higher] = images[higher]
-            for number, ball in enumerate(self.balls):
-                within = ball.allows(images, self.x)
-                lower = torch.minimum(self.right[name][number], right)
-                self.right[name][number] = torch.where(within, lower, self.right[name][number])
-            self.half &= (read.prediction == self.y) | ~self.balls[1].allows(images, self.x)
-
     def attacked(
         self,
         standing: Tensor,
@@ -619,7 +684,7 @@ class _Part:
         """Return what an attack makes of the samples that stand, and the benign images of the others."""
         images, rows = self.x.clone(), standing.nonzero().squeeze(1)
         if len(rows):
-            given = self.network, self.x[rows], self.y[rows], ball, self.signals[name], threshold, self.budget
+            given = self.led, self.x[rows], self.y[rows], ball, self.signals[name], threshold, self.budget
             begin = {"starts": [each[rows] for each in starts]} if starts else {}
             images[rows] = attack(*given, self.noise(*key, name, threshold), **begin)
         return images
@@ -629,9 +694,7 @@ class _Part:
         for share, threshold in sorted(self.thresholds[name].items(), reverse=True):
             progress(f"wrong and accepted by {name}, {share:.0%} refused")
             standing, starts = self.wrong[name] < threshold, [self.nearest[name]]
-            self.look(
-                self.attacked(standing, wrong_and_accepted, self.threat, name, threshold, "wrong", starts=starts)
-            )
+            self.look(self.attacked(standing, wrong_and_accepted, self.threat, name, threshold, "wrong", starts=starts))
 
     def look_for_denial(self, name: str, progress: Callable[[str], None]) -> None:
         # From the smallest ball and the most lenient threshold up: what is denied there is denied everywhere.

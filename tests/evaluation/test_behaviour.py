@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ducat import behaviour
+from ducat.evaluation import behaviour
 
 CLASSES = ("cat", "dog")
 

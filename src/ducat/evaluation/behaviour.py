@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ducat import checkpoint, data
-from ducat.evaluate import Evaluation
+from ducat.evaluation.result import Evaluation
 from ducat.runs import RunFolder
 
 Images = Float[Tensor, "samples channels height width"]

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import ducat
-from ducat import analysis
+from ducat.evaluation import studies
 from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
-from ducat.evaluate import Evaluation, evaluate_run
+from ducat.evaluation import Evaluation
+from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder
 from ducat.train import train
 
@@ -37,7 +38,7 @@ def predictions(run: Path, x: torch.Tensor) -> np.ndarray:
 
 
 def test_always_failed_counts_samples_that_fail_on_every_model_under_their_own_attack(runs: list[Path]) -> None:
-    found = analysis.always_failed(runs)
+    found = studies.always_failed(runs)
     y = ducat.data.load_test("digits", SAMPLES)[1].numpy()
     failed = np.stack([predictions(run, Evaluation.load(run).adversarial) != y for run in runs])
     numbers = found.to_dict()
@@ -54,7 +55,7 @@ def test_always_failed_counts_samples_that_fail_on_every_model_under_their_own_a
 
 
 def test_transfer_shows_every_models_images_to_every_other(runs: list[Path]) -> None:
-    found = analysis.transfer(runs)
+    found = studies.transfer(runs)
     x, labels = ducat.data.load_test("digits", SAMPLES)
     y = labels.numpy()
     for row, source in enumerate(runs):
@@ -81,7 +82,7 @@ def test_a_checkpoint_that_was_not_evaluated_is_refused(runs: list[Path]) -> Non
     try:
         replace(evaluation, robust=~evaluation.robust).save(numbers)
         with pytest.raises(ValueError, match="its best checkpoint is not the one that was evaluated"):
-            analysis.transfer(runs)
+            studies.transfer(runs)
     finally:
         for path, content in kept.items():
             path.write_bytes(content)
@@ -89,16 +90,16 @@ def test_a_checkpoint_that_was_not_evaluated_is_refused(runs: list[Path]) -> Non
 
 def test_studies_are_of_runs_evaluated_alike(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least two evaluated runs"):
-        analysis.always_failed(runs[:1])
+        studies.always_failed(runs[:1])
     folder = RunFolder.create(tmp_path / "other")
     folder.write_config(RunFolder.open(runs[0]).config)
     with pytest.raises(FileNotFoundError, match="run `ducat evaluate"):
-        analysis.always_failed([runs[0], folder.path])
+        studies.always_failed([runs[0], folder.path])
     evaluation = Evaluation.load(runs[0])
     for change in ({"fingerprint": "of others"}, {"threat": ducat.ThreatModel(eps=0.1)}):
         replace(evaluation, **change).save(folder.evaluation_path)
         with pytest.raises(ValueError, match="not evaluated on the same samples in the same ball"):
-            analysis.transfer([runs[0], folder.path])
+            studies.transfer([runs[0], folder.path])
 
 
 def test_corruption_error_is_the_mean_over_corruptions_and_severities(
@@ -116,11 +117,11 @@ def test_corruption_error_is_the_mean_over_corruptions_and_severities(
         return [(*key, images, y) for key, images in corrupted.items()]
 
     monkeypatch.setattr(analysis, "load_corruptions", load)
-    found = analysis.corruption(runs[2], "digits-c", samples=SAMPLES)
+    found = studies.corruption(runs[2], "digits-c", samples=SAMPLES)
     right = {key: (predictions(runs[2], images) == y.numpy()).mean() for key, images in corrupted.items()}
     for kind in ("brighter", "darker"):
         np.testing.assert_allclose(found.accuracy[kind], [right[kind, severity] for severity in range(1, 6)], rtol=1e-6)
     assert found.mean_error == pytest.approx(1 - np.mean(list(right.values())))
     assert len(set(right.values())) > 3, "the corruptions must tell the severities apart"
     with pytest.raises(ValueError, match="no corrupted images of digits"):
-        analysis.corruption(runs[2])
+        studies.corruption(runs[2])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ducat.data import SPECS, load_corruptions
 from ducat.data import load as load_data
-from ducat.evaluate import Evaluation
+from ducat.evaluation.result import Evaluation
 from ducat.runs import RunFolder, Which, load
 
 Flags = Bool[Tensor, " samples"]

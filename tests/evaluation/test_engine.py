@@ -13,7 +13,8 @@ from torch import nn
 import ducat
 from ducat.attacks.suites import SUITES, Attack, Suite
 from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
-from ducat.evaluate import Evaluation, compare, evaluate_run
+from ducat.evaluation import Evaluation, compare
+from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder
 from ducat.train import train
 
