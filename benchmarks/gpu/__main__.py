@@ -44,7 +44,7 @@ from ducat.data.prepare import prepare
 from ducat.evaluation import evaluate
 from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder, environment
-from ducat.train import Interrupted, resume, train
+from ducat.training import Interrupted, resume, train
 
 DATA = "cifar10-jpeg"
 NAMES = {"off": "pgd-at", "published": "published", "recovery-aware": "recovery-aware"}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ducat import attacks, data, losses, models
 from ducat.dummy import RecoveredClassifier, add_dummy_classes, recover, two_hot
 from ducat.evaluation import Evaluation, SelectiveClassifier, evaluate
+from ducat.methods import objective
 from ducat.runs import load
 from ducat.threat import ThreatModel
 
@@ -25,6 +26,7 @@ __all__ = [
     "load",
     "losses",
     "models",
+    "objective",
     "recover",
     "two_hot",
 ]

@@ -20,7 +20,7 @@ from ducat.data.images import fingerprint, hold_out, named_tensors
 from ducat.dummy import RecoveredClassifier
 from ducat.evaluation import Evaluation, evaluate
 from ducat.runs import load
-from ducat.train import train
+from ducat.training import train
 
 CHUNK = 500  # images in one pass
 

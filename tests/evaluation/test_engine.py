@@ -16,7 +16,7 @@ from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
 from ducat.evaluation import Evaluation, compare
 from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder
-from ducat.train import train
+from ducat.training import train
 
 Templates = tuple[nn.Sequential, torch.Tensor, torch.Tensor]
 THREAT = ducat.ThreatModel(eps=0.09)

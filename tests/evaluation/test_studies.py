@@ -6,12 +6,11 @@ import pytest
 import torch
 
 import ducat
-from ducat.evaluation import studies
 from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
-from ducat.evaluation import Evaluation
+from ducat.evaluation import Evaluation, studies
 from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder
-from ducat.train import train
+from ducat.training import train
 
 SAMPLES = 80
 

@@ -1,4 +1,4 @@
-"""Attack a classifier with everything, those attackers who know recovery included, and say how far to trust the number."""
+"""Attack a classifier, by attackers who know recovery too, and say how far to trust the number."""
 
 from ducat.evaluation.engine import evaluate
 from ducat.evaluation.rejection import SelectiveClassifier

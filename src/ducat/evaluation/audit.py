@@ -1,4 +1,4 @@
-"""Signs that an evaluation overstates robustness: what to measure for them, what follows, and the warnings that name them.
+"""Signs that an evaluation overstates robustness: how to measure them, what follows, and the warnings that name them.
 
 The signs are those of Athalye et al. 2018 (arXiv 1802.00420) and Carlini et al. 2019 (arXiv 1902.06705), and, for dummy
 classes, the sink gap.
@@ -205,7 +205,7 @@ def _nature(evaluation: Evaluation) -> Sequence[str]:
     told = {
         "random": f"the network is random: gradients were averaged over {scrutiny.draws} draws, and robust accuracy is "
         f"the expected one over {scrutiny.repeats} passes; a better average may lower it",
-        "batch-dependent": "the network is batch-dependent: what it says of 1 image depends on the others of its batch; "
+        "batch-dependent": "the network is batch-dependent: what it says of 1 image depends on the rest of its batch; "
         "each image was attacked and judged alone and as the last of a benign batch, and must withstand both",
         "stateful": "the network is stateful: it answers otherwise after it was asked; each of its passes began with "
         "what it held at first, and an attacker who may ask it more than 1 time may do better",
@@ -278,7 +278,7 @@ def _signs(audit: Audit | None, threat: ThreatModel | None) -> list[tuple[str, s
         found.append(
             (
                 "black-box beats white-box",
-                f"black-box beats white-box: {audit.only_black_box} {of} withstand every attack that follows gradients, "
+                f"black-box beats white-box: {audit.only_black_box} {of} withstand each attack that follows gradients, "
                 f"but not Square with {QUERIES} queries; the gradients mislead",
             )
         )

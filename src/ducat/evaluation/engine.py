@@ -15,8 +15,8 @@ from ducat import checkpoint, losses
 from ducat.attacks.adaptive import SilentDummies, is_recovered
 from ducat.attacks.guides import Replaced
 from ducat.attacks.pgd import attackable
-from ducat.attacks.suites import Attack, Run, Suite, attack_name, find_suite, through
-from ducat.dummy import RecoveredClassifier, recover
+from ducat.attacks.suites import Attack, Run, Suite, find_suite, through
+from ducat.dummy import RecoveredClassifier
 from ducat.evaluation import rejection, second_opinion
 from ducat.evaluation.audit import AUDITED, causes, find_warnings, measure_signs, suspicious
 from ducat.evaluation.rejection import check_shares
@@ -39,6 +39,7 @@ from ducat.threat import ThreatModel
 
 REPEATS = 20  # passes that judge an image of a random network
 LAST_REPEATS = 100  # the same for the image that is kept
+SECOND_ROUND, SECOND_OPINION = "second-round", "second-opinion"  # rows of the result
 RUNS = 3  # at most: what attacks bring to light of a network may ask for another run
 
 
@@ -470,15 +471,14 @@ def _conclude(
     searched = job.threat.radius > 0 and bool(clean.any())
     guess = subject.deployed(job.attacked[0])
 
-    def join(strategy: str, rows: Tensor, found: Tensor, seconds: float, black_box: bool = False) -> int:
+    def join(strategy: str, rows: Tensor, found: Tensor, seconds: float) -> int:
         """Let images that were found for some samples count; return how many standing samples they break."""
         share = outcome.clean.clone()
         benign, labels, images = job.to_device(x[rows], y[rows], found)
         right = torch.where(job.threat.allows(images, benign), job.judge(images, labels)[0], 1.0)
         share[rows] = torch.minimum(share[rows], right.cpu())
-        attacks.append(
-            job.result(Attack(strategy, subject.how is not None, _never, black_box=black_box), share, seconds)
-        )
+        row = Attack(strategy, subject.how is not None, _never, black_box=strategy == SECOND_ROUND)
+        attacks.append(job.result(row, share, seconds))
         closer = (share < least)[rows]
         adversarial[rows[closer]] = found[closer.to(found.device)].cpu()
         broken = int((standing & (share <= 0.5)).sum())
@@ -491,15 +491,16 @@ def _conclude(
         by_gradients = torch.stack([clean, *(a.correct for a in attacks if not a.black_box)]).all(0)
 
         def scene(rows: Tensor) -> Scene:
-            network = subject.network
-            few = job.to_device(x[rows], y[rows], adversarial[rows])
+            device = subject.network.device
             return Scene(
-                network,
+                subject.network,
                 job.judges,
                 subject.deployed,
                 guess,
                 lambda images, labels: job.judge(images, labels)[0] > 0.5,
-                *few,
+                x[rows].to(device),
+                y[rows].to(device),
+                adversarial[rows].to(device),
                 job.threat,
                 num_classes,
                 job.seed,
@@ -515,7 +516,7 @@ def _conclude(
             progress("second round")
             rows = (least > 0 if nature.random else standing).nonzero().squeeze(1)
             second, found = second_round(scene(rows), not nature.names, progress)
-            join("second-round", rows, found, second.seconds, black_box=True)
+            join(SECOND_ROUND, rows, found, second.seconds)
     if suite.audit and searched and standing.any():
         progress("second opinion")
         rows = standing.nonzero().squeeze(1)[: second_opinion.SAMPLES]
@@ -524,7 +525,7 @@ def _conclude(
         found = second_opinion.plain_pgd(
             subject.network, given, labels, job.threat.norm, job.threat.radius, subject.how, job.seed
         )
-        opinion = Opinion(len(rows), join("second-opinion", rows, found, time.perf_counter() - began))
+        opinion = Opinion(len(rows), join(SECOND_OPINION, rows, found, time.perf_counter() - began))
     last = LAST_REPEATS if nature.random else 1
     looks = [
         job.look_again(*chunk, last)

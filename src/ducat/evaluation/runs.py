@@ -194,3 +194,11 @@ def _evaluate_and_save(
         evaluation.save(path)
         shutil.rmtree(parts)
     return evaluation.to_dict()
+
+
+def _num_classes(model: nn.Module) -> int:
+    """Return C of a network of ours."""
+    head = dummy_head(model)
+    if head is not None:
+        return head.num_classes
+    return [module.out_features for module in model.modules() if isinstance(module, nn.Linear)][-1]

@@ -1,13 +1,12 @@
 """A second opinion: projected gradient ascent written apart from the attacks of this package, on the network as it is.
 
-It shares no code with the engine, the objectives, the ensemble or the folded copy: a fault in any of these shows here as an
-image that the whole suite left standing and a plain attack breaks.
+It shares no code with the engine, the objectives, the ensemble or the folded copy: a fault in any of these shows here
+as an image that the whole suite left standing and a plain attack breaks.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-
 
 SAMPLES = 50
 STEPS = 40

@@ -1,13 +1,14 @@
 """The second round: where something hides the gradients, go on and find the lower number.
 
 It attacks what is still standing: through networks that decide alike and hide nothing, along the gradients of softened
-networks, of classifiers inside the network and of their mixtures, of a surrogate distilled from the network's own answers,
-and by searches that need no gradient. Every image is judged by the network itself.
+networks, of classifiers inside the network and of their mixtures, of a surrogate distilled from the network's own
+answers, and by searches that need no gradient. Every image is judged by the network itself.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +133,7 @@ def second_round(scene: Scene, settle: bool, progress: Callable[[str], None]) ->
     for name, guide in guides(scene) if samples else ():
         if scene.late():
             break
-        attack(name, lambda x, y, start, guide=guide, name=name: _follow(guide, scene, x, y, start, noise(name)))
+        attack(name, partial(_follow, guide, scene, noise(name)))
     if through is not None and sum(broken.values()) == shallow:
         return SecondRound(samples, broken, time.perf_counter() - scene.began, through, False), kept
     for name, run in _searches(scene, noise) if samples else ():
@@ -176,7 +177,7 @@ def _ensemble(model: nn.Module, threat: ThreatModel, noise: torch.Generator) -> 
     return lambda x, y, kept: adaptive(RecoveredClassifier(SilentDummies(model)), x, y, threat, "standard", noise)
 
 
-def _follow(guide: nn.Module, scene: Scene, x: Tensor, y: Tensor, kept: Tensor, noise: torch.Generator) -> Tensor:
+def _follow(guide: nn.Module, scene: Scene, noise: torch.Generator, x: Tensor, y: Tensor, kept: Tensor) -> Tensor:
     """Go along a guide's gradient from a random point and from the image that came closest, on two objectives."""
     found, standing = kept.clone(), torch.arange(len(x), device=x.device)
     ball = replace(scene.threat, steps=STEPS)
@@ -209,7 +210,7 @@ def _searches(
 
     def surrogate(x: Tensor, y: Tensor, kept: Tensor) -> Tensor:
         student = distil(scene.guess, scene.x, scene.y, scene.threat, noise("surrogate"), extra=scene.kept)
-        return _follow(student, scene, x, y, kept, noise("transfer"))
+        return _follow(student, scene, noise("transfer"), x, y, kept)
 
     def score(x: Tensor, y: Tensor, kept: Tensor) -> Tensor:
         return external.square(scene.guess, x, y, scene.threat, noise("square"), queries=QUERIES)

@@ -1,7 +1,8 @@
 """What is measured: images, labels and a network as people bring them, and what kind of function the network is.
 
-An evaluation needs one function of one image. Before the first attack this room makes one of whatever was given, or says
-in a line why it cannot; and it finds out whether the network is random, remembers, or lets the images of a batch meet.
+An evaluation needs one function of one image. Before the first attack this room makes one of whatever was given, or
+says in a line why it cannot; and it finds out whether the network is random, remembers, or lets the images of a batch
+meet.
 """
 
 import collections
@@ -101,7 +102,7 @@ class Classifier(nn.Module):
         self.state: State | None = None
         floats = [tensor.dtype for tensor in _tensors(model) if tensor.is_floating_point()]
         self.dtype = floats[0] if floats else torch.float32
-        self.half = self.dtype not in CHANGED
+        self.coarse = self.dtype not in CHANGED
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +133,7 @@ class Classifier(nn.Module):
             with torch.no_grad():
                 output = self.model(given.detach())
         logits = logits_of(output)
-        self.half |= logits.dtype not in CHANGED
+        self.coarse |= logits.dtype not in CHANGED
         return logits.float()
 
 
@@ -217,11 +218,11 @@ class Nature:
         return [name for name, applies in kinds.items() if applies]
 
 
-def differs(first: Tensor, second: Tensor, half: bool = False) -> Tensor:
+def differs(first: Tensor, second: Tensor, coarse: bool = False) -> Tensor:
     """Tell which rows of logits differ by more than rounding does, relative to each row's spread."""
     spread = (first.amax(1) - first.amin(1)).clamp_min(1e-30)
     change = (first - second).abs().amax(1) / spread
-    return ~(change <= (CHANGED_HALF if half else CHANGED[torch.float32]))
+    return ~(change <= (CHANGED_HALF if coarse else CHANGED[torch.float32]))
 
 
 @torch.no_grad()
@@ -259,12 +260,12 @@ def examine(
     remembers = known.remembers or state.changed()
     stateful = known.stateful
     if remembers:
-        before = network.state is not None or not bool(differs(first, second, network.half).any())
+        before = network.state is not None or not bool(differs(first, second, network.coarse).any())
         network.state = state
         state.restore()
         first, second = network(probe), network(probe)
-        stateful |= not before and not bool(differs(first, second, network.half).any())
-    noisy = bool(differs(first, second, network.half).any()) or known.random
+        stateful |= not before and not bool(differs(first, second, network.coarse).any())
+    noisy = bool(differs(first, second, network.coarse).any()) or known.random
     draws = known.draws
     if noisy:
         draws = max(draws, _draws(torch.stack([network(probe) for _ in range(REPEATS)])))
@@ -314,7 +315,7 @@ def _meet(network: Classifier, probe: Tensor, benign: int, together: Tensor, gen
         (torch.cat([network(probe[row.repeat(3)])[:1] for row in rows]), together[rows]),
         (torch.cat([network(torch.cat([company, probe[row : row + 1]]))[-1:] for row in rows]), together[rows]),
     ]
-    return any(bool(differs(expected, other, network.half).any()) for other, expected in others)
+    return any(bool(differs(expected, other, network.coarse).any()) for other, expected in others)
 
 
 class Alone(nn.Module):
@@ -404,18 +405,18 @@ class State:
             for name in [name for name in holder if name not in kept and not _internal(name)]:
                 del holder[name]
             holder.update(kept)
-        for container, kept in self._containers:
-            if not _same_items(container, kept):
+        for container, items in self._containers:
+            if not _same_items(container, items):
                 container.clear()
-                container.update(kept) if isinstance(container, dict | set) else container.extend(kept)
-        for cell, kept in self._cells:
-            cell.cell_contents = kept
-        for index, (tensor, kept, version) in enumerate(self._tensors):
+                container.update(items) if isinstance(container, dict | set) else container.extend(items)
+        for cell, value in self._cells:
+            cell.cell_contents = value
+        for index, (tensor, copy, version) in enumerate(self._tensors):
             if tensor._version != version:
-                tensor.copy_(kept)
-                self._tensors[index] = tensor, kept, tensor._version
-        for array, kept in self._arrays:
-            array[...] = kept
+                tensor.copy_(copy)
+                self._tensors[index] = tensor, copy, tensor._version
+        for array, numbers in self._arrays:
+            array[...] = numbers
 
     def _look(self, thing: Any, depth: int) -> None:
         """Note what `thing` holds, and what is in it."""
