@@ -6,11 +6,11 @@
     python -m benchmarks.rejection --work /tmp/rejection --table results
 
 In each setting one network is trained with PGD-AT; every row trains it on for the same number of epochs with the same
-batches and the same number of steps inside, and differs in what `ROWS` says of it. Each is then attacked as a classifier
-that may refuse (`ducat.evaluation.rejection`), with every signal that it has, at thresholds that refuse 2 and 5 % of
-the correctly classified benign test images: equal refusals for all rows, on the images where they are compared. A row
-that is in --work is not made again, so that an interrupted run goes on where it stopped. `--second` attacks rows again,
-with an attack that shares no code with the product's.
+batches and the same number of steps inside, and differs in what `ROWS` says of it. Each is then attacked as a
+classifier that may refuse (`ducat.evaluation.rejection`), with the signals that its row names, at thresholds that
+refuse 2 and 5 % of the correctly classified benign test images: equal refusals for all rows, on the images where they
+are compared. A row that is in --work is not made again, so that an interrupted run goes on where it stopped. `--second`
+attacks rows again, with an attack that shares no code with the product's.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from ducat.evaluation import rejection
 from ducat.models.architecture import Architecture
 from ducat.models.folded import fold_batch_norm
 from ducat.runs import RunFolder
-from ducat.train import Initial, train
+from ducat.training.loop import Initial, train
 
 SHARES = (0.02, 0.05)
 
@@ -99,9 +99,8 @@ class Question:
         if not (folder.path.is_dir() and folder.manifest["status"] == "finished"):
             # A few epochs that were stopped are begun again: networks of a row's own cannot be resumed.
             shutil.rmtree(folder.path, ignore_errors=True)
-            kind = Config if row.change is None else objectives.Changed
             config = with_options(
-                kind(name=folder.name),
+                Config(name=folder.name),
                 {
                     "data.root": self.data,
                     "dummy.start_epoch": 0,
@@ -111,8 +110,7 @@ class Question:
                     **row.settings,
                 },
             )
-            if row.change is not None:
-                objectives.CHANGES[folder.name] = row.change
+            objective = None if row.change is None else objectives.changed(config, row.change)
 
             def build(architecture: Architecture) -> tuple[Architecture, nn.Module]:
                 return architecture, network
@@ -120,7 +118,12 @@ class Question:
             base = f"base-s{self.seed}"
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                train(config, self.runs, initial=Initial(build, {"file": str(self.runs / base), "row": name}))
+                train(
+                    config,
+                    self.runs,
+                    model=Initial(build, {"file": str(self.runs / base), "row": name}),
+                    objective=objective,
+                )
         tensors, _ = checkpoint.read(folder.checkpoint_path("last"))
         network.load_state_dict(checkpoint.part("model", tensors))
         return network.eval(), folder
@@ -170,7 +173,7 @@ class Question:
         checkpoint.write_text(file, json.dumps(content, indent=1) + "\n")
         shown = [
             f"{each['signal']} " + "/".join(f"{100 * row['robust']['share']:.1f}" for row in each["rows"])
-            for each in content["rejection"]["signals"]  # type: ignore[index]
+            for each in content["rejection"]["signals"]
         ]
         print(f"{name} s{self.seed}: {', '.join(shown)} {content['seconds']} s", flush=True)
 

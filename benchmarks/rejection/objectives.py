@@ -84,8 +84,8 @@ class Lowered(Accepted):
             benign, target = losses.cross_entropy(clean_logits, y), F.one_hot(y, logits.shape[1]).float()
             share = self.weight
         else:
-            benign = self._two_hot_loss(clean_logits.repeat(2, 1), y, self.targets)[: len(x)]
-            target, share = self._two_hot(y, logits, self.targets.adversarial), self.targets.benign_share
+            benign = self.two_hot_loss(clean_logits.repeat(2, 1), y, self.targets)[: len(x)]
+            target, share = self._two_hot(y, logits, self.targets.adversarial_weight), self.targets.benign_share
         target = torch.lerp(target, torch.full_like(target, 1 / target.shape[1]), uniform[:, None])
         return share * benign.mean() + (1 - share) * losses.soft_cross_entropy(logits, target).mean()
 

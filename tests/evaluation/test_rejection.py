@@ -80,7 +80,8 @@ def test_the_attack_finds_all_that_linear_programs_find(threshold: float, eps: f
     model, x = linear(), images(24)
     y = predicted(model, x)
     threat = ducat.ThreatModel(eps=eps)
-    exact = torch.tensor([highest_pair(model, image, int(label), eps, threshold) for image, label in zip(x, y)])
+    rows = zip(x, y.tolist(), strict=True)
+    exact = torch.tensor([highest_pair(model, image, label, eps, threshold) for image, label in rows])
     assert 4 < int((exact > 0).sum()) < 20
     found = wrong_and_accepted(model, x, y, threat, "pair", threshold, generator=torch.Generator().manual_seed(0))
     assert threat.allows(found, x).all()

@@ -81,9 +81,13 @@ class SilentDummies(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.model(x)
-        # Half of the lowest number: its exponential is 0, and differences with it stay finite.
-        return torch.cat([logits, torch.full_like(logits, torch.finfo(logits.dtype).min / 2)], dim=1)
+        return with_silent_dummies(self.model(x))
+
+
+def with_silent_dummies(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch outputs"]:
+    """Return C logits with those of C dummy classes that never fire."""
+    # Half of the lowest number: its exponential is 0, and differences with it stay finite.
+    return torch.cat([logits, torch.full_like(logits, torch.finfo(logits.dtype).min / 2)], dim=1)
 
 
 def is_recovered(model: nn.Module) -> bool:

@@ -7,6 +7,7 @@ wants the second (*wrong and accepted*) or, to deny the service, anything but th
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from ducat.attacks.adaptive import Round, SilentDummies, is_recovered, tournamen
 from ducat.attacks.objectives import Objective
 from ducat.attacks.pgd import attackable, pgd
 from ducat.dummy import RecoveredClassifier, dummy_head, recover
-from ducat.seeding import generator as seeded
 from ducat.evaluation.statistics import mcnemar, wilson
+from ducat.seeding import generator as seeded
 from ducat.threat import ThreatModel
 
 Images = Float[Tensor, "samples channels height width"]
@@ -128,20 +129,32 @@ class SelectiveClassifier(nn.Module):
 
     def __init__(self, model: nn.Module, signal: str = "confidence", threshold: float | int = -math.inf) -> None:
         super().__init__()
-        find(signal)
-        if signal not in signals_of(model):
-            raise ValueError(f"signal={signal!r} needs dummy classes, which this model has none of: use 'confidence'")
+        self.model = opened(model)
+        check_signal(signal, dummy_classes=not isinstance(self.model, SilentDummies))
         if math.isnan(threshold):
             raise ValueError(f"threshold={threshold} is not a number")
-        self.model = opened(model)
         self.signal = signal
         self.threshold = float(threshold)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model(x)
-        signal = find(self.signal)
-        decision = signal.decision(logits)
-        return decision, _of(decision.argmax(1), signal.acceptance(logits)) >= self.threshold
+        return find(self.signal).decision(logits), accepted(logits, self.signal, self.threshold)
+
+
+def accepted(logits: Logits, signal: str, threshold: float) -> Bool[Tensor, " batch"]:
+    """Tell from 2C logits which predictions a selective classifier accepts."""
+    row = find(signal)
+    return _of(row.decision(logits).argmax(1), row.acceptance(logits)) >= threshold
+
+
+def check_signal(signal: str, *, dummy_classes: bool) -> None:
+    """Check that a classifier has a signal.
+
+    Raises:
+        ValueError: if the signal is unknown, or needs dummy classes and there are none.
+    """
+    if find(signal).needs_dummy_classes and not dummy_classes:
+        raise ValueError(f"signal={signal!r} needs dummy classes, which this model has none of: use 'confidence'")
 
 
 def _of(classes: Tensor, values: Tensor) -> Tensor:
@@ -583,7 +596,7 @@ def measure(
         place = f", samples {int(rows[0]) + 1} to {int(rows[-1]) + 1}" if len(x) > batch_size else ""
         few = [each[rows.to(each.device)].to(_device(network)) for each in (x, y, *found)]
         part = _Part(network, led, few[0], few[1], threat, table, thresholds, budget, (seed, number))
-        part.run(few[2:], lambda name, place=place: progress(name + place))
+        part.run(few[2:], partial(_placed, progress, place))
         parts.append(part)
     results = [
         SignalResult(
@@ -598,6 +611,10 @@ def measure(
     ]
     half = torch.cat([part.half for part in parts]).cpu()
     return Rejection(threat, y.cpu(), len(calibration[1]), held_out is not None, half, results)
+
+
+def _placed(progress: Callable[[str], None], place: str, attack: str) -> None:
+    progress(attack + place)
 
 
 class Seen:
