@@ -171,5 +171,5 @@ def test_an_unknown_budget_is_named(network: nn.Module, images: torch.Tensor, la
 
 @pytest.mark.parametrize("arguments", [("weighted-pair", 20, 1, 1.0, 9), ("targeted-pair", 20)])
 def test_a_round_says_one_thing(arguments: tuple) -> None:
-    with pytest.raises(ValueError, match="'targeted-pair' alone takes targets"):
+    with pytest.raises(ValueError, match="'targeted' ones alone take targets"):
         Round(*arguments)
