@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from ducat.data.images import Dataset
 from ducat.data.specs import DataSpec
 from ducat.dummy import TwoHot
 from ducat.methods import Kind
-from ducat.models.architecture import Architecture
+from ducat.models.architecture import Architecture, describe_foreign
+from ducat.models.doors import is_foreign
 from ducat.schedules import SCHEDULES, epoch_of
 from ducat.threat import Norm, ThreatModel
 
@@ -72,20 +74,33 @@ class ModelConfig:
     """Which network to train."""
 
     name: str | None = None
-    """Name of a network, for example small, resnet20, resnet18, wrn-28-10; by default the one usual for the data."""
+    """Name of a network, for example small, resnet20, resnet18, wrn-28-10; by default the one usual for the data.
+    Networks of others are timm/NAME, hf:REPO_OR_FOLDER, path/to/nets.py:function and package.module:function; a
+    function is called with the number of outputs."""
     width: int | None = None
     """Channels of the first stage, instead of the network's own."""
-    normalization: Literal["data", "none"] = "data"
+    normalization: Literal["auto", "data", "none"] = "auto"
     """What the network does to its images first: data subtracts the data's mean and divides by its standard deviation,
-    per channel; none takes images in [0, 1] as they are, as many published robust networks do."""
+    per channel; none takes images in [0, 1] as they are, as many published robust networks do; auto is what a network
+    of others says of itself, else data."""
+    options: dict[str, Any] | None = None
+    """What else a network of others is made with, for example {"img_size": 32}."""
+    weights: str | None = None
+    """Weights to begin with: a file or run folder, or pretrained for those that the network's publisher trained. A
+    head for another number of classes is new."""
+    input_size: int | None = None
+    """Pixels a side that a network of others is given: images are resized inside of the model. By default they are
+    not, unless it only takes another size."""
+
     init: Literal["he", "torch"] = "he"
     """How convolutions begin: he draws from a normal distribution with deviation sqrt(2 / fan out); torch as
     torch.nn.Conv2d does, uniformly with deviation sqrt(1 / (3 fan in)), as code without an initialisation does."""
 
     def __post_init__(self) -> None:
         _among("model.init", self.init, ("he", "torch"))
-        _among("model.normalization", self.normalization, ("data", "none"))
+        _among("model.normalization", self.normalization, ("auto", "data", "none"))
         _at_least("model.width", self.width, 1)
+        _at_least("model.input_size", self.input_size, 1)
 
 
 @dataclass(frozen=True)
@@ -280,24 +295,36 @@ class Config:
 
     def architecture(self, dataset: Dataset) -> Architecture:
         """Return the network that a resolved config asks for on its data."""
-        spec, channels = dataset.spec, dataset.spec.shape[0]
-        normalized = self.model.normalization == "data"
-        assert self.model.name is not None
-        return Architecture(
-            name=self.model.name,
+        spec, channels, model = dataset.spec, dataset.spec.shape[0], self.model
+        normalized = model.normalization != "none"
+        assert model.name is not None
+        foreign = is_foreign(model.name)
+        asked = Architecture(
+            name=model.name,
             num_classes=len(dataset.classes),
             dummy_classes=self.dummy.kind != "off",
             channels=channels,
             mean=spec.mean if normalized else (0.0,) * channels,
             std=spec.std if normalized else (1.0,) * channels,
-            width=self.model.width,
-            stem_stride=2 if spec.shape[1] >= 64 else 1,
+            width=model.width,
+            stem_stride=2 if spec.shape[1] >= 64 and not foreign else 1,
+            options=model.options or {},
+            image_size=spec.shape[1] if foreign else None,
+        )
+        if not foreign:
+            return asked
+        return describe_foreign(
+            asked,
+            normalize=model.normalization == "auto",
+            fit_size=model.input_size,
+            pretrained=model.weights == "pretrained",
         )
 
     @property
     def run_name(self) -> str:
         """Name made from the settings, for example digits-small-pgd-at-recovery-aware-s0."""
-        parts = [self.data.name, self.model.name or "default", self.method.name]
+        model = re.sub(r"[^\w.+-]+", "-", self.model.name or "default")
+        parts = [self.data.name, model, self.method.name]
         if self.dummy.kind != "off":
             parts.append(self.dummy.kind)
         return "-".join([*parts, f"s{self.train.seed}"])
@@ -370,8 +397,8 @@ def config_parser(**kwargs: Any) -> ArgumentParser:
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+        if isinstance(value, dict) and not prefix:
+            yield from _flat(value, f"{name}.")
         else:
             yield prefix + name, _plain(value)
 

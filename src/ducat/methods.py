@@ -41,7 +41,7 @@ class Phases(NamedTuple):
     active: Reading
 
 
-PHASES: dict[Kind, Phases] = {
+PHASES: dict[str, Phases] = {
     "off": Phases("all", "all"),
     "published": Phases("all", "all"),
     "recovery-aware": Phases("real", "recovered"),
@@ -112,7 +112,7 @@ class Method:
         if weight is not None and not low <= weight <= high:
             raise ValueError(f"method.weight={weight} is outside [{low:g}, {high:g}]: it is {self.weight_is}")
 
-    def check_dummy_classes(self, kind: Kind) -> None:
+    def check_dummy_classes(self, kind: str) -> None:
         """Raise ValueError if dummy classes of that kind do not fit the method."""
         if kind != "off" and self.no_dummy_classes:
             raise ValueError(f"dummy.kind={kind} does not fit this method, which {self.no_dummy_classes}")
@@ -383,7 +383,7 @@ class Objective:
 
 def objective(
     method: str | Method = "pgd-at",
-    dummy: Kind = "recovery-aware",
+    dummy: str = "recovery-aware",
     active: bool = True,
     *,
     weight: float | int | None = None,

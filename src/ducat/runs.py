@@ -95,6 +95,10 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
+    def rejection_path(self) -> Path:
+        return self.path / "rejection.json"
+
+    @property
     def config(self) -> Config:
         return Config.from_yaml(self.config_path)
 

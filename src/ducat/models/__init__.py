@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ducat.models.doors import allow_code
+from ducat.models.gowal import gowal_resnet
 from ducat.models.resnet import BasicBlock, Bottleneck, preact_resnet, resnet
 from ducat.models.small import small_cnn
 from ducat.models.wide_resnet import wide_resnet
 
-__all__ = ["MODELS", "Normalize", "build"]
+__all__ = ["MODELS", "Normalize", "allow_code", "build"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "small": small_cnn,
@@ -27,6 +29,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "preact-resnet18": partial(preact_resnet, depths=(2, 2, 2, 2), width=64),
     "wrn-28-10": partial(wide_resnet, depth=28, width=160),
     "wrn-34-10": partial(wide_resnet, depth=34, width=160),
+    "preact-resnet18-silu": partial(gowal_resnet, depths=(2, 2, 2, 2), width=64, wide=False),
+    "wrn-28-10-silu": partial(gowal_resnet, depths=(4, 4, 4), width=160, wide=True),
+    "wrn-70-16-silu": partial(gowal_resnet, depths=(11, 11, 11), width=256, wide=True),
 }
 """Every network by name. A row is called as `builder(num_outputs, channels=, stem_stride=)`, and with `width=`, the
 channels of its first stage, when the default of the row is overridden."""
@@ -108,7 +113,10 @@ def build(
     if name not in MODELS:
         close = get_close_matches(name.lower(), MODELS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"model name {name!r} is unknown: {hint}known names are {', '.join(MODELS)}")
+        raise ValueError(
+            f"model name {name!r} is unknown: {hint}known names are {', '.join(MODELS)}; timm/NAME, hf:REPO and "
+            "file.py:function are networks of others"
+        )
     sizes = {"num_outputs": num_outputs, "channels": channels, "stem_stride": stem_stride}
     if width is not None:
         sizes["width"] = width
