@@ -158,6 +158,21 @@ def mass(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
+def features(measured: Mapping[str, Any]) -> Figure:
+    """Draw benign and adversarial images by their features on two axes; `measured` is "features" of behaviour.json."""
+    figure, axes = _figure(height=4.4)
+    for (kind, parts), colour in zip(measured["points"].items(), COLOURS, strict=False):
+        for (part, places), mark in zip(parts.items(), ("o", "x"), strict=True):
+            if places:
+                across, up = zip(*places, strict=True)
+                label = f"{kind}, seen as {'a dummy class' if part == 'dummy' else 'real'}"
+                axes.scatter(across, up, s=18, color=colour, marker=mark, linewidths=1.2, alpha=0.7, label=label)
+    for name, share, label in zip("xy", measured["explained"], ("first", "second"), strict=True):
+        getattr(axes, f"set_{name}label")(f"{label} axis ({100 * share:.0f} % of the variance)")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
+    return figure
+
+
 def reliability(signal: Mapping[str, Any]) -> Figure:
     """Draw how often an image is adversarial against what the pairs say; `signal` is that of behaviour.json."""
     figure, axes = _figure(height=3.2)
