@@ -47,7 +47,7 @@ NORMALIZATION = "of a checkpoint: whether its network takes images normalised by
 EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
 REJECT = "measure refusing too: shares of correctly classified benign images that may be refused, such as 0.02 0.05"
 CALIBRATE = "share of correctly classified benign validation images that may be refused, in [0, 1), such as 0.05"
-EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption the best"
+EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption and targeted the best"
 
 
 class Command(NamedTuple):
@@ -444,10 +444,21 @@ def _corruption_table(study: dict[str, Any]) -> Table:
     return table
 
 
-def _only(runs: list[Path]) -> Path:
-    if len(runs) != 1:
-        raise ValueError("ducat analyze corruption: give one run")
-    return runs[0]
+def _targeted_table(study: dict[str, Any]) -> Table:
+    title = (
+        f"PGD-{study['steps']} towards a class that is drawn for each of {study['samples']} test images, in %: "
+        "withstood is where that class does not win, correct where the true one still does"
+    )
+    table = Table("attacker", "withstood", "correct", title=title, title_justify="left")
+    for attacker, share in study["withstood"].items():
+        table.add_row(attacker, f"{100 * share:.1f}", f"{100 * study['correct'][attacker]:.1f}")
+    return table
+
+
+def _only(given: Namespace) -> Path:
+    if len(given.runs) != 1:
+        raise ValueError(f"ducat analyze {given.study}: give one run")
+    return given.runs[0]
 
 
 STUDIES: dict[str, Study] = {
@@ -459,10 +470,17 @@ STUDIES: dict[str, Study] = {
     ),
     "corruption": Study(
         lambda given, progress: studies.corruption(
-            _only(given.runs), samples=given.samples, which=given.which or "best", progress=progress
+            _only(given), samples=given.samples, which=given.which or "best", progress=progress
         ),
         _corruption_table,
         plots.corruption,
+    ),
+    "targeted": Study(
+        lambda given, progress: studies.targeted(
+            _only(given), samples=given.samples, which=given.which or "best", progress=progress
+        ),
+        _targeted_table,
+        plots.targeted,
     ),
 }
 
@@ -470,9 +488,9 @@ STUDIES: dict[str, Study] = {
 def _analyze_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = _parser("ducat analyze")
     parser.add_argument("study", choices=tuple(STUDIES), help="what to measure")
-    parser.add_argument("runs", type=Path, nargs="+", help="evaluated run folders; one for corruption")
+    parser.add_argument("runs", type=Path, nargs="+", help="evaluated run folders; one for corruption and targeted")
     parser.add_argument("--which", type=Which | None, help=EVALUATED)
-    parser.add_argument("--samples", type=int | None, help="for corruption: images of each; default: all")
+    parser.add_argument("--samples", type=int | None, help="for corruption and targeted: how many images; default: all")
     parser.add_argument("--json", type=Path | None, help="also write the numbers to this new file")
     parser.add_argument("--figure", type=Path | None, help="also draw them into this new .svg or .png file")
     return parser
