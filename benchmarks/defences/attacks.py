@@ -177,7 +177,7 @@ def selective(
         chosen[success], won = now.detach()[success], won | success
         up, down = (F.normalize(slope.flatten(1), dim=1) for slope in slopes)
         along = (up * down).sum(1, keepdim=True)
-        missed, near = (margin <= 0)[:, None], (detected > -0.1)[:, None]
+        missed, near = (margin <= 0)[:, None], (detected > -0.1)[:, None].float()
         move = torch.where(missed, up - near * along * down, -near * (down - along * up))
         length = size * eps * (0.1 if step < 150 else 0.02)
         now = now.detach() + length * F.normalize(move, dim=1).view_as(x)
