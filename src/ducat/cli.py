@@ -217,7 +217,7 @@ def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
             reject=arguments.reject,
             progress=live.attacks(source.stem),
         )
-    print_comparison(console, comparing.compare([Run(source.stem, source, config.flat(), {}, [], measured)]))
+    print_comparison(console, comparing.compare([Run(source.stem, None, config.flat(), {}, [], measured)]))
 
 
 def _run_compare(arguments: Namespace, console: Console) -> None:

@@ -102,8 +102,15 @@ def evaluate_checkpoint(
 
     Raises:
         FileNotFoundError: if there are no such weights or data.
+        FileExistsError: if `path` or the .safetensors beside it is there already.
         ValueError: if the weights do not fit the network, or the data have another number of classes.
     """
+    if path is not None:
+        for file in (path, path.with_suffix(".safetensors")):
+            if file.exists():
+                raise FileExistsError(
+                    f"{file} exists, and nothing is overwritten: choose another name than {path.name}"
+                )
     dataset = load(config.data.name, root=config.data.root)
     classes = len(dataset.classes)
     if num_classes not in (None, classes):
