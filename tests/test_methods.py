@@ -326,6 +326,11 @@ def test_there_are_recipes() -> None:
     ("make", "message"),
     [
         (
+            lambda: MethodConfig("pgd-at", cross_entropy="benign"),
+            r"method\.cross_entropy=benign does not fit method\.name=pgd-at: leave it at auto, or choose",
+        ),
+        (lambda: DataConfig(crop_padding=-1), r"data\.crop_padding=-1 must be at least 0"),
+        (
             lambda: MethodConfig(attack="fgsm"),
             r"method\.attack=fgsm is unknown: choose from pgd, pgd-cosine, fgsm-rs, n-fgsm",
         ),

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -46,7 +47,7 @@ NORMALIZATION = "of a checkpoint: whether its network takes images normalised by
 EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
 REJECT = "measure refusing too: shares of correctly classified benign images that may be refused, such as 0.02 0.05"
 CALIBRATE = "share of correctly classified benign validation images that may be refused, in [0, 1), such as 0.05"
-EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption the best"
+EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption and targeted the best"
 
 
 class Command(NamedTuple):
@@ -78,12 +79,11 @@ def _config(arguments: Namespace) -> Config:
 
 def _print_trained(console: Console, folder: RunFolder) -> None:
     last = folder.metrics[-1]
-    console.print(
-        f"{folder.path}: validation clean {100 * last['clean']:.1f}, blind {100 * last['blind']:.1f}, "
-        f"robust {100 * last['robust']:.1f} (last epoch). Next: ducat evaluate {folder.path}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    told, which = "nothing was held out to validate on", " --which last"
+    if "robust" in last:
+        shares = ", ".join(f"{name} {100 * last[name]:.1f}" for name in ("clean", "blind", "robust"))
+        told, which = f"validation {shares} (last epoch)", ""
+    _print(console, f"{folder.path}: {told}. Next: ducat evaluate {folder.path}{which}")
 
 
 def _check_resume(given: Namespace) -> None:
@@ -117,6 +117,41 @@ def _adapt_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser.add_argument("checkpoint", type=Path, help="run folder, or file of weights; comes before the options")
     if arguments and not arguments[0].startswith("-"):
         parser.set_defaults(settings(Path(arguments[0])).flat())
+    return parser
+
+
+def _run_sweep(arguments: Namespace, console: Console) -> None:
+    from ducat import sweep
+
+    base = _config(arguments)
+    with Live(console) as live:
+        made = sweep.sweep(
+            replace(base, name=None),
+            sweep.read_grid(arguments.grid),
+            arguments.runs / (base.name or "sweep"),
+            suite=arguments.suite,
+            samples=arguments.samples,
+            which=arguments.which,
+            progress=live,
+        )
+    print_comparison(console, made.comparison)
+    for name, why in made.failed.items():
+        _print(console, f"{name} is missing: {why}", label="warning")
+    _print(console, f"Tables, plot and page: {made.page.parent}/ (open {made.page})")
+
+
+def _sweep_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _settings_parser("ducat sweep")
+    parser.add_argument(
+        "--grid",
+        type=str,
+        nargs="+",
+        required=True,
+        help="options and their values, as dummy.benign_weight=0,0.25 train.seed=0,1,2: every combination is trained",
+    )
+    parser.add_argument("--suite", choices=tuple(SUITES), default="light", help="which attacks to run")
+    parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")
+    parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
     return parser
 
 
@@ -409,10 +444,21 @@ def _corruption_table(study: dict[str, Any]) -> Table:
     return table
 
 
-def _only(runs: list[Path]) -> Path:
-    if len(runs) != 1:
-        raise ValueError("ducat analyze corruption: give one run")
-    return runs[0]
+def _targeted_table(study: dict[str, Any]) -> Table:
+    title = (
+        f"PGD-{study['steps']} towards a class that is drawn for each of {study['samples']} test images, in %: "
+        "withstood is where that class does not win, correct where the true one still does"
+    )
+    table = Table("attacker", "withstood", "correct", title=title, title_justify="left")
+    for attacker, share in study["withstood"].items():
+        table.add_row(attacker, f"{100 * share:.1f}", f"{100 * study['correct'][attacker]:.1f}")
+    return table
+
+
+def _only(given: Namespace) -> Path:
+    if len(given.runs) != 1:
+        raise ValueError(f"ducat analyze {given.study}: give one run")
+    return given.runs[0]
 
 
 STUDIES: dict[str, Study] = {
@@ -424,10 +470,17 @@ STUDIES: dict[str, Study] = {
     ),
     "corruption": Study(
         lambda given, progress: studies.corruption(
-            _only(given.runs), samples=given.samples, which=given.which or "best", progress=progress
+            _only(given), samples=given.samples, which=given.which or "best", progress=progress
         ),
         _corruption_table,
         plots.corruption,
+    ),
+    "targeted": Study(
+        lambda given, progress: studies.targeted(
+            _only(given), samples=given.samples, which=given.which or "best", progress=progress
+        ),
+        _targeted_table,
+        plots.targeted,
     ),
 }
 
@@ -435,9 +488,9 @@ STUDIES: dict[str, Study] = {
 def _analyze_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = _parser("ducat analyze")
     parser.add_argument("study", choices=tuple(STUDIES), help="what to measure")
-    parser.add_argument("runs", type=Path, nargs="+", help="evaluated run folders; one for corruption")
+    parser.add_argument("runs", type=Path, nargs="+", help="evaluated run folders; one for corruption and targeted")
     parser.add_argument("--which", type=Which | None, help=EVALUATED)
-    parser.add_argument("--samples", type=int | None, help="for corruption: images of each; default: all")
+    parser.add_argument("--samples", type=int | None, help="for corruption and targeted: how many images; default: all")
     parser.add_argument("--json", type=Path | None, help="also write the numbers to this new file")
     parser.add_argument("--figure", type=Path | None, help="also draw them into this new .svg or .png file")
     return parser
@@ -447,6 +500,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("the whole road on digits, offline, in minutes", _demo_parser, _run_demo),
     "train": Command("train a network and leave a run folder", _train_parser, _run_train),
     "adapt": Command("give a trained network dummy classes and train it on", _adapt_parser, _run_adapt),
+    "sweep": Command("train and evaluate every combination of settings", _sweep_parser, _run_sweep),
     "evaluate": Command("attack a run, blind and recovery-aware", _evaluate_parser, _run_evaluate),
     "calibrate": Command("let a run refuse what it is unsure of", _calibrate_parser, _run_calibrate),
     "compare": Command("put evaluated runs side by side", _compare_parser, _run_compare),

@@ -339,12 +339,12 @@ class Config:
     @property
     def row(self) -> methods.Method:
         """The method of the table, with the changes that the settings ask for."""
-        row, changes = methods.find(self.method.name), {"clip_start": self.method.clip_start}
+        changes: dict[str, Any] = {"clip_start": self.method.clip_start}
         if self.method.cross_entropy != "auto":
             changes["target"] = self.method.cross_entropy
         if self.train.batch_norm != "auto":
             changes["forwards_apart"] = self.train.batch_norm == "separate"
-        return dataclasses.replace(row, **changes)
+        return dataclasses.replace(methods.find(self.method.name), **changes)
 
     def objective(self, epoch: int) -> methods.Objective:
         """Return what the given epoch, counted from 0, minimises."""

@@ -63,6 +63,8 @@ def _figures(comparison: Comparison) -> dict[str, str]:
             figures[name] = plots.inline(plots.training_curves(run.metrics, start), name)
         if seen.get("mass"):
             figures[f"mass-{number}"] = plots.inline(plots.mass(seen["mass"]), f"mass-{number}")
+        if seen.get("features"):
+            figures[f"features-{number}"] = plots.inline(plots.features(seen["features"]), f"features-{number}")
         if seen.get("signal"):
             figures[f"signal-{number}"] = plots.inline(plots.reliability(seen["signal"]), f"signal-{number}")
         if run.evaluation.get("rejection"):
@@ -90,6 +92,13 @@ def _describe(run: Run) -> dict[str, str]:
     seen = run.behaviour or {}
     if seen.get("mass"):
         texts["mass"] = " ".join(f"{KINDS[kind]}: {_shares(parts)}." for kind, parts in seen["mass"].items())
+    if seen.get("features"):
+        counts = ", ".join(
+            f"{len(places)} {kind} seen as {'a dummy class' if part == 'dummy' else 'real'}"
+            for kind, parts in seen["features"]["points"].items()
+            for part, places in parts.items()
+        )
+        texts["features"] = f"Images by the two main axes of their features: {counts}."
     if seen.get("signal"):
         pairs = ", ".join(
             f"{100 * row['signal']:.0f} % and {100 * row['adversarial']:.0f} %" for row in seen["signal"]["bins"]
