@@ -1,6 +1,6 @@
 """One network from each module of timm: does it take dummy classes with unchanged predictions, and can it be evaluated?
 
-Each network is made by the same door as `--model.name timm/NAME`, with new weights and 10 classes, on images of 32 x 32
+Each network is made by the same door as `--model.name timm/NAME`, with new weights and 10 classes, on images of 64 x 64
 (resized inside of the model where it only takes another size). It is given dummy classes, its recovered predictions are
 compared with those before, image by image, and the suite `quick` is run on it. Each runs in a process of its own.
 
@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 PICKED = Path(__file__).with_suffix(".txt")
-SIZE, CLASSES, COMPARED, ATTACKED = 32, 10, 8, 2
+SIZE, CLASSES, COMPARED, ATTACKED = 64, 10, 8, 2
 
 
 def declare_operators() -> None:
@@ -46,7 +47,10 @@ def measure(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"network": name}
     asked = Architecture(f"timm/{name}", CLASSES, False, 3, (0.5,) * 3, (0.5,) * 3, image_size=SIZE)
     try:
-        described = describe_foreign(asked, normalize=True)
+        try:
+            described = describe_foreign(replace(asked, options={"img_size": SIZE}), normalize=True)
+        except ValueError:  # convolutional networks have no such option, and some others only take their own size
+            described = describe_foreign(asked, normalize=True)
         model = described.build().eval()
         row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         row["size"] = described.fit_size or SIZE
@@ -95,9 +99,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Networks of timm",
         "",
-        f"One network from each of {len(rows)} modules of timm, by `python -m benchmarks.timm_networks`: {len(adapted)} "
-        f"adapted with {COMPARED} of {COMPARED} recovered predictions unchanged, {len(evaluated)} of them evaluated "
-        f"(`quick`, {ATTACKED} images), {len(refused)} refused in one line, {len(others)} neither.",
+        f"One network from each of {len(rows)} modules of timm, by `python -m benchmarks.timm_networks`: "
+        f"{len(adapted)} adapted with {COMPARED} of {COMPARED} recovered predictions unchanged, {len(evaluated)} of them "
+        f"evaluated (`quick`, {ATTACKED} images), {len(refused)} refused in one line, {len(others)} neither.",
         "",
         "| module | network | parameters | pixels a side | heads | predictions unchanged | evaluated | else |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -107,7 +111,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         seconds = f"{row['seconds']} s" if "robust" in row else ""
         said = row.get("refused", row.get("failed", "")).replace("|", "\\|")
         parameters = f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else ""
-        cells = [row["module"], row["network"], parameters, row.get("size", ""), row.get("heads", ""), same, seconds, said]
+        cells = [
+            row["module"],
+            row["network"],
+            parameters,
+            row.get("size", ""),
+            row.get("heads", ""),
+            same,
+            seconds,
+            said,
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

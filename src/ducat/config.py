@@ -263,12 +263,12 @@ class Config:
         return dataclasses.replace(resolved, name=self.name or resolved.run_name)
 
     def architecture(self, dataset: Dataset) -> Architecture:
-        """Return the network that a resolved config asks for on its data."""
+        """Return the network that a resolved config asks for on its data, without what only the network can say."""
         spec, channels, model = dataset.spec, dataset.spec.shape[0], self.model
         normalized = model.normalization != "none"
         assert model.name is not None
-        foreign = is_foreign(model.name)
-        asked = Architecture(
+        ours = not is_foreign(model.name)
+        return Architecture(
             name=model.name,
             num_classes=len(dataset.classes),
             dummy_classes=self.dummy.kind != "off",
@@ -276,17 +276,20 @@ class Config:
             mean=spec.mean if normalized else (0.0,) * channels,
             std=spec.std if normalized else (1.0,) * channels,
             width=model.width,
-            stem_stride=2 if spec.shape[1] >= 64 and not foreign else 1,
+            stem_stride=2 if spec.shape[1] >= 64 and ours else 1,
             options=model.options or {},
-            image_size=spec.shape[1] if foreign else None,
+            image_size=spec.shape[1],
         )
-        if not foreign:
-            return asked
+
+    def described(self, architecture: Architecture) -> Architecture:
+        """Fill in what somebody else's network says of itself, which needs its library, file or configuration."""
+        if not is_foreign(architecture.name):
+            return architecture
         return describe_foreign(
-            asked,
-            normalize=model.normalization == "auto",
-            fit_size=model.input_size,
-            pretrained=model.weights == "pretrained",
+            architecture,
+            normalize=self.model.normalization == "auto",
+            fit_size=self.model.input_size,
+            pretrained=self.model.weights == "pretrained",
         )
 
     @property

@@ -24,6 +24,7 @@ from ducat.config import Config
 from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder, environment
 from ducat.training import tracking
+from ducat.training.initial import Initial, given
 from ducat.training.meter import Meter
 from ducat.training.signals import Interrupted, collected
 from ducat.training.step import Step
@@ -70,41 +71,9 @@ class _Position:
     best: float = -1.0
 
 
-@dataclass(frozen=True)
-class Initial:
-    """A trained network to begin with, instead of random weights.
-
-    Attributes:
-        build: makes the network and its description from the description that the settings and the data ask for.
-        source: what the manifest says of where the weights are from.
-    """
-
-    build: Callable[[Architecture], tuple[Architecture, nn.Module]]
-    source: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Initial":
-        """Begin with a network as it is; it has to be the one that the settings and the data ask for."""
-
-        def build(architecture: Architecture) -> tuple[Architecture, nn.Module]:
-            with torch.random.fork_rng(devices=[]):
-                asked = architecture.build().state_dict()
-            given = model.state_dict()
-            names = [name for name in {**asked, **given} if name not in asked or name not in given]
-            names = names or [name for name in asked if asked[name].shape != given[name].shape]
-            if names:
-                raise ValueError(
-                    f"model: {names[0]} differs from the {architecture.name} that the settings ask for: change "
-                    "model.name and model.width, or give an Initial that says what the network is"
-                )
-            return architecture, model
-
-        return cls(build, {"file": "a network given to train"})
-
-
 def train(
     config: Config,
-    root: Path = Path("runs"),
+    root: Path | str = Path("runs"),
     listener: Listener | None = None,
     *,
     model: nn.Module | Initial | None = None,
@@ -118,8 +87,9 @@ def train(
         config: the settings.
         root: the folder that the run folder is made in.
         listener: told of each step and epoch.
-        model: the network to begin with, with dummy classes if the settings use any; made from the settings, with
-            random weights, by default.
+        model: the network to begin with; by default it is made from the settings. Any network that maps images in
+            [0, 1] to C logits will do, and gets dummy classes if the settings use any and it has none. It trains as it
+            is, and is not copied. What the settings do not describe cannot be built from the run folder alone.
         data: the data set; by default the prepared one that `config.data` names.
         objective: what the epoch of that number, counted from 0, minimises; by default what the settings say.
         validate: measures the network after an epoch; by default clean, blind and robust accuracy under a short suite.
@@ -133,15 +103,13 @@ def train(
     dataset = _dataset(config, data)
     config = config.resolve(dataset.spec)
     assert config.name is not None
-    architecture = config.architecture(dataset)
     manifest: dict[str, Any] = {}
     if model is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.train.seed)
-            network = architecture.build()
+        initial = Initial.of_settings(config)
     else:
         initial = model if isinstance(model, Initial) else Initial.of(model)
-        architecture, network = initial.build(architecture)
+    architecture, network = initial.build(config.architecture(dataset))
+    if initial.source:
         manifest["initial"] = dict(initial.source)
     if objective is not None:
         manifest["objective"] = "given to train"
@@ -153,9 +121,10 @@ def train(
 
 
 def resume(
-    path: Path,
+    path: Path | str,
     listener: Listener | None = None,
     *,
+    model: nn.Module | None = None,
     data: datasets.Dataset | None = None,
     objective: Callable[[int], methods.Objective] | None = None,
     validate: Validate | None = None,
@@ -168,6 +137,8 @@ def resume(
     Args:
         path: the run folder.
         listener: told of each step and epoch.
+        model: a network like the one that was given to `train`, where the settings do not describe it; its weights
+            become the run's.
         data: what was given to `train`, as the next two.
         objective: needed again where it was given.
         validate: measures the network after an epoch.
@@ -194,9 +165,12 @@ def resume(
     if notice is not None and listener is not None:
         listener.warning(notice)
     architecture = Architecture(**state["model"])
-    with torch.random.fork_rng(devices=[]):
-        model = architecture.build()
-    loop = _Loop(config, dataset, folder.path, listener or _Silent(), architecture, model, objective, validate)
+    if model is None:
+        with torch.random.fork_rng(devices=[]):
+            network = architecture.build()
+    else:
+        network = given(model, architecture)
+    loop = _Loop(config, dataset, folder.path, listener or _Silent(), architecture, network, objective, validate)
     loop.restore(tensors, state)
     return loop.run()
 
