@@ -6,7 +6,7 @@ compared with those before, image by image, and the suite `quick` is run on it. 
 
     python -m benchmarks.timm_networks --out results/timm.md
 
-`benchmarks/timm_networks.txt` says which network is taken: of each module the one with the fewest parameters.
+`benchmarks/timm_networks.txt` says which network is taken: of each module the smallest, or one of the smallest.
 """
 
 import argparse
@@ -100,8 +100,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "# Networks of timm",
         "",
         f"One network from each of {len(rows)} modules of timm, by `python -m benchmarks.timm_networks`: "
-        f"{len(adapted)} adapted with {COMPARED} of {COMPARED} recovered predictions unchanged, {len(evaluated)} of them "
-        f"evaluated (`quick`, {ATTACKED} images), {len(refused)} refused in one line, {len(others)} neither.",
+        f"{len(adapted)} adapted with {COMPARED} of {COMPARED} recovered predictions unchanged, {len(evaluated)} of "
+        f"them evaluated (`quick`, {ATTACKED} images), {len(refused)} refused in one line, {len(others)} neither.",
         "",
         "| module | network | parameters | pixels a side | heads | predictions unchanged | evaluated | else |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -125,38 +125,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pick() -> str:
-    """Return the network with the fewest parameters of each module, a line each."""
-    import timm
-
-    lines = []
-    for module in timm.list_modules():
-        sizes = {}
-        for name in timm.list_models(module=module):
-            try:
-                with torch.device("meta"):
-                    made = timm.create_model(name, num_classes=CLASSES)
-                sizes[name] = sum(parameter.numel() for parameter in made.parameters())
-            except Exception:  # networks that need another package, or cannot be made without memory
-                sizes[name] = sys.maxsize
-        if sizes:
-            lines.append(f"{module} {min(sizes, key=lambda name: sizes[name])}")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     parser.add_argument("--limit", type=float, default=600, help="seconds for a network")
     parser.add_argument("--measure", metavar="NAME", help="measure one network, and print it as JSON")
-    parser.add_argument("--pick", action="store_true", help="print which network of each module is the smallest")
     given = parser.parse_args()
     declare_operators()
     if given.measure:
         print(json.dumps(measure(given.measure)))
-        return
-    if given.pick:
-        print(pick(), end="")
         return
     rows = []
     for line in PICKED.read_text().splitlines():

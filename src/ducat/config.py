@@ -160,12 +160,22 @@ class TrainConfig:
     """Passes over the training images."""
     batch_size: int = 128
     """Images a step, over all processes."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd with momentum, as convolutional networks are trained; or adamw, for transformers: its weight decay leaves out
+    norms, biases and other vectors."""
     learning_rate: float | int = 0.1
-    """Highest learning rate of SGD."""
+    """Highest learning rate; for adamw about a hundredth of sgd's."""
     momentum: float | int = 0.9
-    """Momentum of SGD, in [0, 1)."""
+    """Momentum of sgd, in [0, 1)."""
     weight_decay: float | int = 5e-4
-    """Weight decay of SGD."""
+    """Weight decay; for adamw usually 0.05."""
+    clip_norm: float | int = 0.0
+    """Largest norm of the gradient over all weights, to which a longer one is shortened; 0 is none."""
+    accumulate: int = 1
+    """Parts that a batch is attacked and forwarded in, one after the other, to need less memory. Without batch norm the
+    result is that of the whole batch."""
+    eps_ramp_epochs: float | int = 0.0
+    """Epochs over which eps of the training attack grows linearly from 0 to its value, its step with it."""
     schedule: str = "multi-step"
     """Learning rate over time: multi-step, cosine, one-cycle or constant."""
     milestones: tuple[float | int, ...] = (0.77, 0.81)
@@ -185,8 +195,9 @@ class TrainConfig:
     """First epoch with adversarial weight perturbation, counted from 0; between 0 and 1 a fraction of all epochs."""
     seed: int = 0
     """Seed of everything random in the run."""
-    precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Number format of the network's passes; auto is bf16 where the processor computes in it, else float32."""
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    """Number format of the network's passes; auto is bf16 where the processor computes in it, else float32. fp16 is for
+    GPUs without bf16: the loss is scaled so that small gradients are not lost."""
     compile: bool = False
     """Whether torch.compile compiles the passes of the network. Where it fails on a first forward pass, for example
     without a C compiler, training goes on without it and says so."""
@@ -204,7 +215,17 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least("train.epochs", self.epochs, 1)
         _at_least("train.batch_size", self.batch_size, 2)
+        _among("train.optimizer", self.optimizer, ("sgd", "adamw"))
         _at_least("train.learning_rate", self.learning_rate, 0)
+        _at_least("train.clip_norm", self.clip_norm, 0)
+        _at_least("train.accumulate", self.accumulate, 1)
+        _at_least("train.eps_ramp_epochs", self.eps_ramp_epochs, 0)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size} evenly"
+            )
+        if self.accumulate > 1 and self.awp:
+            raise ValueError(f"train.awp={self.awp} needs whole batches: choose train.accumulate=1")
         _within("train.momentum", self.momentum, 0, 1)
         _at_least("train.weight_decay", self.weight_decay, 0)
         _at_least("train.seed", self.seed, 0)

@@ -256,6 +256,8 @@ class _Loop:
             step.average.module.load_state_dict(checkpoint.part("model", tensors))
             step.average.n_averaged.fill_(state["averaged"])
         checkpoint.join_optimizer(step.optimizer.optimizer, checkpoint.part("optimizer", tensors), state["optimizer"])
+        if state.get("scaler"):  # checkpoints of earlier versions have none
+            step.scaler.load_state_dict(state["scaler"])
         self.position, self.resumed = _Position(**state["position"]), True
         rank = self.accelerator.process_index
         if rank < len(state["random"]):
@@ -432,6 +434,7 @@ class _Loop:
             "optimizer": rest,
             "averaged": int(average.n_averaged) if average is not None else 0,
             "random": [others for _, others in everyones],
+            "scaler": self.step.scaler.state_dict(),
             "spent": self.meter.read(),
         }
 
