@@ -126,7 +126,7 @@ def test_weights_from_a_file_begin_a_training(request: pytest.FixtureRequest, tm
     best = dict(trained.load("best").named_parameters())
     assert all(torch.equal(ours[name], best[name]) for name in theirs)
     assert folder.manifest["initial"]["file"] == str(trained.checkpoint_path("best"))
-    with pytest.raises(ValueError, match=r"model\.weights: .* holds a small: choose it by model\.name"):
+    with pytest.raises(ValueError, match=r"model\.weights: .* holds a small: choose that model\.name"):
         train(replace(begun, name="b", model=replace(begun.model, name="resnet8")), tmp_path, validate=unvalidated)
     # A file for other classes: everything but the head.
     torch.save(ducat.models.build("small", 7, channels=1).state_dict(), tmp_path / "seven.pt")
