@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ducat import checkpoint
+from ducat.models import MODELS
 from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder
 
@@ -200,7 +201,9 @@ class Weights:
         if any(faults.values()):
             what = f"{architecture.name} for {architecture.num_classes} classes"
             listed = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in faults.items() if names)
-            raise ValueError(f"{self.file} does not fit {what} (model.name, model.width, data.name): {listed}")
+            fitting = _fitting(found, architecture)
+            hint = f"; it fits model.name={', '.join(fitting)}" if fitting else ""
+            raise ValueError(f"{self.file} does not fit {what} (model.name, model.width, data.name){hint}: {listed}")
 
 
 def _built(architecture: Architecture) -> nn.Module:
@@ -210,6 +213,19 @@ def _built(architecture: Architecture) -> nn.Module:
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def _fitting(found: Mapping[str, tuple[int, ...]], ours: Architecture) -> list[str]:
+    """Return the names of the networks that weights of these shapes fit."""
+    outputs = (2 if ours.dummy_classes else 1) * ours.num_classes
+    shapes = {name.removeprefix("network."): shape for name, shape in found.items() if "normalize." not in name}
+    names = []
+    for name, builder in MODELS.items():
+        with torch.device("meta"):
+            network = builder(num_outputs=outputs, channels=ours.channels, stem_stride=ours.stem_stride)
+        if {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()} == shapes:
+            names.append(name)
+    return names
 
 
 def _shortened(names: list[str]) -> str:
@@ -272,7 +288,8 @@ def read(source: Path | str) -> Weights:
     """
     source = Path(source)
     if source.is_dir():
-        source = RunFolder.open(source).checkpoint_path("best")
+        run = RunFolder.open(source)
+        source = run.checkpoint_path("best" if run.manifest["data"]["validation"] else "last")
     if not source.is_file():
         raise FileNotFoundError(f"{source} does not exist: give a run folder, or a file of weights")
     with open(source, "rb") as opened:

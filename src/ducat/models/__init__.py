@@ -85,10 +85,11 @@ def build(
     std: Sequence[float] | None = None,
     width: int | None = None,
     stem_stride: int = 1,
+    init: str = "he",
 ) -> nn.Module:
     """Build a network with fresh weights, drawn from torch's global generator as `torch.nn` draws them.
 
-    Convolutions get He's normal initialisation over the fan out; the other layers keep torch's. The last `nn.Linear`
+    The last `nn.Linear`
     in module order is the classification head. Every network ends in global average pooling, so it takes images of
     any size.
 
@@ -100,6 +101,8 @@ def build(
         std: per-channel standard deviation for it; None for 1.
         width: channels of the first stage, which later stages double; None for the network's own.
         stem_stride: stride of the first convolution; 2 brings 64x64 images to the cost of 32x32 ones.
+        init: "he" gives convolutions He's normal initialisation over the fan out (He et al. 2015, arXiv 1502.01852);
+            "torch" leaves them, as all other layers, with torch's own.
 
     Returns:
         A module from images in [0, 1], (batch, channels, height, width), to logits, (batch, num_outputs).
@@ -122,6 +125,6 @@ def build(
             raise ValueError(f"{option}={value} is not possible: it must be at least 1")
     network = MODELS[name](**sizes)
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and init == "he":
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(OrderedDict(normalize=Normalize(channels, mean, std), network=network))

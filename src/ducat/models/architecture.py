@@ -53,12 +53,13 @@ class Architecture:
     fit_size: int | None = None
     fit_channels: int | None = None
 
-    def build(self, *, pretrained: bool = False) -> nn.Module:
+    def build(self, *, pretrained: bool = False, init: str = "he") -> nn.Module:
         """Return the network with new random weights, from PyTorch's global generator; dummy rows are random too.
 
         Args:
             pretrained: take the weights that the network's publisher trained instead, which may need network access;
                 a head for another number of classes is new.
+            init: how the convolutions of our networks begin, as for `models.build`; others have their own way.
 
         Raises:
             ValueError: if it cannot be built; the message says why.
@@ -68,16 +69,16 @@ class Architecture:
                 f"the network is a {self.name.removeprefix(GIVEN)} that was given to train, which no run folder can "
                 "build: make it as before, load ducat.weights.read(RUN).weights into it, or give it to resume as model="
             )
-        model = self._foreign(pretrained) if is_foreign(self.name) else self._ours(pretrained)
+        model = self._foreign(pretrained) if is_foreign(self.name) else self._ours(pretrained, init)
         return self.doubled(model)[1] if self.dummy_classes else model
 
-    def doubled(self, model: nn.Module, init: str = "random") -> tuple[Architecture, nn.Module]:
+    def doubled(self, model: nn.Module, dummies: str = "random") -> tuple[Architecture, nn.Module]:
         """Add dummy classes to the network, and return its description with them, and the network."""
         size = self.image_size if is_foreign(self.name) and self.image_size else OURS
         images = torch.zeros(1, self.channels, size, size)
-        return replace(self, dummy_classes=True), add_dummy_classes(model, init, images=images)
+        return replace(self, dummy_classes=True), add_dummy_classes(model, dummies, images=images)
 
-    def _ours(self, pretrained: bool) -> nn.Module:
+    def _ours(self, pretrained: bool, init: str) -> nn.Module:
         if pretrained:
             raise ValueError(f"model.weights=pretrained: nobody has published weights of {self.name}; give a file")
         if self.options:
@@ -90,6 +91,7 @@ class Architecture:
             std=self.std,
             width=self.width,
             stem_stride=self.stem_stride,
+            init=init,
         )
 
     def _foreign(self, pretrained: bool) -> nn.Module:

@@ -48,7 +48,7 @@ class Initial:
                 architecture = config.described(architecture)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(config.train.seed)
-                    return architecture, architecture.build(pretrained=pretrained)
+                    return architecture, architecture.build(pretrained=pretrained, init=config.model.init)
 
             return cls(build, {"weights": f"{config.model.name}, pretrained"} if pretrained else {})
         assert asked is not None

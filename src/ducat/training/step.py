@@ -218,7 +218,7 @@ class Step:
         for step, (x, y) in enumerate(batches):
             for part, (some, labels) in enumerate(self._parts(x, y)):
                 adversarial = self.attack(some, labels, epoch, step, "batch-norm", part)
-                yield self.objective(epoch).forwarded(some, adversarial)
+                yield from self.objective(epoch).passes(some, adversarial)
 
     def _compiled(self, example: Tensor, notice: Callable[[str], None]) -> Sequence[nn.Module]:
         """Return the networks compiled, or as they are with a notice where the compiler fails on a forward pass."""
