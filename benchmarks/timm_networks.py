@@ -11,7 +11,8 @@ compared with those before, image by image, and the suite `quick` is run on it. 
 
 import argparse
 import json
-import subprocess
+import multiprocessing
+import resource
 import sys
 import time
 from dataclasses import replace
@@ -76,18 +77,23 @@ def measure(name: str) -> dict[str, Any]:
     return {**row, "seconds": round(time.perf_counter() - began, 1)}
 
 
-def run(name: str, limit: float) -> dict[str, Any]:
-    """Measure a network in a process of its own, so that none can stop the others."""
-    command = [sys.executable, "-m", "benchmarks.timm_networks", "--measure", name]
+def run(name: str, limit: int) -> dict[str, Any]:
+    """Measure a network in a process of its own, so that none can stop the others, for so many seconds of processor."""
+
+    def measured(end: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+        end.send(measure(name))
+
+    forked = multiprocessing.get_context("fork")  # which has imported everything already
+    ours, theirs = forked.Pipe()
+    process = forked.Process(target=measured, args=(theirs,))
+    process.start()
+    theirs.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"network": name, "failed": f"not done in {limit:.0f} s"}
-    try:
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    except (ValueError, IndexError):
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"network": name, "failed": last}
+        return dict(ours.recv())
+    except EOFError:
+        process.join()
+        return {"network": name, "failed": f"ended with {process.exitcode} after at most {limit} s of processor"}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -128,20 +134,24 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
-    parser.add_argument("--limit", type=float, default=600, help="seconds for a network")
-    parser.add_argument("--measure", metavar="NAME", help="measure one network, and print it as JSON")
+    parser.add_argument("--limit", type=int, default=600, help="seconds of processor for a network")
+    parser.add_argument("--work", type=Path, help="file of JSON lines: networks that are in it are not measured again")
     given = parser.parse_args()
     declare_operators()
-    if given.measure:
-        print(json.dumps(measure(given.measure)))
-        return
-    rows = []
-    for line in PICKED.read_text().splitlines():
-        module, name = line.split()
-        rows.append({"module": module, **run(name, given.limit)})
-        print(json.dumps(rows[-1]), flush=True)
-        if given.out is not None:
-            given.out.write_text(table(rows))
+    import timm  # noqa: F401
+
+    known = given.work.read_text().splitlines() if given.work is not None and given.work.is_file() else []
+    rows = {row["module"]: row for row in map(json.loads, known)}
+    picked = dict(line.split() for line in PICKED.read_text().splitlines())
+    for module, name in picked.items():
+        if module not in rows:
+            rows[module] = {"module": module, **run(name, given.limit)}
+            print(json.dumps(rows[module]), flush=True)
+            if given.work is not None:
+                with open(given.work, "a") as file:
+                    file.write(json.dumps(rows[module]) + "\n")
+    if given.out is not None:
+        given.out.write_text(table([rows[module] for module in picked]))
 
 
 if __name__ == "__main__":

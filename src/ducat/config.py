@@ -58,6 +58,11 @@ class DataConfig:
     photographs where the method's paper says so (consistency), else base."""
     crop_padding: int | None = None
     """Pixels of black added on each side before the random crop; 0 is no crop. By default what fits the data."""
+    extra: Path | None = None
+    """Generated images to train on as well: an .npz file with image (uint8, channels last) and label. It is read where
+    it lies, and never validated on."""
+    extra_share: float | int = 0.7
+    """Share of each batch that is drawn from data.extra, in (0, 1)."""
     held_out: float | int | None = None
     """Training images held out to choose the best checkpoint: a number, or a share below 1. 0 trains on all of them,
     and leaves no best checkpoint. By default those that were held out when the data were prepared."""
@@ -67,6 +72,8 @@ class DataConfig:
         _at_least("data.samples", self.samples, 1)
         _at_least("data.crop_padding", self.crop_padding, 0)
         _at_least("data.held_out", self.held_out, 0)
+        if not 0 < self.extra_share < 1:
+            raise ValueError(f"data.extra_share={self.extra_share} is outside (0, 1)")
 
 
 @dataclass(frozen=True)

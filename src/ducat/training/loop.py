@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ducat import checkpoint, methods
 from ducat import data as datasets
 from ducat.config import Config
+from ducat.data.extra import Extra, Mixed
 from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder, environment
 from ducat.training import tracking
@@ -201,27 +202,43 @@ class _Loop:
         settings = config.train
         tracking.check(settings.tracker)
         self.folder = RunFolder(path)
-        spec = dataset.spec
-        if config.data.crop_padding is not None:
-            spec = replace(spec, crop_padding=config.data.crop_padding)
         example = dataset.train.select(torch.arange(2)).floats()
         self.step = Step(config, model, example, objective=objective, notice=listener.warning)
         self.accelerator, self.model = self.step.accelerator, model
-        self.batches = datasets.Batches(
-            dataset.train,
-            settings.batch_size,
-            seed=settings.seed,
-            augment=AUGMENTATIONS[config.data.augmentation](spec),
-            device=self.accelerator.device,
-            views=self.step.views,
-            drop_last=settings.drop_last,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
+        self.extra = None
+        if config.data.extra is not None:
+            self.extra = Extra.open(config.data.extra, dataset.spec.shape, len(dataset.classes))
+        self.batches = self._made_batches(dataset)
         self.position, self.resumed = _Position(), False
         self.received: list[int] = []
         self.meter = Meter(self.accelerator.device)
         self.saved_at = time.monotonic()
+
+    def _made_batches(self, dataset: datasets.Dataset) -> datasets.Batches | Mixed:
+        settings, data, accelerator, spec = self.config.train, self.config.data, self.accelerator, dataset.spec
+        if data.crop_padding is not None:
+            spec = replace(spec, crop_padding=data.crop_padding)
+
+        def made(batch_size: int) -> datasets.Batches:
+            return datasets.Batches(
+                dataset.train,
+                batch_size,
+                seed=settings.seed,
+                augment=AUGMENTATIONS[data.augmentation](spec),
+                device=accelerator.device,
+                views=self.step.views,
+                drop_last=settings.drop_last,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
+
+        if self.extra is None:
+            return made(settings.batch_size)
+        processes = accelerator.num_processes
+        rows = processes * round(data.extra_share * settings.batch_size / processes)
+        if not 0 < rows < settings.batch_size:
+            raise ValueError(f"data.extra_share={data.extra_share} leaves no real or no generated image in a batch")
+        return Mixed(made(settings.batch_size - rows), self.extra, rows, len(made(settings.batch_size)))
 
     def create(self, manifest: Mapping[str, Any]) -> None:
         """Make the run folder: it appears whole, with a checkpoint, so that whatever there is can be resumed."""
@@ -245,6 +262,7 @@ class _Loop:
                             "train": len(self.dataset.train),
                             "validation": len(self.dataset.validation),
                             "test": len(self.dataset.test),
+                            **self._said_of_extra(),
                         },
                         **manifest,
                     }
@@ -254,8 +272,20 @@ class _Loop:
                 folder.save("last", tensors, state)
         self.accelerator.wait_for_everyone()
 
+    def _said_of_extra(self) -> dict[str, Any]:
+        if self.extra is None:
+            return {}
+        extra = {"file": str(self.extra.path), "images": len(self.extra), "fingerprint": self.extra.fingerprint}
+        return {"extra": extra}
+
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         step = self.step
+        if self.extra is not None:
+            trained_on = self.folder.manifest["data"].get("extra", {}).get("fingerprint")
+            if trained_on != self.extra.fingerprint:
+                raise ValueError(
+                    f"{self.extra.path} holds other images than those that {self.folder.path} was trained on"
+                )
         self.model.load_state_dict(checkpoint.part("raw" if state["averaged"] else "model", tensors))
         if step.average is not None:
             step.average.module.load_state_dict(checkpoint.part("model", tensors))
