@@ -14,6 +14,8 @@ from ducat.config import Config
 from ducat.data import load, load_test
 from ducat.evaluation.engine import evaluate
 from ducat.evaluation.rejection import calibrate
+from ducat.models import allow_code
+from ducat.models.doors import is_function
 from ducat.runs import RunFolder, Which
 from ducat.threat import ThreatModel
 
@@ -116,7 +118,9 @@ def evaluate_checkpoint(
     if num_classes not in (None, classes):
         raise ValueError(f"num_classes={num_classes}, but {config.data.name} has {classes} classes")
     config = config.resolve(dataset.spec)
-    _, model = weights.read(source).network(config.architecture(dataset))
+    if config.model.name is not None and is_function(config.model.name):
+        allow_code(config.model.name)  # whoever makes settings has asked for it
+    _, model = weights.read(source).network(config.described(config.architecture(dataset)))
     return _evaluate_and_save(
         model,
         load_test(config.data.name, samples, config.data.root),
