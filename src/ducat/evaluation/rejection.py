@@ -549,7 +549,7 @@ def measure(
     threat: ThreatModel,
     shares: Sequence[float | int],
     *,
-    held_out: tuple[Images, Labels] | None = None,
+    held_out: tuple[Float[Tensor, "held_out channels height width"], Int[Tensor, " held_out"]] | None = None,
     found: Sequence[Images] = (),
     attacked: nn.Module | None = None,
     signals: Mapping[str, Signal] | None = None,
