@@ -256,7 +256,7 @@ def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
     )
     parser.add_argument("--normalization", type=Literal["data", "none"], default="data", help=NORMALIZATION)
     parser.add_argument("--data", type=str, default="cifar10", help="for a checkpoint: data set to evaluate on")
-    parser.add_argument("--norm", type=Norm | None, help="linf or l2; default: the run's, or linf")
+    parser.add_argument("--norm", type=Norm | None, help="linf, l2 or l1; default: the run's, or linf")
     parser.add_argument("--eps", type=float | str | None, help=EPS)
     parser.add_argument("--suite", choices=tuple(SUITES), default="standard", help="which attacks to run")
     parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")

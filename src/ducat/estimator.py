@@ -39,7 +39,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
     Args:
         dummy: "off", "published" or "recovery-aware", see `ducat.config.DummyConfig`.
         method: "pgd-at", "trades", "mart", "consistency" or "natural" (which needs dummy="off").
-        norm: of the attacker's ball, "linf" or "l2".
+        norm: of the attacker's ball, "linf", "l2" or "l1".
         eps: its radius, on images in [0, 1]; a number or a fraction such as "8/255".
         steps: attack steps in training.
         model: name of the network, a key of `ducat.models.MODELS`.

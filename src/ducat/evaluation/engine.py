@@ -304,6 +304,8 @@ class _Job:
 
         The worst way in which an image may meet the network counts. Outputs that are not finite are no prediction.
         """
+        if not len(y):
+            return y.new_zeros(0, dtype=torch.float32), y.new_zeros(0, dtype=torch.float32)
         repeats = repeats or self.repeats
         share, lead = y.new_ones(len(y), dtype=torch.float32), None
         for judge in self.judges:

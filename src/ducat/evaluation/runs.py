@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ducat import checkpoint, weights
 from ducat.config import Config
 from ducat.data import load, load_test
-from ducat.dummy import dummy_head
 from ducat.evaluation.engine import evaluate
 from ducat.evaluation.rejection import calibrate
 from ducat.runs import RunFolder, Which
@@ -60,7 +59,7 @@ def evaluate_run(
         device,
         which,
         suite=suite,
-        num_classes=_num_classes(model),
+        num_classes=folder.read(which)[1]["model"]["num_classes"],
         seed=seed,
         reject=reject,
         held_out=_held_out(config) if reject else None,
@@ -194,11 +193,3 @@ def _evaluate_and_save(
         evaluation.save(path)
         shutil.rmtree(parts)
     return evaluation.to_dict()
-
-
-def _num_classes(model: nn.Module) -> int:
-    """Return C of a network of ours."""
-    head = dummy_head(model)
-    if head is not None:
-        return head.num_classes
-    return [module.out_features for module in model.modules() if isinstance(module, nn.Linear)][-1]

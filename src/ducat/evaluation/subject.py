@@ -326,7 +326,7 @@ class Alone(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.network(row[None]) for row in x])
+        return torch.cat([self.network(row[None]) for row in x]) if len(x) else self.network(x)
 
 
 class InCompany(nn.Module):
@@ -337,7 +337,8 @@ class InCompany(nn.Module):
         self.network, self.company = network, company
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.network(torch.cat([self.company, row[None]]))[-1:] for row in x])
+        rows = [self.network(torch.cat([self.company, row[None]]))[-1:] for row in x]
+        return torch.cat(rows) if rows else self.network(x)
 
 
 class Averaged(nn.Module):

@@ -76,7 +76,7 @@ def _claim(source: Deployed) -> str:
     if evaluation is None:
         norm, eps, clean, robust, method = "", "", NOT_MEASURED, NOT_MEASURED, f"{NOT_MEASURED}: run `ducat evaluate`"
     else:
-        norm, eps = evaluation["threat"]["norm"].replace("linf", "Linf").replace("l2", "L2"), _eps(evaluation)
+        norm, eps = evaluation["threat"]["norm"].capitalize(), _eps(evaluation)
         clean, robust = _percent(evaluation["clean"]["accuracy"]), _percent(evaluation["robust"])
         method = (
             f"per-sample worst case over {len(evaluation['attacks'])} attacks, blind and recovery-aware, on "

@@ -95,6 +95,11 @@ class Group:
     def seeds(self) -> list[int]:
         return sorted(run.seed for run in self.runs)
 
+    @property
+    def seconds(self) -> float:
+        """Mean over seeds of the wall time that training took, without validation; 0 where none was noted."""
+        return statistics.fmean(sum(row.get("seconds", 0) for row in run.metrics) for run in self.runs)
+
     def mean(self, quantity: str) -> float:
         return statistics.fmean(run.share(quantity) for run in self.runs)
 
@@ -172,7 +177,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
     for alike in _partition(runs, _measured):
         groups = _groups(alike)
         sections.append(Section(setting(alike[0].evaluation), groups, _pairs(alike)))
-    return Comparison(sections, [*_differences(runs), *_seed_notes(sections), *_state_notes(runs)])
+    notes = [*_differences(runs), *_seed_notes(sections), *_state_notes(runs), *_time_notes(sections)]
+    return Comparison(sections, notes)
 
 
 def setting(evaluation: Mapping[str, Any]) -> str:
@@ -276,6 +282,30 @@ def _state_notes(runs: Sequence[Run]) -> list[str]:
     ]
     changed = [run.name for run in runs if (run.manifest.get("git") or {}).get("changed")]
     return notes + ([f"made with uncommitted changes to the code: {', '.join(changed)}"] if changed else [])
+
+
+def _time_notes(sections: Sequence[Section]) -> list[str]:
+    """Say how long training with dummy classes took, against the same method without them on the same machine."""
+    groups = [group for section in sections for group in section.groups if group.seconds]
+    bases = {_base(group): group for group in groups if group.runs[0].settings["dummy.kind"] == "off"}
+    return [
+        f"training time against {base.name}: {group.name} {group.seconds / base.seconds:.2f} times "
+        f"({group.seconds:.0f} s against {base.seconds:.0f} s, without validation)"
+        for group in groups
+        if group.runs[0].settings["dummy.kind"] != "off" and (base := bases.get(_base(group))) is not None
+    ]
+
+
+def _base(group: Group) -> str:
+    """Return everything that a run with dummy classes and its base method have in common."""
+    run = group.runs[0]
+    settings = {
+        name: value for name, value in run.settings.items() if name not in IRRELEVANT and not name.startswith("dummy.")
+    }
+    machine = {
+        name: run.manifest.get(name) for name in ("initial", "data", "platform", "device", "threads", "processes")
+    }
+    return json.dumps([settings, machine], sort_keys=True, default=str)
 
 
 def _listed(kinds: Sequence[Sequence[Run]]) -> str:
