@@ -115,6 +115,8 @@ def drawn(made: Sequence[Line]) -> list[dict[str, Any]]:
             {name: statistics.fmean(point[name] for point in points) for name in ("right_refused", "robust")}
             for points in zip(*line.curves, strict=True)
         ]
+        # Beyond the strictest threshold that was attacked a curve is only a hope.
+        curve = [point for point in curve if point["right_refused"] <= SHARES[-1]]
         marks = [
             {"right_refused": {"share": share}, "robust": {"share": statistics.fmean(robust.values()) / 100}}
             for share, robust in line.robust.items()
