@@ -522,8 +522,9 @@ def _conclude(
         if suspicious(audit, attacks, nature):
             progress("second round")
             rows = (least > 0 if nature.random else standing).nonzero().squeeze(1)
-            second, found = second_round(scene(rows), not nature.names, progress)
-            join(SECOND_ROUND, rows, found, second.seconds)
+            if len(rows):
+                second, found = second_round(scene(rows), not nature.names, progress)
+                join(SECOND_ROUND, rows, found, second.seconds)
     if suite.audit and searched and standing.any():
         progress("second opinion")
         rows = standing.nonzero().squeeze(1)[: second_opinion.SAMPLES]
