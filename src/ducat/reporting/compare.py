@@ -378,23 +378,23 @@ def tables(section: Section) -> list[Table]:
 
 
 REFUSING = (
-    "A classifier that may refuse, in % of the test images, with 95 % intervals. Refused, right, wrong: benign images that "
-    "are refused, or accepted with the right or a wrong class. Robust: no image in the ball was found that is accepted "
-    "with a wrong class. Served: robust, and the benign image accepted with the right class. Denied: an attacker can get "
-    "the image refused or wrong, within a quarter of eps, a half of it, and all of it. Share: of the correctly "
-    "classified held-out images, how many the threshold may refuse. Threshold: lowest log-odds that are accepted."
+    "A classifier that may refuse, in % of test images, with 95 % intervals. Benign: images that are refused, accepted "
+    "with the right class, accepted with a wrong one. Robust: no image in the ball was found that is accepted with a "
+    "wrong class. Served: robust, and the benign image accepted with the right class. Denied: an attacker can get the "
+    "image refused or wrong, within a quarter of eps, a half of it, all of it. Share: of the correctly classified "
+    "held-out images, how many may be refused."
 )
-REFUSALS = ("run", "signal", "share", "threshold", "refused", "right", "wrong", "robust", "served", "denied")
+REFUSALS = ("run", "signal", "share", "benign", "robust", "served", "denied")
 
 
 def _refusal(signal: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    plain = (f"{100 * row[f'clean_{outcome}']['share']:.1f}" for outcome in ("refused", "right", "wrong"))
+    benign = " / ".join(f"{100 * row[f'clean_{outcome}']['share']:.1f}" for outcome in ("refused", "right", "wrong"))
     sure = (
         f"{100 * row[name]['share']:.1f} [{100 * row[name]['ci95'][0]:.1f}, {100 * row[name]['ci95'][1]:.1f}]"
         for name in ("robust", "served")
     )
     denied = " / ".join(f"{100 * denial['share']:.1f}" for denial in row["denial"])
-    return signal, f"{100 * row['reject']:g}", f"{row['threshold']:.2f}", *plain, *sure, denied
+    return signal, f"{100 * row['reject']:g}", benign, *sure, denied
 
 
 def to_markdown(comparison: Comparison) -> str:
