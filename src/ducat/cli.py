@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import ducat
-from ducat import checkpoint, data, training
+from ducat import checkpoint, data, models, training
 from ducat import demo as demo_room
 from ducat.attacks.suites import SUITES
 from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, config_parser
@@ -252,7 +252,7 @@ def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
             reject=arguments.reject,
             progress=live.attacks(source.stem),
         )
-    print_comparison(console, comparing.compare([Run(source.stem, source, config.flat(), {}, [], measured)]))
+    print_comparison(console, comparing.compare([Run(source.stem, None, config.flat(), {}, [], measured)]))
 
 
 def _run_compare(arguments: Namespace, console: Console) -> None:
@@ -289,7 +289,7 @@ def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser.add_argument(
         "--num-classes", type=int | None, help="of a checkpoint: real classes, checked against the data"
     )
-    parser.add_argument("--normalization", type=Literal["data", "none"], default="data", help=NORMALIZATION)
+    parser.add_argument("--normalization", type=Literal["auto", "data", "none"], default="auto", help=NORMALIZATION)
     parser.add_argument("--data", type=str, default="cifar10", help="for a checkpoint: data set to evaluate on")
     parser.add_argument("--norm", type=Norm | None, help="linf, l2 or l1; default: the run's, or linf")
     parser.add_argument("--eps", type=float | str | None, help=EPS)
@@ -541,6 +541,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Of several processes that train together, the first speaks for all.
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     try:
+        arguments = _allow_code(arguments)
         if not arguments or arguments[0] in ("-h", "--help"):
             _overview(console)
         elif arguments[0] == "--version":
@@ -566,11 +567,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _allow_code(arguments: list[str]) -> list[str]:
+    """Take the functions out of a command line that may run to build networks."""
+    rest, names = [], iter(arguments)
+    for name in names:
+        option, equals, value = name.partition("=")
+        if option == "--allow-code":
+            models.allow_code(value if equals else next(names, ""))
+        else:
+            rest.append(name)
+    return rest
+
+
 def _overview(console: Console) -> None:
     lines = ["usage: ducat COMMAND [options]", "", (ducat.__doc__ or "").strip(), ""]
     lines += [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
     lines += ["", "`ducat COMMAND --help` explains a command's options; `ducat --version` prints the version."]
-    lines += ["Every command takes --traceback, which shows where an error comes from."]
+    lines += [
+        "Every command takes --traceback, which shows where an error comes from, and --allow-code FILE.py:FUNCTION,",
+        "which lets the function run that a run's network was made by.",
+    ]
     console.print("\n".join(lines), highlight=False, markup=False)
 
 

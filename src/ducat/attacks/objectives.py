@@ -49,7 +49,8 @@ class Objective:
         if self.success is not None:
             return self.success(logits, y)
         prediction = (recover(logits) if self.knows_recovery else logits).argmax(1)
-        return prediction == y if self.targeted else prediction != y
+        finite = logits.isfinite().all(1)  # what is not finite is no prediction
+        return finite & (prediction == y) if self.targeted else ~finite | (prediction != y)
 
 
 def dlr(logits: Logits, y: Labels) -> PerSample:

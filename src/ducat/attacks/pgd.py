@@ -148,7 +148,7 @@ def _gradient(
         if not value.requires_grad:  # the model passes no gradient
             return logits, value, torch.zeros_like(adversarial)
         (gradient,) = torch.autograd.grad(value.sum(), adversarial)
-    return logits.detach(), value.detach(), gradient
+    return logits.detach(), value.detach(), gradient.nan_to_num()
 
 
 def _last_iterate(

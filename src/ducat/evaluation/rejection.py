@@ -507,17 +507,18 @@ class Rejection:
         }
 
     def _curve(self, result: SignalResult) -> list[dict[str, float]]:
-        """Return shares at thresholds that refuse evenly more of the correctly classified benign images, up to a fifth.
+        """Return shares at thresholds that refuse evenly more of the correctly classified benign images.
 
-        Between the thresholds that were attacked the images found for others count, so that the curve is an upper bound
-        there.
+        It ends at the strictest threshold that was attacked. Between those that were, the images found for others
+        count, so that it is an upper bound there.
         """
         correct = result.prediction == self.labels
         if not correct.any():
             return []
         points = []
         for number in range(CURVE):
-            threshold = _threshold(result.acceptance[correct], 0.2 * number / (CURVE - 1))
+            part = number / (CURVE - 1)
+            threshold = _threshold(result.acceptance[correct], max(result.thresholds) * part)
             points.append(
                 {
                     "right_refused": _rounded(result.acceptance[correct] < threshold),
@@ -549,7 +550,7 @@ def measure(
     threat: ThreatModel,
     shares: Sequence[float | int],
     *,
-    held_out: tuple[Images, Labels] | None = None,
+    held_out: tuple[Float[Tensor, "held_out channels height width"], Int[Tensor, " held_out"]] | None = None,
     found: Sequence[Images] = (),
     attacked: nn.Module | None = None,
     signals: Mapping[str, Signal] | None = None,

@@ -14,6 +14,8 @@ from ducat.config import Config
 from ducat.data import load, load_test
 from ducat.evaluation.engine import evaluate
 from ducat.evaluation.rejection import calibrate
+from ducat.models import allow_code
+from ducat.models.doors import is_function
 from ducat.runs import RunFolder, Which
 from ducat.threat import ThreatModel
 
@@ -102,14 +104,23 @@ def evaluate_checkpoint(
 
     Raises:
         FileNotFoundError: if there are no such weights or data.
+        FileExistsError: if `path` or the .safetensors beside it is there already.
         ValueError: if the weights do not fit the network, or the data have another number of classes.
     """
+    if path is not None:
+        for file in (path, path.with_suffix(".safetensors")):
+            if file.exists():
+                raise FileExistsError(
+                    f"{file} exists, and nothing is overwritten: choose another name than {path.name}"
+                )
     dataset = load(config.data.name, root=config.data.root)
     classes = len(dataset.classes)
     if num_classes not in (None, classes):
         raise ValueError(f"num_classes={num_classes}, but {config.data.name} has {classes} classes")
     config = config.resolve(dataset.spec)
-    _, model = weights.read(source).network(config.architecture(dataset))
+    if config.model.name is not None and is_function(config.model.name):
+        allow_code(config.model.name)  # whoever makes settings has asked for it
+    _, model = weights.read(source).network(config.described(config.architecture(dataset)))
     return _evaluate_and_save(
         model,
         load_test(config.data.name, samples, config.data.root),

@@ -56,7 +56,7 @@ def _figures(comparison: Comparison) -> dict[str, str]:
         figures[f"trade-off-{number}"] = plots.inline(plots.trade_off(points(section)), f"trade-off-{number}")
     for number, run in enumerate(comparison.runs):
         seen = run.behaviour or {}
-        if run.metrics:
+        if run.metrics and run.path is not None:
             config = Config.from_yaml(run.path / "config.yaml")
             start = config.start_epoch if config.dummy.kind != "off" else None
             name = f"training-{number}"
@@ -120,7 +120,7 @@ def _shares(parts: Mapping[str, float]) -> str:
 
 def reproduce(run: Run) -> list[str]:
     """Return the commands that make a run and its evaluation again, under another name."""
-    name = f"{run.path.name}-again"
+    name = f"{run.name if run.path is None else run.path.name}-again"
     if "initial" in run.manifest:
         # Its beginning is a file that only the command line of the time names.
         program, *arguments = run.manifest["command"]

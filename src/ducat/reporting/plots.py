@@ -96,7 +96,7 @@ def refusing(signals: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         signals: "signals" of the "rejection" of an evaluation.json.
     """
-    figure, axes = _figure(height=3.6)
+    figure, axes = _figure(height=3.4 + 0.25 * len(signals) / 2)
     for index, each in enumerate(signals):
         colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
         places = [(100 * point["right_refused"], 100 * point["robust"]) for point in each["curve"]]
@@ -109,7 +109,7 @@ def refusing(signals: Sequence[Mapping[str, Any]]) -> Figure:
         axes.plot(*zip(*marked, strict=True), mark, color=colour, markersize=6, label=each["signal"])
     axes.set_xlabel("correctly classified benign images refused (%)")
     axes.set_ylabel("robust with rejection (%)")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
     return figure
 
 
