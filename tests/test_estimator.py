@@ -50,7 +50,7 @@ def test_evaluation_shows_blind_and_robust(fitted: RobustClassifier, digits: tup
     measured = fitted.evaluate(x[400:450], y[400:450], suite="quick")
     assert float(measured.clean.float().mean()) == pytest.approx(fitted.score(x[400:450], y[400:450]))
     assert measured.robust.sum() <= measured.blind.sum() <= measured.clean.sum()
-    assert measured.threat.radius == pytest.approx(0.1)
+    assert measured.threat.eps == pytest.approx(0.1)
     with pytest.raises(ValueError, match="'ten', which is not among the classes"):
         fitted.evaluate(x[:1], ["ten"])
 

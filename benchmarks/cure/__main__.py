@@ -48,13 +48,13 @@ SHORT = (
     Round("weighted-pair", 20),
     Round(TARGETED, 20, targets=5),
 )
-ATTACKS = (
+STANDARD = (
     *(row for row in SUITES["light"].attacks if row.strategy == "pgd-20"),
     Attack("ensemble-front", True, ensemble(SHORT)),
 )
-FRONT = Suite(ATTACKS, audit=False, name="front")
+FRONT = Suite(STANDARD, audit=False, name="front")
 FRONT_OF_MIXTURES = Suite(
-    (*ATTACKS, Attack("stand-ins", True, through_stand_ins)), audit=False, name="front-of-mixtures"
+    (*STANDARD, Attack("stand-ins", True, through_stand_ins)), audit=False, name="front-of-mixtures"
 )
 
 

@@ -77,7 +77,7 @@ def trades_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-FORMATS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any]]] = {
+WRAPPED: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any]]] = {
     "bare": ("weights.pt", lambda weights: weights),
     "nested": ("weights.pth", lambda weights: {"epoch": 3, "best": 0.5, "state_dict": weights}),
     "nested twice": ("weights.pt", lambda weights: {"model": {"net": weights}}),
@@ -96,10 +96,10 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WRAPPED)
 def test_the_recovered_prediction_right_after_the_copy_is_the_originals(tmp_path: Path, name: str) -> None:
     model = original()
-    file, wrap = FORMATS[name]
+    file, wrap = WRAPPED[name]
     source = write(tmp_path / file, wrap(bare(model)))
     # With a learning rate of 0 the weights stay those of the copy; batch-norm statistics are put back below.
     folder = adapt(source, TINY, tmp_path)

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 
 import ducat
 from ducat.attacks.adaptive import BUDGETS, Round
-from ducat.attacks.objectives import OBJECTIVES
-from ducat.attacks.objectives import Objective as Goal
+from ducat.attacks.objectives import OBJECTIVES, Goal
 from ducat.attacks.suites import SUITES, Attack, Suite
 from ducat.config import DummyConfig, MethodConfig
 from ducat.methods import ATTACKS, METHODS, InnerAttack, Method, Objective
@@ -82,11 +81,11 @@ def test_a_suite_and_an_attack_of_ones_own_measure_a_network_of_ones_own() -> No
 
     def brighter(model: nn.Module, x: Tensor, y: Tensor, threat: ducat.ThreatModel, generator: Any) -> Tensor:
         calls.append("brighter")
-        return threat.project(x + threat.radius, x)
+        return threat.project(x + threat.eps, x)
 
     def darker(model: nn.Module, x: Tensor, y: Tensor, threat: ducat.ThreatModel, generator: Any) -> Tensor:
         calls.append("darker")
-        return threat.project(x - threat.radius, x)
+        return threat.project(x - threat.eps, x)
 
     suite = Suite((Attack("brighter", True, brighter),), audit=False, name="light and shade")
     threat = ducat.ThreatModel(eps=0.3)

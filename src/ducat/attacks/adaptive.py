@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ducat.attacks.objectives import Objective, find, targeted_pair
+from ducat.attacks.objectives import Goal, find, targeted_pair
 from ducat.attacks.pgd import attackable, pgd
 from ducat.dummy import RecoveredClassifier, dummy_head, recover
 from ducat.threat import ThreatModel
 
-Images = Float[Tensor, "batch channels height width"]
+Batch = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
 
 
@@ -91,7 +91,7 @@ def is_recovered(model: nn.Module) -> bool:
     return isinstance(model, RecoveredClassifier) and forward is RecoveredClassifier.forward
 
 
-def with_dummy_classes(model: nn.Module, x: Images) -> nn.Module:
+def with_dummy_classes(model: nn.Module, x: Batch) -> nn.Module:
     """Return a view of any classifier that has 2C logits.
 
     What `recover` makes of them by max is the decision of the classifier. A `RecoveredClassifier` by max is opened, a
@@ -110,12 +110,12 @@ def with_dummy_classes(model: nn.Module, x: Images) -> nn.Module:
 
 def adaptive(
     model: nn.Module,
-    x: Images,
+    x: Batch,
     y: Labels,
     threat: ThreatModel,
     budget: str | Sequence[Round] = "standard",
     generator: torch.Generator | None = None,
-) -> Images:
+) -> Batch:
     """Attack the recovered classifier with an ensemble that keeps, per sample, the first success.
 
     The objectives are those that work on both members of each pair of real and dummy class: recovered cross-entropy,
@@ -145,7 +145,7 @@ def adaptive(
     if not len(x):
         return x.clone()
     network = with_dummy_classes(model, x)
-    search = _Search(network, x, y)
+    search = _Nearest(network, x, y)
     for attack in BUDGETS[budget] if isinstance(budget, str) else budget:
         rows, targets = search.candidates(attack)
         while len(rows):
@@ -160,14 +160,14 @@ def adaptive(
     return search.adversarial
 
 
-def _towards(target: Labels) -> Objective:
-    return Objective(targeted_pair, knows_recovery=True, reference=lambda clean_logits, y: target)
+def _towards(target: Labels) -> Goal:
+    return Goal(targeted_pair, knows_recovery=True, reference=lambda clean_logits, y: target)
 
 
-class _Search:
+class _Nearest:
     """What is known of each sample: how near it came to each wrong class, and the image that came nearest to any."""
 
-    def __init__(self, network: nn.Module, x: Images, y: Labels) -> None:
+    def __init__(self, network: nn.Module, x: Batch, y: Labels) -> None:
         self.network = network
         self.y = y
         self.adversarial = x.clone()

@@ -16,7 +16,7 @@ from ducat import checkpoint, data
 from ducat.evaluation.result import Evaluation
 from ducat.runs import RunFolder
 
-Images = Float[Tensor, "samples channels height width"]
+Samples = Float[Tensor, "samples channels height width"]
 Labels = Int[Tensor, " samples"]
 
 BINS = 10
@@ -24,7 +24,7 @@ EXAMPLES = 8
 
 
 def measure(
-    model: nn.Module, x: Images, adversarial: Images, y: Labels, classes: Sequence[str], *, batch_size: int = 500
+    model: nn.Module, x: Samples, adversarial: Samples, y: Labels, classes: Sequence[str], *, batch_size: int = 500
 ) -> dict[str, Any]:
     """Look at a network's outputs on benign images and on the adversarial images made of them.
 

@@ -410,7 +410,7 @@ def _conclude(
     least = torch.stack([outcome.clean, *(one.correct if one.shares is None else one.shares for one in attacks)])
     least = least.float().amin(0)
     audit = opinion = second = None
-    searched = job.threat.radius > 0 and bool(clean.any())
+    searched = job.threat.eps > 0 and bool(clean.any())
     guess = subject.deployed(job.attacked[0])
 
     def join(strategy: str, rows: Tensor, found: Tensor, seconds: float) -> int:
@@ -465,7 +465,7 @@ def _conclude(
         given, labels = job.to_device(x[rows], y[rows])
         began = time.perf_counter()
         found = second_opinion.plain_pgd(
-            subject.network, given, labels, job.threat.norm, job.threat.radius, subject.how, job.seed
+            subject.network, given, labels, job.threat.norm, job.threat.eps, subject.how, job.seed
         )
         opinion = Opinion(len(rows), join(SECOND_OPINION, rows, found, time.perf_counter() - began))
     last = LAST_REPEATS if nature.random else 1

@@ -215,7 +215,7 @@ def _evaluations(runs: Sequence[Path]) -> dict[str, Evaluation]:
     if len(runs) < 2:
         raise ValueError("give at least two evaluated runs: the study compares models")
     evaluations = [Evaluation.load(RunFolder.open(run).path) for run in runs]
-    settings = [(one.fingerprint, one.threat.norm, one.threat.radius) for one in evaluations]
+    settings = [(one.fingerprint, one.threat.norm, one.threat.eps) for one in evaluations]
     for run, setting in zip(runs, settings, strict=True):
         if setting != settings[0]:
             raise ValueError(

@@ -74,7 +74,7 @@ class Playground:
         return {
             "run": source.folder.name,
             "norm": self.threat.norm,
-            "eps": self.threat.radius,
+            "eps": self.threat.eps,
             "dummies": source.classifier.architecture.dummy_classes,
             "attacks": list(STRATEGIES),
             "classes": list(source.classifier.classes),

@@ -47,7 +47,7 @@ def settings(source: Path) -> Config:
     method, threat = config.method, config.threat
     if method.weight == methods.find(method.name).weight:
         method = replace(method, weight=None)
-    if threat.step_size == threat.build(None).radius / 4:
+    if threat.step_size == threat.build(None).eps / 4:
         threat = replace(threat, step_size=None)
     dummy = DummyConfig("recovery-aware", start_epoch=0.0)
     return replace(config, name=None, method=method, dummy=dummy, threat=threat, train=tail)
