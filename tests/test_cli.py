@@ -229,5 +229,7 @@ def test_runs_are_analysed_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert "failed.svg exists" in said(capsys)[1]
     assert main(["analyze", "corruption", "runs/s0"]) == 2
     assert "no corrupted images of digits" in said(capsys)[1]
+    assert main(["analyze", "corruption", *runs]) == 2
+    assert "give one run" in said(capsys)[1]
     assert main(["analyze", "always-failed", "runs/s0"]) == 2
     assert "at least two" in said(capsys)[1]

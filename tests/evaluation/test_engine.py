@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ducat
 from ducat.attacks.suites import SUITES, Attack, Suite
 from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
-from ducat.evaluation import Evaluation, compare
+from ducat.evaluation import Evaluation, behaviour, compare
 from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder
 from ducat.training import train
@@ -223,6 +223,16 @@ def test_an_evaluation_says_which_checkpoint_it_is_of(run: RunFolder, which: str
     assert evaluate_run(run, "quick", samples=20, which=which)["checkpoint"] == which
     assert Evaluation.load(run.path).checkpoint == which
     assert json.loads(run.evaluation_path.read_text())["checkpoint"] == which
+
+
+def test_a_run_can_be_attacked_by_a_suite_from_outside(run: RunFolder) -> None:
+    def darken(model: nn.Module, x: Tensor, y: Tensor, threat: ducat.ThreatModel, noise: torch.Generator) -> Tensor:
+        return threat.project(x - threat.eps, x)
+
+    measured = evaluate_run(run, Suite((Attack("darken", False, darken),), audit=False, name="ours"), samples=20)
+    assert measured["suite"] == "ours"
+    assert "darken" in [attack["name"] for attack in measured["attacks"]]
+    assert behaviour.read(run) is not None, "an evaluation measures the behaviour too"
 
 
 def test_a_run_can_be_attacked_in_another_ball(run: RunFolder) -> None:

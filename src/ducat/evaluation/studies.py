@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,15 @@ from ducat.evaluation.result import Evaluation
 from ducat.runs import RunFolder, Which, load
 
 Flags = Bool[Tensor, " samples"]
+Progress = Callable[[str], None]
+
+
+class Sheet(NamedTuple):
+    """A study's numbers as text: a title, the names of the columns, and the rows."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,18 @@ class AlwaysFailed:
             },
         }
 
+    def sheet(self) -> Sheet:
+        """Return a row for each class."""
+        numbers = self.to_dict()
+        title = (
+            f"{numbers['failed_on_every']} of {numbers['samples']} test images fail on every model, each under its own "
+            f"attack: {100 * numbers['share_of_samples']:.1f} % of the test images, "
+            f"{100 * numbers['share_of_failures']:.1f} % of those that fail on some model"
+        )
+        counts = {"images": "samples", "fail on some": "failed_on_some", "fail on every": "failed_on_every"}
+        rows = [[name, *(str(row[key]) for key in counts.values())] for name, row in numbers["classes"].items()]
+        return Sheet(title, ["class", *counts], rows)
+
 
 def always_failed(runs: Sequence[Path]) -> AlwaysFailed:
     """Find the samples whose own adversarial images fail on every one of several evaluated runs.
@@ -112,10 +133,22 @@ class Transfer:
             },
         }
 
+    def sheet(self) -> Sheet:
+        """Return a row for each source."""
+        title = (
+            "Of the images that the target (column) classifies correctly, the share in % that the source's (row) "
+            "adversarial images make it lose: all / effective on the source / ineffective on it"
+        )
+        numbers = [str(number) for number in range(1, len(self.runs) + 1)]
+        layers = torch.stack([self.success, self.effective, self.ineffective], dim=-1).tolist()
+        rows = [
+            [number, name, *(" / ".join("-" if x != x else f"{100 * x:.1f}" for x in cell) for cell in row)]
+            for number, name, row in zip(numbers, self.runs, layers, strict=True)
+        ]
+        return Sheet(title, ["", "source", *(f"on {number}" for number in numbers)], rows)
 
-def transfer(
-    runs: Sequence[Path], which: Which | None = None, progress: Callable[[str], None] = lambda target: None
-) -> Transfer:
+
+def transfer(runs: Sequence[Path], which: Which | None = None, progress: Progress = lambda target: None) -> Transfer:
     """Show every evaluated run the adversarial images of every other.
 
     Args:
@@ -175,6 +208,12 @@ class Corruption:
             "mean_error": self.mean_error,
         }
 
+    def sheet(self) -> Sheet:
+        """Return a row for each corruption."""
+        title = f"Accuracy in % by severity; mean error {100 * self.mean_error:.1f} %"
+        rows = [[name, *(f"{100 * value:.1f}" for value in values)] for name, values in self.accuracy.items()]
+        return Sheet(title, ["corruption", *"12345"], rows)
+
 
 def corruption(
     run: Path,
@@ -182,7 +221,7 @@ def corruption(
     *,
     samples: int | None = None,
     which: Which = "best",
-    progress: Callable[[str], None] = lambda corruption: None,
+    progress: Progress = lambda corruption: None,
 ) -> Corruption:
     """Measure a run on corrupted images, with the recovered classifier.
 
@@ -208,6 +247,21 @@ def corruption(
         progress(f"{kind} {severity}")
         accuracy.setdefault(kind, []).append(float((_predict(model, x) == y).float().mean()))
     return Corruption(run.name, name, {kind: tuple(values) for kind, values in accuracy.items()})
+
+
+def _corruption(runs: Sequence[Path], which: Which | None, samples: int | None, progress: Progress) -> Corruption:
+    if len(runs) != 1:
+        raise ValueError(f"corruption: give one run, not {len(runs)}")
+    return corruption(runs[0], samples=samples, which=which or "best", progress=progress)
+
+
+# By name: what is found in run folders, of a checkpoint, on a number of samples.
+Study = Callable[[Sequence[Path], Which | None, int | None, Progress], AlwaysFailed | Transfer | Corruption]
+STUDIES: dict[str, Study] = {
+    "always-failed": lambda runs, which, samples, progress: always_failed(runs),
+    "transfer": lambda runs, which, samples, progress: transfer(runs, which, progress),
+    "corruption": _corruption,
+}
 
 
 def _evaluations(runs: Sequence[Path]) -> dict[str, Evaluation]:

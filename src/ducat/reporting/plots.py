@@ -6,7 +6,7 @@ import io
 import itertools
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,6 +205,14 @@ def corruption(measured: Mapping[str, Any]) -> Figure:
     axes.set_ylabel("accuracy (%)")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK, fontsize=7)
     return figure
+
+
+# By the name of the study.
+FIGURES: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
+    "always-failed": always_failed,
+    "transfer": transfer,
+    "corruption": corruption,
+}
 
 
 def save(figure: Figure, path: Path) -> None:
