@@ -1,4 +1,4 @@
-"""Losses and whole outer losses against METHOD.md's formulas, written once more in float64 NumPy probabilities."""
+"""Losses and whole outer losses against the formulas of docs/methods.md, written anew in float64 NumPy."""
 
 from collections.abc import Callable
 
@@ -163,7 +163,7 @@ def objective(method: str, kind: str, epoch: int, smoothing: float = 0.0):
 
 
 def reference_loss(method: str, kind: str, epoch: int, smoothing: float, z: Array, z2: Array, y: Array) -> float:
-    """METHOD.md, the table in section 1; z and z2 are the logits of benign and adversarial images."""
+    """The tables of docs/methods.md; z and z2 are the logits of benign and adversarial images."""
     active = kind != "off" and epoch == 1
 
     def read(logits: Array) -> Array:

@@ -228,7 +228,7 @@ def _cosine(steps: int, first: float) -> tuple[float, ...]:
 
 ATTACKS: dict[str, InnerAttack] = {
     "pgd": InnerAttack(),
-    # Ours: long steps first, then ever shorter ones. docs/performance.md measures how strong it is for its cost.
+    # Ours: long steps first, then ever shorter ones. results/training-step.md measures how strong it is.
     "pgd-cosine": InnerAttack(_cosine(5, 1.5)),
     # Wong et al. 2020, arXiv 2001.03994
     "fgsm-rs": InnerAttack((1.25,)),

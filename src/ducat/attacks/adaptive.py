@@ -49,7 +49,7 @@ class Round:
 
 
 # A tournament: short attacks on all samples, then on all targets, then ever more on ever fewer pairs of sample and
-# target: most of the time goes where a sample may yet fall. Measured against AutoAttack in docs/evaluation.md.
+# target: most of the time goes where a sample may yet fall. Measured against AutoAttack in results/strength.md.
 BUDGETS: dict[str, tuple[Round, ...]] = {
     "quick": (Round("recovered-cross-entropy", 10), Round("weighted-pair", 20)),
     "standard": (
