@@ -95,7 +95,9 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir()), "something was left behind"
 
 
-def test_an_image_folder_goes_the_whole_road(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_image_folder_is_prepared_trained_on_and_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for split, label, number in itertools.product(("train", "test"), ("cat", "dog"), range(20)):
         file = tmp_path / "pets" / split / label / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
