@@ -38,6 +38,7 @@ USER_ERRORS = (ArgumentError, ValueError, OSError, FloatingPointError)
 ARGUMENT_ERRORS = {
     r"Does not validate against any of the Union subtypes.*?(Expected an? .*?)\n.*Given value: ": r"\1. Got value: ",
     r"Expected an? <class '(\w+)'>": r"expected \1",
+    r"^argument ([\w-]+): invalid choice: '?(.*?)'? \(choose from (.*)\)$": r"\1: choose from \3. Got value: \2",
     r"Expected a typing\.Literal\[([^\]]+)\]": r"choose from \1",
 }
 

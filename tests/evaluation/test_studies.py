@@ -12,6 +12,8 @@ from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder
 from ducat.training import train
 
+pytestmark = pytest.mark.slow  # all of them need three trained networks
+
 SAMPLES = 80
 
 
