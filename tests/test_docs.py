@@ -29,6 +29,7 @@ SHORT_TRAINING = {"--train.epochs": "3", "--data.samples": "200", "--train.batch
 REDUCTIONS: dict[str, dict[str, str]] = {
     "demo": {"--epochs": "2"},
     "train": SHORT_TRAINING,
+    "sweep": {**SHORT_TRAINING, "--samples": "30"},
     "adapt": {**SHORT_TRAINING, "--train.epochs": "1"},
     "evaluate": {"--suite": "quick", "--samples": "30"},
 }

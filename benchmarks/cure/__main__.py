@@ -32,13 +32,13 @@ from benchmarks.cure.networks import Gated, Held, Joined, through_stand_ins
 from benchmarks.cure.rows import ROWS, Row
 from benchmarks.cure.settings import SETTINGS, Setting
 from ducat import checkpoint
+from ducat.architecture import Architecture
 from ducat.attacks.adaptive import TARGETED, Round
 from ducat.attacks.suites import SUITES, Attack, Suite, ensemble
 from ducat.cli import main as command
 from ducat.config import Config
 from ducat.data import load, load_test
 from ducat.dummy import add_dummy_classes
-from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder
 from ducat.training import Initial, train
 

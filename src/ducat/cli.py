@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,11 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 import ducat
-from ducat import checkpoint, data, training
+from ducat import checkpoint, data, models, training
 from ducat import demo as demo_room
 from ducat.attacks.suites import SUITES
 from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, config_parser
-from ducat.evaluation.runs import evaluate_checkpoint, evaluate_run
+from ducat.evaluation.rejection import SIGNALS
+from ducat.evaluation.runs import calibrate_run, evaluate_checkpoint, evaluate_run
 from ducat.evaluation.studies import STUDIES
 from ducat.progress import Live
 from ducat.reporting import compare as comparing
@@ -44,7 +46,9 @@ ARGUMENT_ERRORS = {
 
 NORMALIZATION = "of a checkpoint: whether its network takes images normalised by the data's mean and deviation"
 EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
-EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption the best"
+REJECT = "measure refusing too: shares of correctly classified benign images that may be refused, such as 0.02 0.05"
+CALIBRATE = "share of correctly classified benign validation images that may be refused, in [0, 1), such as 0.05"
+EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption and targeted the best"
 
 
 class Command(NamedTuple):
@@ -76,12 +80,11 @@ def _config(arguments: Namespace) -> Config:
 
 def _print_trained(console: Console, folder: RunFolder) -> None:
     last = folder.metrics[-1]
-    console.print(
-        f"{folder.path}: validation clean {100 * last['clean']:.1f}, blind {100 * last['blind']:.1f}, "
-        f"robust {100 * last['robust']:.1f} (last epoch). Next: ducat evaluate {folder.path}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    told, which = "nothing was held out to validate on", " --which last"
+    if "robust" in last:
+        shares = ", ".join(f"{name} {100 * last[name]:.1f}" for name in ("clean", "blind", "robust"))
+        told, which = f"validation {shares} (last epoch)", ""
+    _print(console, f"{folder.path}: {told}. Next: ducat evaluate {folder.path}{which}")
 
 
 def _check_resume(given: Namespace) -> None:
@@ -115,6 +118,41 @@ def _adapt_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser.add_argument("checkpoint", type=Path, help="run folder, or file of weights; comes before the options")
     if arguments and not arguments[0].startswith("-"):
         parser.set_defaults(settings(Path(arguments[0])).flat())
+    return parser
+
+
+def _run_sweep(arguments: Namespace, console: Console) -> None:
+    from ducat import sweep
+
+    base = _config(arguments)
+    with Live(console) as live:
+        made = sweep.sweep(
+            replace(base, name=None),
+            sweep.read_grid(arguments.grid),
+            arguments.runs / (base.name or "sweep"),
+            suite=arguments.suite,
+            samples=arguments.samples,
+            which=arguments.which,
+            progress=live,
+        )
+    print_comparison(console, made.comparison)
+    for name, why in made.failed.items():
+        _print(console, f"{name} is missing: {why}", label="warning")
+    _print(console, f"Tables, plot and page: {made.page.parent}/ (open {made.page})")
+
+
+def _sweep_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _settings_parser("ducat sweep")
+    parser.add_argument(
+        "--grid",
+        type=str,
+        nargs="+",
+        required=True,
+        help="options and their values, as dummy.benign_weight=0,0.25 train.seed=0,1,2: every combination is trained",
+    )
+    parser.add_argument("--suite", choices=tuple(SUITES), default="light", help="which attacks to run")
+    parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")
+    parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
     return parser
 
 
@@ -179,6 +217,7 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
             seed=arguments.seed,
             which=arguments.which,
             threat=_threat(arguments).build(None) if arguments.norm or arguments.eps else None,
+            reject=arguments.reject,
             progress=live.attacks(folder.name),
         )
     if arguments.json is not None:
@@ -210,9 +249,10 @@ def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
             samples=arguments.samples,
             seed=arguments.seed,
             path=arguments.json,
+            reject=arguments.reject,
             progress=live.attacks(source.stem),
         )
-    print_comparison(console, comparing.compare([Run(source.stem, source, config.flat(), {}, [], measured)]))
+    print_comparison(console, comparing.compare([Run(source.stem, None, config.flat(), {}, [], measured)]))
 
 
 def _run_compare(arguments: Namespace, console: Console) -> None:
@@ -249,15 +289,36 @@ def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser.add_argument(
         "--num-classes", type=int | None, help="of a checkpoint: real classes, checked against the data"
     )
-    parser.add_argument("--normalization", type=Literal["data", "none"], default="data", help=NORMALIZATION)
+    parser.add_argument("--normalization", type=Literal["auto", "data", "none"], default="auto", help=NORMALIZATION)
     parser.add_argument("--data", type=str, default="cifar10", help="for a checkpoint: data set to evaluate on")
-    parser.add_argument("--norm", type=Norm | None, help="linf or l2; default: the run's, or linf")
+    parser.add_argument("--norm", type=Norm | None, help="linf, l2 or l1; default: the run's, or linf")
     parser.add_argument("--eps", type=float | str | None, help=EPS)
     parser.add_argument("--suite", choices=tuple(SUITES), default="standard", help="which attacks to run")
     parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the attacks")
     parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
+    parser.add_argument("--reject", type=float, nargs="*", default=[], metavar="SHARE", help=REJECT)
     parser.add_argument("--json", type=Path | None, help="also write the result to this new file")
+    return parser
+
+
+def _run_calibrate(arguments: Namespace, console: Console) -> None:
+    folder = RunFolder.open(arguments.run)
+    made = calibrate_run(folder, arguments.reject, arguments.signal, which=arguments.which)
+    _print(
+        console,
+        f"{folder.rejection_path}: refuses images whose {made['signal']} is below {made['threshold']:.4g}, "
+        f"{100 * made['reject']:g} % of the correctly classified among {made['images']} validation images. "
+        f"What that withstands: ducat evaluate {folder.path} --which {made['checkpoint']} --reject {made['reject']:g}",
+    )
+
+
+def _calibrate_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _parser("ducat calibrate")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--reject", type=float, required=True, metavar="SHARE", help=CALIBRATE)
+    parser.add_argument("--signal", choices=tuple(SIGNALS), default="confidence", help="what decides")
+    parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
     return parser
 
 
@@ -347,9 +408,9 @@ def _run_analyze(arguments: Namespace, console: Console) -> None:
 def _analyze_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = _parser("ducat analyze")
     parser.add_argument("study", choices=tuple(STUDIES), help="what to measure")
-    parser.add_argument("runs", type=Path, nargs="+", help="evaluated run folders; one for corruption")
+    parser.add_argument("runs", type=Path, nargs="+", help="evaluated run folders; one for corruption and targeted")
     parser.add_argument("--which", type=Which | None, help=EVALUATED)
-    parser.add_argument("--samples", type=int | None, help="for corruption: images of each; default: all")
+    parser.add_argument("--samples", type=int | None, help="for corruption and targeted: how many images; default: all")
     parser.add_argument("--json", type=Path | None, help="also write the numbers to this new file")
     parser.add_argument("--figure", type=Path | None, help="also draw them into this new .svg or .png file")
     return parser
@@ -359,7 +420,9 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("train, attack and compare four networks on digits, offline, in minutes", _demo_parser, _run_demo),
     "train": Command("train a network and leave a run folder", _train_parser, _run_train),
     "adapt": Command("give a trained network dummy classes and train it on", _adapt_parser, _run_adapt),
+    "sweep": Command("train and evaluate every combination of settings", _sweep_parser, _run_sweep),
     "evaluate": Command("attack a run, blind and recovery-aware", _evaluate_parser, _run_evaluate),
+    "calibrate": Command("let a run refuse what it is unsure of", _calibrate_parser, _run_calibrate),
     "compare": Command("put evaluated runs side by side", _compare_parser, _run_compare),
     "analyze": Command("what several evaluated runs say together", _analyze_parser, _run_analyze),
     "export": Command("write a run for ONNX, a model hub and other tools", _export_parser, _run_export),
@@ -370,12 +433,12 @@ COMMANDS: dict[str, Command] = {
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Print runs as tables, with what was measured above each and what a reader must know below."""
-    for section in comparison.sections:
-        _print(console, f"{section.title}. {comparing.caption(section)}")
+    for lines in (table for section in comparison.sections for table in comparing.tables(section)):
+        _print(console, lines.caption)
         table = Table()
-        for header in comparing.headers(section):
+        for header in lines.headers:
             table.add_column(header, overflow="fold")
-        for cells in comparing.cells(section):
+        for cells in lines.cells:
             # The interval goes below its number, so that the table fits 80 columns.
             table.add_row(*(cell.replace(" [", "\n[") for cell in cells))
         console.print(table, highlight=False, markup=False)
@@ -398,6 +461,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Of several processes that train together, the first speaks for all.
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     try:
+        arguments = _allow_code(arguments)
         if not arguments or arguments[0] in ("-h", "--help"):
             _overview(console)
         elif arguments[0] == "--version":
@@ -423,11 +487,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _allow_code(arguments: list[str]) -> list[str]:
+    """Take the functions out of a command line that may run to build networks."""
+    rest, names = [], iter(arguments)
+    for name in names:
+        option, equals, value = name.partition("=")
+        if option == "--allow-code":
+            models.allow_code(value if equals else next(names, ""))
+        else:
+            rest.append(name)
+    return rest
+
+
 def _overview(console: Console) -> None:
     lines = ["usage: ducat COMMAND [options]", "", (ducat.__doc__ or "").strip(), ""]
     lines += [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
     lines += ["", "`ducat COMMAND --help` explains a command's options; `ducat --version` prints the version."]
-    lines += ["Every command takes --traceback, which shows where an error comes from."]
+    lines += [
+        "Every command takes --traceback, which shows where an error comes from, and --allow-code FILE.py:FUNCTION,",
+        "which lets the function run that a run's network was made by.",
+    ]
     console.print("\n".join(lines), highlight=False, markup=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from ducat import methods
+from ducat.architecture import Architecture, describe_foreign
 from ducat.data.images import Dataset
 from ducat.data.specs import DataSpec
 from ducat.dummy import TwoHot
 from ducat.methods import Kind
-from ducat.models.architecture import Architecture
+from ducat.models.doors import is_foreign
 from ducat.schedules import SCHEDULES, epoch_of
 from ducat.threat import Norm, ThreatModel
 
@@ -54,10 +56,24 @@ class DataConfig:
     augmentation: Literal["auto", "base", "strong"] = "auto"
     """base is random crop and flip as fits the data, strong AutoAugment and cutout as well; auto is strong for
     photographs where the method's paper says so (consistency), else base."""
+    crop_padding: int | None = None
+    """Pixels of black added on each side before the random crop; 0 is no crop. By default what fits the data."""
+    extra: Path | None = None
+    """Generated images to train on as well: an .npz file with image (uint8, channels last) and label. It is read where
+    it lies, and never validated on."""
+    extra_share: float | int = 0.7
+    """Share of each batch that is drawn from data.extra, in (0, 1)."""
+    held_out: float | int | None = None
+    """Training images held out to choose the best checkpoint: a number, or a share below 1. 0 trains on all of them,
+    and leaves no best checkpoint. By default those that were held out when the data were prepared."""
 
     def __post_init__(self) -> None:
         _among("data.augmentation", self.augmentation, ("auto", "base", "strong"))
         _at_least("data.samples", self.samples, 1)
+        _at_least("data.crop_padding", self.crop_padding, 0)
+        _at_least("data.held_out", self.held_out, 0)
+        if not 0 < self.extra_share < 1:
+            raise ValueError(f"data.extra_share={self.extra_share} is outside (0, 1)")
 
 
 @dataclass(frozen=True)
@@ -65,16 +81,33 @@ class ModelConfig:
     """Which network to train."""
 
     name: str | None = None
-    """Name of a network, for example small, resnet20, resnet18, wrn-28-10; by default the one usual for the data."""
+    """Name of a network, for example small, resnet20, resnet18, wrn-28-10; by default the one usual for the data.
+    Networks of others are timm/NAME, hf:REPO_OR_FOLDER, path/to/nets.py:function and package.module:function; a
+    function is called with the number of outputs."""
     width: int | None = None
     """Channels of the first stage, instead of the network's own."""
-    normalization: Literal["data", "none"] = "data"
+    normalization: Literal["auto", "data", "none"] = "auto"
     """What the network does to its images first: data subtracts the data's mean and divides by its standard deviation,
-    per channel; none takes images in [0, 1] as they are, as many published robust networks do."""
+    per channel; none takes images in [0, 1] as they are, as many published robust networks do; auto is what a network
+    of others says of itself, else data."""
+    options: dict[str, Any] | None = None
+    """What else a network of others is made with, for example {"img_size": 32}."""
+    weights: str | None = None
+    """Weights to begin with: a file or run folder, or pretrained for those that the network's publisher trained. A
+    head for another number of classes is new."""
+    input_size: int | None = None
+    """Pixels a side that a network of others is given: images are resized inside of the model. By default they are
+    not, unless it only takes another size."""
+
+    init: Literal["he", "torch"] = "he"
+    """How convolutions begin: he draws from a normal distribution with deviation sqrt(2 / fan out); torch as
+    torch.nn.Conv2d does, uniformly with deviation sqrt(1 / (3 fan in)), as code without an initialisation does."""
 
     def __post_init__(self) -> None:
-        _among("model.normalization", self.normalization, ("data", "none"))
+        _among("model.init", self.init, ("he", "torch"))
+        _among("model.normalization", self.normalization, ("auto", "data", "none"))
         _at_least("model.width", self.width, 1)
+        _at_least("model.input_size", self.input_size, 1)
 
 
 @dataclass(frozen=True)
@@ -91,9 +124,21 @@ class MethodConfig:
     validation then looks out for it."""
     label_smoothing: float | int = 0.0
     """Share of the target that is spread evenly over all classes, in [0, 1)."""
+    cross_entropy: Literal["auto", "benign", "adversarial"] = "auto"
+    """For trades and mart: the images that the cross-entropy is on while no dummy classes are in use; auto is as in
+    the method's paper. With adversarial for trades, the released code of dummy classes warms up."""
+    clip_start: bool = True
+    """Whether the noise that the attacks of trades and mart begin with is cut to [0, 1]; in their papers' code it is
+    not."""
 
     def __post_init__(self) -> None:
         methods.find(self.name).check_weight(self.weight)
+        _among("method.cross_entropy", self.cross_entropy, ("auto", "benign", "adversarial"))
+        if self.cross_entropy != "auto" and not methods.find(self.name).reads_benign:
+            raise ValueError(
+                f"method.cross_entropy={self.cross_entropy} does not fit method.name={self.name}: leave it at auto, or "
+                "choose trades or mart"
+            )
         _among("method.attack", self.attack, methods.ATTACKS)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"method.label_smoothing={self.label_smoothing} is outside [0, 1)")
@@ -119,11 +164,11 @@ class ThreatConfig:
     """What the attacker may do, in training and evaluation."""
 
     norm: Norm = "linf"
-    """linf or l2."""
+    """linf, l2 or l1."""
     eps: float | int | str | None = None
     """Radius of the ball, on images in [0, 1]: a number or a fraction such as 8/255. By default usual for the data."""
     step_size: float | int | str | None = None
-    """Length of an attack step, in the units of eps; eps / 4 by default."""
+    """Length of an attack step, in the units of eps; by default eps / 4, for l2 15/128 of eps."""
     steps: int = 10
     """Attack steps in training."""
 
@@ -146,12 +191,24 @@ class TrainConfig:
     """Passes over the training images."""
     batch_size: int = 128
     """Images a step, over all processes."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd with momentum, as convolutional networks are trained; or adamw, for transformers: its weight decay leaves out
+    norms, biases and other vectors."""
+    drop_last: bool = True
+    """Whether images that do not fill an epoch's last batch are left out of that epoch."""
     learning_rate: float | int = 0.1
-    """Highest learning rate of SGD."""
+    """Highest learning rate; for adamw about a hundredth of sgd's."""
     momentum: float | int = 0.9
-    """Momentum of SGD, in [0, 1)."""
+    """Momentum of sgd, in [0, 1)."""
     weight_decay: float | int = 5e-4
-    """Weight decay of SGD."""
+    """Weight decay; for adamw usually 0.05."""
+    clip_norm: float | int = 0.0
+    """Largest norm of the gradient over all weights, to which a longer one is shortened; 0 is none."""
+    accumulate: int = 1
+    """Parts that a batch is attacked and forwarded in, one after the other, to need less memory. Without batch norm the
+    result is that of the whole batch."""
+    eps_ramp_epochs: float | int = 0.0
+    """Epochs over which eps of the training attack grows linearly from 0 to its value, its step with it."""
     schedule: str = "multi-step"
     """Learning rate over time: multi-step, cosine, one-cycle or constant."""
     milestones: tuple[float | int, ...] = (0.77, 0.81)
@@ -171,8 +228,12 @@ class TrainConfig:
     """First epoch with adversarial weight perturbation, counted from 0; between 0 and 1 a fraction of all epochs."""
     seed: int = 0
     """Seed of everything random in the run."""
-    precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Number format of the network's passes; auto is bf16 where the processor computes in it, else float32."""
+    batch_norm: Literal["auto", "joint", "separate"] = "auto"
+    """Whether the regulariser's benign and adversarial images go through the network as one batch, with joint
+    batch-norm statistics, or separately, as in the papers of trades and mart; auto is as in the method's paper."""
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    """Number format of the network's passes; auto is bf16 where the processor computes in it, else float32. fp16 is for
+    GPUs without bf16: the loss is scaled so that small gradients are not lost."""
     compile: bool = False
     """Whether torch.compile compiles the passes of the network. Where it fails on a first forward pass, for example
     without a C compiler, training goes on without it and says so."""
@@ -190,10 +251,23 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least("train.epochs", self.epochs, 1)
         _at_least("train.batch_size", self.batch_size, 2)
+        _among("train.optimizer", self.optimizer, ("sgd", "adamw"))
         _at_least("train.learning_rate", self.learning_rate, 0)
+        _at_least("train.clip_norm", self.clip_norm, 0)
+        _at_least("train.accumulate", self.accumulate, 1)
+        _at_least("train.eps_ramp_epochs", self.eps_ramp_epochs, 0)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size} evenly"
+            )
+        if self.accumulate > 1 and not self.drop_last:
+            raise ValueError(f"train.accumulate={self.accumulate} needs full batches: choose train.drop_last=true")
+        if self.accumulate > 1 and self.awp:
+            raise ValueError(f"train.awp={self.awp} needs whole batches: choose train.accumulate=1")
         _within("train.momentum", self.momentum, 0, 1)
         _at_least("train.weight_decay", self.weight_decay, 0)
         _at_least("train.seed", self.seed, 0)
+        _among("train.batch_norm", self.batch_norm, ("auto", "joint", "separate"))
         _among("train.schedule", self.schedule, SCHEDULES)
         _at_least("train.warmup_epochs", self.warmup_epochs, 0)
         _among("train.averaging", self.averaging, ("off", "ema", "swa"))
@@ -239,9 +313,10 @@ class Config:
         if augmentation == "auto":
             # AutoAugment's policy was found on photographs; grey drawings are not what it fits.
             augmentation = method.augmentation if spec.shape[0] == 3 else "base"
+        padding = spec.crop_padding if self.data.crop_padding is None else self.data.crop_padding
         resolved = dataclasses.replace(
             self,
-            data=dataclasses.replace(self.data, augmentation=augmentation),
+            data=dataclasses.replace(self.data, augmentation=augmentation, crop_padding=padding),
             model=dataclasses.replace(self.model, name=self.model.name or spec.model),
             method=dataclasses.replace(self.method, weight=weight),
             threat=ThreatConfig(self.threat.norm, threat.eps, threat.step_size, threat.steps),
@@ -249,25 +324,40 @@ class Config:
         return dataclasses.replace(resolved, name=self.name or resolved.run_name)
 
     def architecture(self, dataset: Dataset) -> Architecture:
-        """Return the network that a resolved config asks for on its data."""
-        spec, channels = dataset.spec, dataset.spec.shape[0]
-        normalized = self.model.normalization == "data"
-        assert self.model.name is not None
+        """Return the network that a resolved config asks for on its data, without what only the network can say."""
+        spec, channels, model = dataset.spec, dataset.spec.shape[0], self.model
+        normalized = model.normalization != "none"
+        assert model.name is not None
+        ours = not is_foreign(model.name)
         return Architecture(
-            name=self.model.name,
+            name=model.name,
             num_classes=len(dataset.classes),
             dummy_classes=self.dummy.kind != "off",
             channels=channels,
             mean=spec.mean if normalized else (0.0,) * channels,
             std=spec.std if normalized else (1.0,) * channels,
-            width=self.model.width,
-            stem_stride=2 if spec.shape[1] >= 64 else 1,
+            width=model.width,
+            stem_stride=2 if spec.shape[1] >= 64 and ours else 1,
+            options=model.options or {},
+            image_size=spec.shape[1],
+        )
+
+    def described(self, architecture: Architecture) -> Architecture:
+        """Fill in what somebody else's network says of itself, which needs its library, file or configuration."""
+        if not is_foreign(architecture.name):
+            return architecture
+        return describe_foreign(
+            architecture,
+            normalize=self.model.normalization == "auto",
+            fit_size=self.model.input_size,
+            pretrained=self.model.weights == "pretrained",
         )
 
     @property
     def run_name(self) -> str:
         """Name made from the settings, for example digits-small-pgd-at-recovery-aware-s0."""
-        parts = [self.data.name, self.model.name or "default", self.method.name]
+        model = re.sub(r"[^\w.+-]+", "-", self.model.name or "default")
+        parts = [self.data.name, model, self.method.name]
         if self.dummy.kind != "off":
             parts.append(self.dummy.kind)
         return "-".join([*parts, f"s{self.train.seed}"])
@@ -279,12 +369,22 @@ class Config:
             return self.train.epochs
         return epoch_of(self.dummy.start_epoch, self.train.epochs, "dummy.start_epoch")
 
+    @property
+    def row(self) -> methods.Method:
+        """The method of the table, with the changes that the settings ask for."""
+        changes: dict[str, Any] = {"clip_start": self.method.clip_start}
+        if self.method.cross_entropy != "auto":
+            changes["target"] = self.method.cross_entropy
+        if self.train.batch_norm != "auto":
+            changes["forwards_apart"] = self.train.batch_norm == "separate"
+        return dataclasses.replace(methods.find(self.method.name), **changes)
+
     def objective(self, epoch: int) -> methods.Objective:
         """Return what the given epoch, counted from 0, minimises."""
         weights = {each.name: getattr(self.dummy, each.name) for each in dataclasses.fields(TwoHot)}
         method = self.method
         return methods.objective(
-            method.name,
+            self.row,
             self.dummy.kind,
             epoch >= self.start_epoch,
             weight=method.weight,
@@ -330,8 +430,8 @@ def config_parser(**kwargs: Any) -> ArgumentParser:
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+        if isinstance(value, dict) and not prefix:
+            yield from _flat(value, f"{name}.")
         else:
             yield prefix + name, _plain(value)
 
