@@ -86,6 +86,13 @@ def templates() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
     return model, x, y
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what needs a trained network or a browser, which take seconds to be made."""
+    for item in items:
+        if {"tiny_run", "browser"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on digits of a few seconds, with recovery-aware dummy classes, evaluated."""

@@ -108,6 +108,7 @@ def test_fp16_scales_the_loss_and_trains_as_float32_does() -> None:
     assert all(parameter.dtype == torch.float32 for parameter in made[1][1].model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

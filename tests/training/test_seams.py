@@ -100,6 +100,7 @@ def test_a_suite_and_an_attack_of_ones_own_measure_a_network_of_ones_own() -> No
     assert (dict(SUITES), dict(BUDGETS)) == tables
 
 
+@pytest.mark.slow
 def test_a_network_that_is_given_is_what_is_trained(tmp_path: Path) -> None:
     given = ducat.models.build("small", 10, channels=1, mean=(0.5,), std=(0.5,))
     config = replace(TINY, train=replace(TINY.train, learning_rate=0.0, weight_decay=0.0))
@@ -114,6 +115,7 @@ def test_a_network_that_is_given_is_what_is_trained(tmp_path: Path) -> None:
         train(replace(config, name="other"), tmp_path, model=nn.Sequential(nn.Flatten(), nn.Linear(5, 10)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["off", "recovery-aware"])
 @pytest.mark.parametrize("as_object", [False, True])
 def test_a_network_of_ones_own_trains_and_goes_on(tmp_path: Path, kind: str, as_object: bool) -> None:
@@ -141,6 +143,7 @@ def test_a_network_of_ones_own_trains_and_goes_on(tmp_path: Path, kind: str, as_
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.slow
 def test_a_run_with_an_objective_of_its_own_goes_on_with_it_alone(tmp_path: Path) -> None:
     def objective(epoch: int) -> Objective:
         return ducat.objective(METHOD, "off")
