@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from ducat import methods
+from ducat.architecture import Architecture, describe_foreign
 from ducat.data.images import Dataset
 from ducat.data.specs import DataSpec
 from ducat.dummy import TwoHot
 from ducat.methods import Kind
-from ducat.models.architecture import Architecture, describe_foreign
 from ducat.models.doors import is_foreign
 from ducat.schedules import SCHEDULES, epoch_of
 from ducat.threat import Norm, ThreatModel

@@ -475,7 +475,7 @@ def _conclude(
     least = torch.stack([outcome.clean, *(one.correct if one.shares is None else one.shares for one in attacks)])
     least = least.float().amin(0)
     audit = opinion = second = None
-    searched = job.threat.radius > 0 and bool(clean.any())
+    searched = job.threat.eps > 0 and bool(clean.any())
     guess = subject.deployed(job.attacked[0])
 
     def join(strategy: str, rows: Tensor, found: Tensor, seconds: float) -> int:

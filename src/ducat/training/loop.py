@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ducat import checkpoint, methods
 from ducat import data as datasets
+from ducat.architecture import Architecture
 from ducat.config import Config
 from ducat.data.extra import Extra, Mixed
-from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder, environment
 from ducat.training import tracking
 from ducat.training.initial import Initial, given
