@@ -174,8 +174,8 @@ def _adapt_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 
 def _run_data(arguments: Namespace, console: Console) -> None:
-    if arguments.action != "prepare" and (arguments["from"] or arguments.size):
-        raise ValueError(f"ducat data {arguments.action}: --from and --size are for prepare")
+    if arguments.action != "prepare" and (arguments["from"] or arguments.size or arguments.replace):
+        raise ValueError(f"ducat data {arguments.action}: --from, --size and --replace are for prepare")
     if arguments.action == "list":
         if arguments.name is not None:
             raise ValueError(f"ducat data list: it lists all data sets; `ducat data verify {arguments.name}` shows one")
@@ -183,14 +183,15 @@ def _run_data(arguments: Namespace, console: Console) -> None:
     elif arguments.name is None:
         raise ValueError(f"ducat data {arguments.action}: name a data set; `ducat data list` shows them")
     elif arguments.action == "prepare":
-        with console.status(f"preparing {arguments.name}"):
-            statuses = [data.prepare(arguments.name, arguments["from"], size=arguments.size, root=arguments.root)]
+        options = {"size": arguments.size, "replace": arguments.replace, "root": arguments.root}
+        statuses = [data.prepare(arguments.name, arguments["from"], **options)]
     else:
         statuses = [data.verify(arguments.name, arguments.root)]
-    table = Table("name", "title", "images", box=None)
+    table = Table("name", "title", "classes", "images", box=None)
     for status in statuses:
         sizes = ", ".join(f"{part} {count:,}" for part, count in list(status.sizes.items())[:3])
-        table.add_row(status.name, status.title, sizes if status.prepared else "not prepared")
+        classes = f"{status.classes:,}" if status.prepared else ""
+        table.add_row(status.name, status.title, classes, sizes if status.prepared else "not prepared")
     console.print(table)
     for status in statuses:
         if status.notice:
@@ -205,6 +206,7 @@ def _data_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser.add_argument("name", type=str | None, nargs="?", help="data set, or a new name for an image folder")
     parser.add_argument("--from", type=Path | None, help="local archive or folder instead of a download")
     parser.add_argument("--size", type=int | None, help="for an image folder: scale images to this many pixels a side")
+    parser.add_argument("--replace", action="store_true", help="replace a set of that name that holds other images")
     parser.add_argument("--root", type=Path | None, help="cache folder; default: DUCAT_DATA, or the user's cache")
     return parser
 

@@ -168,11 +168,11 @@ def test_an_image_folders_own_validation_images_are_used(image_folder: Path) -> 
     shutil.copytree(image_folder / "test", image_folder / "val")
     assert data.prepare("insects", image_folder).sizes == {"train": 40, "validation": 10, "test": 10}
     shutil.rmtree(image_folder / "test")
-    status = data.prepare("insects", image_folder)
+    status = data.prepare("insects", image_folder, replace=True)
     assert status.sizes == {"train": 36, "validation": 4, "test": 10}
     assert "val is the test" in status.notice
     shutil.rmtree(image_folder / "val")
-    status = data.prepare("insects", image_folder)
+    status = data.prepare("insects", image_folder, replace=True)
     assert status.sizes == {"train": 33, "validation": 3, "test": 4}
     assert "a fixed tenth of train is the test" in status.notice
 
@@ -221,17 +221,18 @@ def halve(name: str) -> Callable[[Path], None]:
     return change
 
 
-def sixteen_bits(folder: Path) -> None:
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(folder / "train" / "ant" / "deep.png")
+def thirty_two_bits(folder: Path) -> None:
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(folder / "train" / "ant" / "deep.tif")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (remove_class, "has 1 classes under train/"),
-        (add("train/ant/x.jpg"), r"train/ant/x\.jpg is not a PNG or JPEG that can be read"),
-        (halve("train/ant/00.png"), r"train/ant/00\.png is not a PNG or JPEG that can be read"),
-        (sixteen_bits, r"train/ant/deep\.png .* save it with 8 bits a channel"),
+        (add("train/ant/x.jpg"), r"train/ant/x\.jpg is not a PNG, JPEG, .* or AVIF image that can be read"),
+        (halve("train/ant/00.png"), r"train/ant/00\.png is cut short or damaged"),
+        (thirty_two_bits, r"train/ant/deep\.tif .* save it with 8 bits a channel"),
+        (add("train/\x1b[2J/x.png"), r"the class '\\x1b\[2J' has characters that cannot be shown"),
         (add("test/wasp/x.png"), r"the class of test/wasp/x\.png is not among those of train/"),
         (add("train/x.png"), r"train/x\.png is not at train/CLASS/FILE"),
         (add("more/train/ant/x.png"), "more than one image folder"),
@@ -475,7 +476,9 @@ def test_corruptions_come_by_severity(tmp_path: Path) -> None:
     [
         ("fog", np.zeros((100, 32, 32), np.uint8), r"fog\.npy is uint8 of shape \(100, 32, 32\)"),
         ("fog", np.zeros((100, 32, 32, 3), np.float32), r"fog\.npy is float32"),
-        ("fog", np.array([{"a": 1}], object), r"fog\.npy is not an array"),
+        ("fog", np.full((100, 32, 32, 3), None, object), r"fog\.npy is not an array"),
+        ("labels", np.array(3), r"labels\.npy is int64 of shape \(\), not of shape \(n\)"),
+        ("labels", np.zeros(0, int), "the same labels for five severities"),
         ("labels", np.full(100, 10), r"labels\.npy: label 10 of image 0"),
         ("labels", np.arange(100) % 9, "the same labels for five severities"),
         ("labels", np.zeros(99, int), "the same labels for five severities"),

@@ -9,12 +9,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ducat.data import cache
-from ducat.data.images import Dataset, Images, fingerprint, named_tensors, stratified_subset
+from ducat.data.images import Dataset, Lazy, Source, fingerprint, named_tensors, stratified_subset
 from ducat.data.readers import CORRUPTIONS, read_digits
 from ducat.data.specs import SPECS
+from ducat.data.stored import Stored
 
 
-def load(name: str, *, samples: int | None = None, root: Path | None = None) -> Dataset:
+def load(name: str, *, samples: int | None = None, root: Path | str | None = None) -> Dataset:
     """Load a prepared data set, whole or with a fixed stratified subset of its training images.
 
     Args:
@@ -35,7 +36,7 @@ def load(name: str, *, samples: int | None = None, root: Path | None = None) -> 
 
 
 def load_test(
-    name: str, samples: int | None = None, root: Path | None = None
+    name: str, samples: int | None = None, root: Path | str | None = None
 ) -> tuple[Float[Tensor, "n channels height width"], Int64[Tensor, "n"]]:
     """Load test images as float32 in [0, 1], and their labels.
 
@@ -55,7 +56,7 @@ def load_test(
 
 
 def load_corruptions(
-    name: str, samples: int | None = None, root: Path | None = None
+    name: str, samples: int | None = None, root: Path | str | None = None
 ) -> Iterator[tuple[str, int, Float[Tensor, "n channels height width"], Int64[Tensor, "n"]]]:
     """Yield (corruption, severity, images, labels) for each corruption that is there and severities 1 to 5.
 
@@ -74,17 +75,21 @@ def load_corruptions(
     if name not in SPECS or SPECS[name].corruption_of is None:
         raise ValueError(f"{name} holds no corruptions; {', '.join(n for n, s in SPECS.items() if s.corruption_of)} do")
     tensors, _ = cache.read(name, root)
-    count = len(tensors["labels"])
+    labels = tensors["labels"]
+    assert isinstance(labels, Tensor)
+    count = len(labels)
     for corruption in CORRUPTIONS:
         if corruption in tensors:
-            for severity, images in enumerate(tensors[corruption].split(count), start=1):
-                part = Images(images, tensors["labels"], torch.arange(count))
+            pixels = tensors[corruption]
+            assert isinstance(pixels, Stored)
+            for severity, rows in enumerate(torch.arange(5 * count).split(count), start=1):
+                part: Source = Lazy(pixels, labels, torch.arange(count), rows)
                 if samples is not None:
                     part = stratified_subset(part, samples, option="samples")
                 yield corruption, severity, part.floats(), part.labels
 
 
-def _load(name: str, root: Path | None, verify: bool = False) -> Dataset:
+def _load(name: str, root: Path | str | None, verify: bool = False) -> Dataset:
     if name == "digits":
         splits = read_digits()
         assert splits.validation is not None
@@ -97,7 +102,7 @@ def _load(name: str, root: Path | None, verify: bool = False) -> Dataset:
         )
     tensors, header = cache.read(name, root, verify=verify)
     train, validation, test = (
-        Images(*(tensors[f"{part}.{item}"] for item in ("images", "labels", "ids")))
+        Lazy(*(tensors[f"{part}.{item}"] for item in ("images", "labels", "ids")))  # type: ignore[arg-type]
         for part in ("train", "validation", "test")
     )
     return Dataset(header.spec, header.classes, train, validation, test, header.fingerprint)

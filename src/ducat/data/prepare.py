@@ -1,22 +1,28 @@
 """`ducat data list | prepare | verify`: from a publisher's files to a prepared data set."""
 
 import hashlib
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from pathlib import Path
 
+import PIL
 import torch
+from torch import Tensor
 
 from ducat.data import cache
-from ducat.data.archives import open_files
+from ducat.data.archives import Files, open_files
 from ducat.data.download import download
-from ducat.data.images import Images, fingerprint, hold_out, named_tensors
+from ducat.data.images import Source, fingerprint, hold_out, named_tensors
 from ducat.data.loading import load
 from ducat.data.readers import READERS, Splits, read_corruptions, read_folder
 from ducat.data.specs import SPECS, DataSpec
+from ducat.data.stored import Stored
+
+LARGEST_SIDE = 2**12
+"""Pixels: the largest side that images can be brought to."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Status:
         title: what tables and figures call it.
         prepared: whether it can be loaded.
         sizes: how many images it has: "train", "validation" and "test", or one key for each corruption.
+        classes: how many classes it has.
         fingerprint: "sha256:..." of what is prepared, else empty.
         notice: what the user should know of it, else empty.
     """
@@ -36,11 +43,12 @@ class Status:
     title: str
     prepared: bool
     sizes: dict[str, int]
+    classes: int = 0
     fingerprint: str = ""
     notice: str = ""
 
 
-def list_datasets(root: Path | None = None) -> list[Status]:
+def list_datasets(root: Path | str | None = None) -> list[Status]:
     """Return every data set there is a row for, then the image folders prepared under names of their own."""
     own = sorted(path.stem for path in cache.folder(root).glob("*.safetensors") if path.stem not in SPECS)
     statuses = []
@@ -55,56 +63,78 @@ def list_datasets(root: Path | None = None) -> list[Status]:
     return statuses
 
 
-def prepare(name: str, source: Path | None = None, *, size: int | None = None, root: Path | None = None) -> Status:
+def prepare(
+    name: str,
+    source: Path | str | None = None,
+    *,
+    size: int | None = None,
+    replace: bool = False,
+    root: Path | str | None = None,
+) -> Status:
     """Prepare a data set: read its publisher's files, hold out validation images, and write it to the cache.
+
+    Images are decoded and written a few at a time, whatever their number. An interrupted preparation is continued by
+    the next one from the same files.
 
     Args:
         name: a row of `ducat data list`, or a new name for an image folder.
         source: a local archive or folder in the publisher's layout, which may be a subset; None is what the operating
             system has, else a download, and leaves a data set that is prepared already as it is.
         size: for an image folder under a name of its own: bring every image to size x size pixels.
+        replace: replace a data set of that name that holds other images.
         root: the cache folder; None is `DUCAT_DATA`, or the user's cache folder.
 
     Raises:
         FileNotFoundError: there is nothing at `source`.
-        ValueError: the name cannot be used, or a file is damaged, unsafe or of another data set. What was prepared
-            before is then still there.
+        ValueError: the name cannot be used, a file is damaged, unsafe or of another data set, or other images are
+            prepared under the name. What was prepared before is then still there.
+        OSError: the disk is full; nothing is left of the attempt.
     """
     spec = SPECS.get(name)
-    if size is not None and (spec is not None or size < 1):
+    entry = cache.entry(name, root)
+    if size is not None and (spec is not None or not 1 <= size <= LARGEST_SIDE):
         raise ValueError(
-            f"size={size} does not fit: it is a number of pixels, for image folders without a row of their own"
+            f"size={size} does not fit: it is a number of pixels in [1, {LARGEST_SIDE}], for image folders without a "
+            "row of their own"
         )
-    if name == "digits" or (source is None and cache.entry(name, root).is_file()):
+    if name == "digits" and source is not None:
+        raise ValueError(f"--from {source}: the digits come with scikit-learn and are always there")
+    if name == "digits" or (source is None and entry.is_file()):
         return _status(name, root)
-    if spec is None:
-        if source is None:
-            raise ValueError(
-                f"data set {name} is unknown (known: {', '.join(SPECS)}); an image folder needs --from FOLDER"
-            )
-        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
-            raise ValueError(f"{name!r} cannot name a data set: use a-z, 0-9, '.', '_' and '-'")
-    with _source(spec, source, root) as path, open_files(path) as files:
+    if spec is None and source is None:
+        raise ValueError(f"data set {name} is unknown (known: {', '.join(SPECS)}); an image folder needs --from FOLDER")
+    with _source(spec, None if source is None else Path(source), root) as path, open_files(path) as files:
         notices = [] if spec is None else _provenance(spec, path)
+        stamp = _stamp(files, size)
+        origin = path.resolve().name
         if spec is not None and spec.layout == "corruptions":
-            classes, tensors = spec.classes or (), read_corruptions(files, spec)
+            tensors, classes, held_out = read_corruptions(files, spec), spec.classes or (), False
         else:
             splits = read_folder(files, None, size) if spec is None else READERS[spec.layout](files, spec)
             if not (len(splits.train) and len(splits.test)):
                 raise ValueError(f"{path} has no {'test' if len(splits.train) else 'training'} images")
-            spec = spec or _folder_spec(name, splits)
             sizes = len(splits.train), len(splits.test)
-            if spec.sizes not in (None, sizes):
+            if spec is not None and spec.sizes not in (None, sizes):
                 notices.append(f"a subset of {sizes[0]:,} training and {sizes[1]:,} test images")
-                spec = replace(spec, title=f"{spec.title} (subset)")
+                spec = replace_fields(spec, title=f"{spec.title} (subset)")
             notices += splits.notices
-            classes, tensors = splits.classes, named_tensors(*_parts(spec, splits))
-        header = cache.Header(spec, classes, fingerprint(tensors), path.resolve().name, "; ".join(notices))
-        cache.write(cache.entry(name, root), tensors, header)
+            classes, held_out = splits.classes, splits.validation is None
+            tensors = named_tensors(*_parts(spec, splits))
+        own = spec is None
+        spec = spec or _folder_spec(name, splits.train.shape)
+
+        def finish(written: Mapping[str, Tensor | Stored]) -> cache.Header:
+            everything = {key: value.source() if isinstance(value, Stored) else value for key, value in written.items()}
+            assert spec is not None
+            row = _measured(spec, everything, held_out) if own else spec
+            return cache.Header(row, classes, fingerprint(everything), origin, "; ".join(notices))
+
+        draft = cache.Header(spec, classes, f"sha256:{64 * '0'}", origin, "; ".join(notices))
+        cache.write(entry, tensors, draft, stamp=stamp, finish=finish, replace=replace)
     return _status(name, root)
 
 
-def verify(name: str, root: Path | None = None) -> Status:
+def verify(name: str, root: Path | str | None = None) -> Status:
     """Read all that is prepared of a data set again, and compare it with what was recorded then.
 
     Raises:
@@ -116,21 +146,21 @@ def verify(name: str, root: Path | None = None) -> Status:
     return _status(name, root)
 
 
-def _status(name: str, root: Path | None) -> Status:
+def _status(name: str, root: Path | str | None) -> Status:
     if name == "digits":
         dataset = load(name)
         sizes = {part: len(getattr(dataset, part)) for part in ("train", "validation", "test")}
-        return Status(name, dataset.spec.title, True, sizes, dataset.fingerprint)
+        return Status(name, dataset.spec.title, True, sizes, len(dataset.classes), dataset.fingerprint)
     tensors, header = cache.read(name, root)
     if header.spec.corruption_of:
         sizes = {key: len(tensor) for key, tensor in tensors.items() if key != "labels"}
     else:
         sizes = {part: len(tensors[f"{part}.labels"]) for part in ("train", "validation", "test")}
-    return Status(name, header.spec.title, True, sizes, header.fingerprint, header.notice)
+    return Status(name, header.spec.title, True, sizes, len(header.classes), header.fingerprint, header.notice)
 
 
 @contextmanager
-def _source(spec: DataSpec | None, source: Path | None, root: Path | None) -> Iterator[Path]:
+def _source(spec: DataSpec | None, source: Path | None, root: Path | str | None) -> Iterator[Path]:
     if source is not None:
         yield source
     elif spec is not None and spec.system_folder and Path(spec.system_folder).is_dir():
@@ -159,30 +189,42 @@ def _hash(path: Path, known: str) -> str:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
-def _parts(spec: DataSpec, splits: Splits) -> tuple[Images, Images, Images]:
+def _stamp(files: Files, size: int | None) -> str:
+    """Return what tells whether an interrupted preparation was of the same files: names, sizes, times, and the rule."""
+    digest = hashlib.sha256(f"{cache.FORMAT} {PIL.__version__} {size}".encode())
+    paths = [files.path / name for name in files.names] if files.path.is_dir() else [files.path]
+    for path in paths:
+        found = path.stat()
+        digest.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _parts(spec: DataSpec | None, splits: Splits) -> tuple[Source, Source, Source]:
     if splits.validation is not None:
         return splits.train, splits.validation, splits.test
-    train, validation = hold_out(splits.train, max(1, min(spec.validation, len(splits.train) // 10)))
+    wanted = DataSpec.validation if spec is None else spec.validation
+    train, validation = hold_out(splits.train, max(1, min(wanted, len(splits.train) // 10)))
     return train, validation, splits.test
 
 
-def _folder_spec(name: str, splits: Splits) -> DataSpec:
-    images = splits.train.images
-    counts = [channel.flatten().bincount(minlength=256).double() for channel in images.unbind(1)]
+def _folder_spec(name: str, shape: tuple[int, int, int]) -> DataSpec:
+    unknown = (0.0,) * shape[0]
+    return DataSpec(name, name, "folder", shape, unknown, unknown, crop_padding=shape[1] // 8)
+
+
+def _measured(spec: DataSpec, tensors: Mapping[str, Tensor | Source], held_out: bool) -> DataSpec:
+    """Return a row with the mean and deviation of all training images, of which some may have been held out."""
+    counts = torch.zeros(spec.shape[0], 256, dtype=torch.int64)
+    for part in ("train", "validation") if held_out else ("train",):
+        images = tensors[f"{part}.images"]
+        assert isinstance(images, Source)
+        for chunk in images.chunks():
+            for count, channel in zip(counts, chunk.images.unbind(1), strict=True):
+                count += channel.flatten().bincount(minlength=256)
     levels = torch.arange(256, dtype=torch.float64) / 255
-    means = [float(count @ levels / count.sum()) for count in counts]
+    shares = counts.double() / counts.sum(1, keepdim=True)
+    means = (shares * levels).sum(1)
     # A channel that is the same everywhere must not be divided by zero.
-    deviations = [
-        max(float((count @ (levels - mean).square() / count.sum()).sqrt()), 1 / 255)
-        for count, mean in zip(counts, means, strict=True)
-    ]
-    channels, height, width = images.shape[1:]
-    return DataSpec(
-        name=name,
-        title=name,
-        layout="folder",
-        shape=(channels, height, width),
-        mean=tuple(round(mean, 4) for mean in means),
-        std=tuple(round(deviation, 4) for deviation in deviations),
-        crop_padding=height // 8,
-    )
+    deviations = (shares * (levels - means[:, None]).square()).sum(1).sqrt().clamp_min(1 / 255)
+    rounded = [tuple(round(value, 4) for value in values.tolist()) for values in (means, deviations)]
+    return replace_fields(spec, mean=rounded[0], std=rounded[1])
