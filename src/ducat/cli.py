@@ -174,8 +174,9 @@ def _adapt_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 
 def _run_data(arguments: Namespace, console: Console) -> None:
-    if arguments.action != "prepare" and (arguments["from"] or arguments.size or arguments.replace):
-        raise ValueError(f"ducat data {arguments.action}: --from, --size and --replace are for prepare")
+    for option in ("from", "size", "replace"):
+        if arguments.action != "prepare" and arguments[option]:
+            raise ValueError(f"ducat data {arguments.action}: --{option} is for prepare")
     if arguments.action == "list":
         if arguments.name is not None:
             raise ValueError(f"ducat data list: it lists all data sets; `ducat data verify {arguments.name}` shows one")

@@ -126,7 +126,7 @@ class Playground:
         try:
             image = decode(content, (TYPES[content_type],), LARGEST_IMAGE)
         except ValueError as error:
-            raise ValueError(f"the image {error}") from error
+            raise ValueError(f"this is not a {TYPES[content_type]} image that can be read: it {error}") from error
         pixels = torch.from_numpy(array(fit(image, (height, width)), channels).copy())
         return floats(pixels[None])
 

@@ -21,7 +21,16 @@ ALWAYS_ALLOWED = 2**30
 
 _PACKERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 
-_DAMAGE = (lzma.LZMAError, OSError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError, RuntimeError, NotImplementedError)
+_DAMAGE = (
+    lzma.LZMAError,
+    OSError,
+    EOFError,
+    zlib.error,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    RuntimeError,
+    NotImplementedError,
+)
 
 
 class Files:

@@ -106,7 +106,9 @@ def write(
         raise ValueError(f"another process is preparing {path.stem}: wait for it") from error
     except OSError as error:
         shutil.rmtree(place, ignore_errors=True)
-        raise OSError(error.errno, f"{error.strerror or error}: {path.stem} was not prepared, nothing is left") from error
+        raise OSError(
+            error.errno, f"{error.strerror or error}: {path.stem} was not prepared, nothing is left"
+        ) from error
     except Exception:
         shutil.rmtree(place, ignore_errors=True)
         raise
@@ -133,7 +135,9 @@ def _fill(place: Path, tensors: Mapping[str, Tensor | Source], header: Header, s
                 assert isinstance(tensor, Tensor)
                 file.seek(layout.entries[name][2])
                 file.write(tensor.contiguous().numpy().data)
-        with shown_progress(f"Preparing {place.name.removeprefix('.preparing-')}", sum(map(len, images.values()))) as advance:
+        with shown_progress(
+            f"Preparing {place.name.removeprefix('.preparing-')}", sum(map(len, images.values()))
+        ) as advance:
             seen = 0
             for name, source in images.items():
                 file.seek(layout.entries[name][2])
@@ -180,7 +184,9 @@ def _metadata(header: Header) -> dict[str, str]:
     return {"ducat": json.dumps({"format": FORMAT, **dataclasses.asdict(header)})}
 
 
-def read(name: str, root: Path | str | None = None, *, verify: bool = False) -> tuple[dict[str, Tensor | Stored], Header]:
+def read(
+    name: str, root: Path | str | None = None, *, verify: bool = False
+) -> tuple[dict[str, Tensor | Stored], Header]:
     """Read a prepared data set: labels into memory, and images as rows that are fetched as they are asked for.
 
     Args:

@@ -133,6 +133,13 @@ def fit(image: Image, size: tuple[int, int], shorter: int | None = None, resampl
     return image.crop((left, top, left + width, top + height))
 
 
+def crop(image: Image, box: tuple[int, int, int, int], size: tuple[int, int], resample: str = "bicubic") -> Image:
+    """Cut (left, top, right, bottom) out of an image and bring it to (height, width)."""
+    from PIL.Image import Resampling
+
+    return image.resize(size[::-1], Resampling[resample.upper()], box=box)
+
+
 def array(image: Image, channels: int) -> UInt8[np.ndarray, "channels height width"]:
     """Return an image's pixels as uint8, one channel or three."""
     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
@@ -157,7 +164,7 @@ def _opened(content: bytes, formats: Sequence[str], largest: int) -> Iterator[Im
     try:
         with Image.open(io.BytesIO(content), formats=formats) as image:
             if image.width * image.height > largest:
-                raise _RefusedError(f"has {image.width} x {image.height} pixels: more than {largest:,} are not decoded")
+                raise _RefusedError(f"has {image.width} x {image.height} pixels: more than {largest:,} are too many")
             yield image
     except _RefusedError as error:
         raise ValueError(str(error)) from None

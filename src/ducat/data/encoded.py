@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from PIL.Image import Image
 from torch import Tensor
 
 from ducat.data import decode
+from ducat.data.augment import window
 
 
 class Encoded:
@@ -66,4 +67,23 @@ class Encoded:
                 )
             fitted = decode.fit(picture, self.shape[1:], self.shorter, self.resample)
             place[:] = decode.array(fitted, self.shape[0])
+        return torch.from_numpy(pixels)
+
+    def crops(
+        self, rows: Int64[Tensor, m], draws: Float[Tensor, "views m tries 4"], smallest: float
+    ) -> UInt8[Tensor, "views m channels height width"]:
+        """Decode these rows, and cut a random part out of each for each view, brought to the one size.
+
+        Args:
+            rows: which.
+            draws: uniform numbers in [0, 1), as for `ducat.data.augment.window`.
+            smallest: share of an image's area that is kept at least.
+        """
+        pixels = np.empty((*draws.shape[:2], *self.shape), np.uint8)
+        for place, row in enumerate(rows.tolist()):
+            picture = self.picture(row)
+            for view, tries in enumerate(draws[:, place]):
+                box = window(tries, (picture.height, picture.width), smallest)
+                cut = decode.crop(picture, box, self.shape[1:], self.resample)
+                pixels[view, place] = decode.array(cut, self.shape[0])
         return torch.from_numpy(pixels)

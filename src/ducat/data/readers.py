@@ -173,7 +173,9 @@ def read_tiny_imagenet(files: Files, spec: DataSpec) -> Splits:
                 )
         return _decoded(files, positions, [label[name] for name in wnid], spec.shape)
 
-    train = classed(images["train"], [files.names[position].removeprefix(root).split("/")[1] for position in images["train"]])
+    train = classed(
+        images["train"], [files.names[position].removeprefix(root).split("/")[1] for position in images["train"]]
+    )
     # By its annotations, in their order, wherever a usual script may have moved an image within val; without them by
     # the folders that such a script makes.
     there = {PurePosixPath(files.names[position]).name: position for position in images["val"]}
@@ -238,13 +240,14 @@ def read_folder(files: Files, spec: DataSpec | None, size: int | None = None) ->
     for position in (position for part in parts.values() for position in part):
         name = unicodedata.normalize("NFC", files.names[position].split("/")[-2])
         if name not in number:
-            raise ValueError(
-                f"{files.path}: the class of {shown(files.names[position])} is not among those of train/"
-            )
+            raise ValueError(f"{files.path}: the class of {shown(files.names[position])} is not among those of train/")
         labels.append(number[name])
     # Together, so that the splits share one shape.
     positions = [position for part in parts.values() for position in part]
-    notices = [*_left_out(files, left_out), *_without_images(files, f"{''.join(f'{root}/' for root in roots if root)}train/", classes)]
+    notices = [
+        *_left_out(files, left_out),
+        *_without_images(files, f"{''.join(f'{root}/' for root in roots if root)}train/", classes),
+    ]
     if spec is None:
         shape, remarks = _survey(files, positions, size)
         notices += remarks
@@ -259,7 +262,9 @@ def read_folder(files: Files, spec: DataSpec | None, size: int | None = None) ->
     if len(val):
         return Splits(classes, train, val, notices=("there is no test folder: val is the test", *notices))
     rest, tenth = hold_out(train, max(1, len(train) // 10))
-    return Splits(classes, rest, tenth, notices=("there is no test folder: a fixed tenth of train is the test", *notices))
+    return Splits(
+        classes, rest, tenth, notices=("there is no test folder: a fixed tenth of train is the test", *notices)
+    )
 
 
 def _left_out(files: Files, names: list[str]) -> list[str]:
@@ -388,7 +393,9 @@ def read_corruptions(files: Files, spec: DataSpec) -> dict[str, Tensor | Source]
         return found
 
     where = f"{files.path}: labels.npy"
-    tensors: dict[str, Tensor | Source] = {"labels": _labels(labels[:count].tolist(), count, len(spec.classes or ()), where)}
+    tensors: dict[str, Tensor | Source] = {
+        "labels": _labels(labels[:count].tolist(), count, len(spec.classes or ()), where)
+    }
     for name in CORRUPTIONS:
         if f"{name}.npy" in there:
             every = torch.arange(5 * count)

@@ -42,6 +42,10 @@ class DataSpec:
         model: the network trained on it unless told otherwise.
         crop_padding: pixels of black added on each side before the random crop; 0 is no crop.
         flip: whether a mirrored image is still an image of its class.
+        resized_crop: smallest share of the area that a random resized crop keeps, in place of the padded one; 0 is none.
+        shorter: pixels that the shorter side is brought to before the middle is cut out for evaluation; None cuts the
+            largest part of the wanted shape.
+        resample: how images are resized, "bicubic" or "bilinear".
         sources: the files to download, all of them needed.
         system_folder: where an operating system's package puts the same files.
         corruption_of: the data set whose test images these are, corrupted.
@@ -60,6 +64,9 @@ class DataSpec:
     model: str = "resnet18"
     crop_padding: int = 4
     flip: bool = True
+    resized_crop: float = 0.0
+    shorter: int | None = None
+    resample: str = "bicubic"
     sources: tuple[Source, ...] = ()
     system_folder: str | None = None
     corruption_of: str | None = None
