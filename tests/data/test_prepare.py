@@ -449,9 +449,11 @@ def test_two_preparations_of_one_name_do_not_mix(image_folder: Path, cache: Path
     from filelock import FileLock
 
     (cache / ".preparing-insects").mkdir(parents=True)
-    with FileLock(cache / ".preparing-insects" / "lock"):
-        with pytest.raises(ValueError, match="another process is preparing insects"):
-            data.prepare("insects", image_folder)
+    with (
+        FileLock(cache / ".preparing-insects" / "lock"),
+        pytest.raises(ValueError, match="another process is preparing insects"),
+    ):
+        data.prepare("insects", image_folder)
     assert data.prepare("insects", image_folder).prepared
 
 

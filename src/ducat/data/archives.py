@@ -187,7 +187,7 @@ def _tar(path: Path, file: BinaryIO, limit: int) -> Files:
     folders, size = [], 0
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (info := archive.next()) is not None:
-            archive.members.clear()  # which would grow by a kilobyte a file
+            archive.members = []  # type: ignore[attr-defined] # which would grow by a kilobyte a file
             _check_name(path, info.name)
             if not (info.isreg() or info.isdir()) or info.issparse():
                 raise ValueError(

@@ -28,7 +28,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF
 """Pillow's names of the formats that are read: those that it notices a missing end of, and that run no program."""
 
 SUFFIXES = tuple(
-    ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif".split()
+    [".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif"]
 )
 """Endings of such files' names, in lower case."""
 
@@ -128,7 +128,7 @@ def fit(image: Image, size: tuple[int, int], shorter: int | None = None, resampl
     if shorter is None:
         return image if image.size == (width, height) else ImageOps.fit(image, (width, height), method)
     short = min(image.size)
-    image = image.resize([int(shorter * side / short) for side in image.size], method)  # type: ignore[arg-type]
+    image = image.resize([int(shorter * side / short) for side in image.size], method)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
 
@@ -162,7 +162,7 @@ def _opened(content: bytes, formats: Sequence[str], largest: int) -> Iterator[Im
     # Some libraries set this for the whole process; an image filled up with grey is worse than none.
     lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
-        with Image.open(io.BytesIO(content), formats=formats) as image:
+        with Image.open(io.BytesIO(content), formats=tuple(formats)) as image:
             if image.width * image.height > largest:
                 raise _RefusedError(f"has {image.width} x {image.height} pixels: more than {largest:,} are too many")
             yield image

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ducat.data.archives import ALWAYS_ALLOWED, Files, is_hidden, shown
 from ducat.data import decode
+from ducat.data.archives import ALWAYS_ALLOWED, Files, is_hidden, shown
 from ducat.data.encoded import Encoded
 from ducat.data.images import Images, Lazy, Source, hold_out
 from ducat.data.progress import shown_progress
@@ -231,7 +231,7 @@ def read_folder(files: Files, spec: DataSpec | None, size: int | None = None) ->
         raise ValueError(f"{files.path} has {len(classes)} classes under train/: put images into train/CLASS/")
     for name in classes:
         if not name.isprintable():
-            raise ValueError(f"{files.path}: the class {ascii(name)} has characters that cannot be shown: rename it")
+            raise ValueError(f"{files.path}: the class {name!a} has characters that cannot be shown: rename it")
     if spec is not None and spec.classes not in (None, classes):
         raise ValueError(f"{files.path} does not have the classes of {spec.title} under train/")
 

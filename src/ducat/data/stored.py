@@ -52,7 +52,7 @@ class Stored:
         """Fetch these rows."""
         fetched = torch.empty((len(rows), *self.shape), dtype=torch.uint8)
         size = math.prod(self.shape)
-        memory = memoryview(fetched.numpy()).cast("B") if len(rows) else memoryview(b"")
+        memory = fetched.numpy().data.cast("B") if len(rows) else memoryview(b"")
         # Rows that lie side by side come in one piece.
         breaks = (rows[1:] != rows[:-1] + 1).nonzero().flatten() + 1
         edges = [0, *breaks.tolist(), len(rows)] if len(rows) else [0]
