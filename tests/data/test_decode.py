@@ -97,12 +97,11 @@ def test_a_file_cut_short_is_refused(kind: str, lenient: bool, monkeypatch: pyte
         for length in [*range(len(content) - 1, len(content) - 40, -1), *range(0, len(content) - 40, 13)]:
             try:
                 shown = decode.decode(content[:length])
-            except ValueError as error:
-                assert "\n" not in str(error)
-            else:
-                # What is missing was only the end of file marker.
-                np.testing.assert_array_equal(np.asarray(shown), whole)
-                assert length >= len(content) - 4
+            except ValueError:
+                continue
+            # What is missing was only the end of file marker.
+            np.testing.assert_array_equal(np.asarray(shown), whole)
+            assert length >= len(content) - 4
     assert lenient == ImageFile.LOAD_TRUNCATED_IMAGES
 
 

@@ -2,7 +2,7 @@
 
 - An orientation in the file's EXIF data is obeyed, as viewers do.
 - Transparent pixels are laid over white.
-- Grey images (1, 8 or 16 bits, with transparency or not) stay grey; palettes, CMYK and all else become RGB, CMYK without
+- Grey images (1, 8 or 16 bits, with transparency or not) stay grey; palettes, CMYK and all else become RGB, without
   regard to a colour profile.
 - Of 16 bits a channel the upper 8 are kept. Pixels of 32 bits, integers or floats, have no known scale and are refused.
 - Of an animation or of several pages, the first is taken.
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Pillow's names of the formats that are read: those that it notices a missing end of, and that run no program."""
 
-SUFFIXES = tuple(
-    [".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif"]
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".bmp", ".dib", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"),
 )
 """Endings of such files' names, in lower case."""
 

@@ -42,7 +42,8 @@ class DataSpec:
         model: the network trained on it unless told otherwise.
         crop_padding: pixels of black added on each side before the random crop; 0 is no crop.
         flip: whether a mirrored image is still an image of its class.
-        resized_crop: smallest share of the area that a random resized crop keeps, in place of the padded one; 0 is none.
+        resized_crop: smallest share of the area that a random resized crop keeps, which then takes the place of the
+            padded one; 0 is none.
         shorter: pixels that the shorter side is brought to before the middle is cut out for evaluation; None cuts the
             largest part of the wanted shape.
         resample: how images are resized, "bicubic" or "bilinear".

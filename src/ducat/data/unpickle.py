@@ -1,4 +1,4 @@
-"""The pickles of the CIFAR archives, Python 2's or of a subset written by Python 3, without running what a pickle may ask for."""
+"""The pickles of the CIFAR archives, Python 2's or Python 3's, without running what a pickle may ask for."""
 
 import io
 import pickle
