@@ -25,10 +25,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.training_step import THREAT, Recipe, Step, environment, seconds, table
-from ducat.parallel import synchronize_batch_norm
+from benchmarks.training_step import THREAT, Ours, Recipe, environment, seconds, table
 
 BATCHES = (0.25, 0.5, 2)  # of the base's
 CLASSES = (100, 200, 1000)
@@ -45,7 +43,7 @@ def measure(model: str, batch_size: int, rounds: int, device: str) -> list[dict[
         rounds: how often each is measured.
         device: "cpu" or "cuda".
     """
-    make = partial(Step, Recipe(), "pgd-at", "recovery-aware", model=model, device=device)
+    make = partial(Ours, Recipe(), "pgd-at", "recovery-aware", model=model, device=device)
     cases = [("base", f"{batch_size} images, 10 classes, {THREAT.steps} steps", make(batch_size=batch_size))]
     cases += [("images", str(size), make(batch_size=size)) for size in (max(2, int(batch_size * f)) for f in BATCHES)]
     cases += [("classes", str(count), make(batch_size=batch_size, num_classes=count)) for count in CLASSES]
@@ -104,11 +102,12 @@ class World:
 
 def _process(pipe: Connection, rank: int, count: int, meeting: Path, model: str, batch_size: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=count)
-    step = Step(Recipe(), "pgd-at", "recovery-aware", model=model, batch_size=batch_size)
+    # What a launcher tells accelerate; one process alone needs no other.
     if count > 1:
-        synchronize_batch_norm(step.network)
-        step.trained = DistributedDataParallel(step.network)
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ.update({name: str(value) for name, value in names.items()}, ACCELERATE_USE_CPU="true")
+    dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=count)
+    step = Ours(Recipe(), "pgd-at", "recovery-aware", model=model, batch_size=batch_size)
     while pipe.recv():
         step()
         pipe.send(True)

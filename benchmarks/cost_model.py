@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.training_step import Recipe, Step, forward_flops, seconds, table
+from benchmarks.training_step import Ours, Recipe, forward_flops, seconds, table
 from ducat.config import Config
 from ducat.data.specs import SPECS
 from ducat.methods import Objective
@@ -83,10 +83,10 @@ def check(model: str, batch_size: int, rounds: int) -> list[dict[str, Any]]:
     rows = []
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for method, dummy in (("pgd-at", "off"), ("pgd-at", "recovery-aware"), ("trades", "off")):
-        step = Step(Recipe(), method, dummy, model=model, batch_size=batch_size, device=device)
-        attacked = step.attacked
+        step = Ours(Recipe(), method, dummy, model=model, batch_size=batch_size, device=device)
+        attacked = step.step.attacked
 
-        def forward(step: Step = step, attacked: torch.nn.Module = attacked) -> None:
+        def forward(step: Ours = step, attacked: torch.nn.Module = attacked) -> None:
             with torch.no_grad(), torch.autocast(device, torch.bfloat16):
                 attacked(step.x)
                 if device == "cuda":

@@ -23,15 +23,15 @@ from typing import Any
 import torch
 
 import ducat
-from ducat import plots, report
-from ducat.analysis import always_failed
 from ducat.attacks import external
 from ducat.attacks.suites import SUITES, Attack, Suite, _external
 from ducat.checkpoint import write_text
 from ducat.cli import main as command
-from ducat.compare import Run, compare, to_markdown
 from ducat.data import load_test
+from ducat.evaluation.studies import always_failed
 from ducat.methods import METHODS
+from ducat.reporting import page, plots
+from ducat.reporting.compare import Run, compare, to_markdown
 from ducat.runs import RunFolder
 
 SUITES["autoattack-blind"] = Suite((Attack("autoattack", False, _external(external.autoattack)),), audit=False)
@@ -191,7 +191,7 @@ def markdown(data: str, rows: Sequence[Mapping[str, Any]], work: Path, out: Path
             folder_of(work, data, row["method"], row["dummy_classes"], row["seed"]).path, title
         )
     comparison = compare(list(runs.values()))
-    plots.save(plots.trade_off(report.points(comparison.sections[0])), out / f"reproduction-{data}.svg")
+    plots.save(plots.trade_off(page.points(comparison.sections[0])), out / f"reproduction-{data}.svg")
     text = [
         f"## {first['data_title']}",
         "",

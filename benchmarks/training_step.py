@@ -6,10 +6,9 @@
     python -m benchmarks.training_step --strength RUN      # whether the fast attacks are as strong as the slow one
 
 The research-style step is written here as released code writes it: float32, NCHW, the attack by `loss.backward()`,
-which computes the gradients of all parameters too, and benign and adversarial images forwarded apart. ducat's is what
-`ducat train` does: `methods.Objective` on a folded copy for the attack, bf16 where the machine computes in it,
-channels_last. Both are timed in turn, A B A B; the ratio is that of neighbours, so that a machine that slows down does
-not favour one.
+which computes the gradients of all parameters too, and benign and adversarial images forwarded apart. ducat's is
+`ducat.training.Step`, which `ducat train` runs: the attack on a folded copy, bf16, channels_last. Both are timed in
+turn, A B A B; the ratio is that of neighbours, so that a machine that slows down does not favour one.
 """
 
 import argparse
@@ -23,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,25 +31,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ducat.config import Config, DummyConfig, MethodConfig, ThreatConfig, TrainConfig
 from ducat.dummy import add_dummy_classes
-from ducat.methods import ATTACKS, METHODS, Objective, TwoHot
+from ducat.methods import ATTACKS, PHASES, objective
 from ducat.models import build
 from ducat.models.folded import fold_batch_norm
 from ducat.threat import ThreatModel
+from ducat.training import Step
 
 CLASSES = 10
-KINDS = ("off", "published", "recovery-aware")
+KINDS = tuple(PHASES)
 ADVERSARIAL = ("pgd-at", "trades", "mart", "consistency")
 THREAT = ThreatModel("linf", "8/255", "2/255", 10)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a step is computed: each field is one of the optimisations.
+    """How ducat's step is computed: each field is one of the optimisations, and can be left out.
 
     Attributes:
-        input_gradients: the attack computes no gradients of parameters.
-        one_forward: benign and adversarial images go through the network together.
         channels_last: memory layout.
         bf16: the network's passes are autocast.
         folded: the attack sees batch norm folded into the convolutions.
@@ -57,8 +57,6 @@ class Recipe:
         compiled: both passes go through torch.compile.
     """
 
-    input_gradients: bool = True
-    one_forward: bool = True
     channels_last: bool = True
     bf16: bool = True
     folded: bool = True
@@ -66,24 +64,13 @@ class Recipe:
     compiled: bool = False
 
 
-RESEARCH = Recipe(False, False, False, False, False)
-LADDER = (
-    ("research code's step", RESEARCH),
-    ("one forward for both halves", Recipe(False, True, False, False, False)),
-    ("input gradients only", Recipe(True, True, False, False, False)),
-    ("channels_last", Recipe(True, True, True, False, False)),
-    ("bf16", Recipe(True, True, True, True, False)),
-    ("batch norm folded for the attack", Recipe()),
-    ("pgd-cosine: 5 steps as strong as 10", Recipe(attack="pgd-cosine")),
-)
 DUCAT = {"pgd": Recipe(), "pgd-cosine": Recipe(attack="pgd-cosine")}
 
 
-class Step:
+class Timed:
     """A training step on random images, whose content does not matter to its time.
 
     Args:
-        recipe: how it is computed.
         method: a row of `methods.METHODS`.
         dummy: "off", "published" or "recovery-aware"; with dummy classes it is a step of the dummy phase.
         model: a row of `models.MODELS`.
@@ -95,7 +82,6 @@ class Step:
 
     def __init__(
         self,
-        recipe: Recipe,
         method: str,
         dummy: str,
         *,
@@ -105,70 +91,109 @@ class Step:
         threat: ThreatModel = THREAT,
         device: str = "cpu",
     ) -> None:
-        self.recipe, self.threat, self.device = recipe, threat, torch.device(device)
-        row = METHODS[method]
-        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.threat, self.device = threat, torch.device(device)
+        self.objective = objective(method, dummy)  # type: ignore[arg-type]
+        views = self.objective.method.views
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network = build(model, num_classes, mean=(0.5,) * 3, std=(0.25,) * 3)
+            self.network = build(model, num_classes, mean=(0.5,) * 3, std=(0.25,) * 3)
             if dummy != "off":
-                add_dummy_classes(network)
-            x = torch.rand(batch_size * row.views, 3, 32, 32)
-            y = torch.randint(num_classes, (batch_size,)).repeat(row.views)
-        self.network = network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        self.x, self.y = x.to(self.device, memory_format=layout), y.to(self.device)
-        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        self.objective = Objective(
-            row,
-            "recovered" if dummy == "recovery-aware" else "all",
-            TwoHot() if dummy != "off" else None,
-            row.weight,
-            ATTACKS[recipe.attack],
-        )
-        self.folded = fold_batch_norm(self.network, self.x[:2]) if recipe.folded else None
-        self.attacked: nn.Module = self.folded if self.folded is not None else self.network
-        self.trained: nn.Module = self.network
-        if recipe.compiled:
-            self.attacked, self.trained = (torch.compile(module) for module in (self.attacked, self.trained))  # type: ignore[assignment]
+                add_dummy_classes(self.network)
+            x = torch.rand(batch_size * views, 3, 32, 32)
+            y = torch.randint(num_classes, (batch_size,)).repeat(views)
+        self.network.to(self.device)
+        self.x, self.y = x.to(self.device), y.to(self.device)
 
     def warm_up(self) -> None:
         """Do a step with few steps of the attack, for what only the first pass of each kind has to do."""
-        threat, objective = self.threat, self.objective
-        self.threat = replace(threat, steps=1)
-        self.objective = replace(objective, inner=replace(objective.inner, strides=objective.inner.strides and (1.0,)))
-        self()
-        self.threat, self.objective = threat, objective
+        raise NotImplementedError
+
+    def adversarial(self) -> Tensor:
+        """Return the adversarial images of a step."""
+        raise NotImplementedError
+
+    def loss(self, adversarial: Tensor) -> Tensor:
+        """Return the loss of a step on these adversarial images."""
+        return self.objective.loss(self.network, self.x, adversarial, self.y)
 
     def __call__(self) -> None:
         """Do one step, and wait for it."""
-        self.network.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
-            adversarial = self._adversarial()
-            loss = self._loss(adversarial)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._step()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _adversarial(self) -> Tensor:
-        if self.recipe.input_gradients:
-            if self.folded is not None:
-                self.folded.refresh()
-            return self.objective.attack(self.attacked, self.x, self.y, self.threat)
-        return self._research_attack()
+    def _step(self) -> None:
+        raise NotImplementedError
 
-    def _research_attack(self) -> Tensor:
-        """Attack as released code does: in evaluation mode, with gradients of the parameters as a by-product."""
+
+class Ours(Timed):
+    """`ducat.training.Step`, which `ducat train` runs; the arguments after `recipe` are those of `Timed`."""
+
+    def __init__(self, recipe: Recipe, method: str, dummy: str, *, device: str = "cpu", **sizes: Any) -> None:
+        super().__init__(method, dummy, device=device, **sizes)
+        threat = self.threat
+        config = Config(
+            method=MethodConfig(method, attack=recipe.attack),
+            dummy=DummyConfig(dummy, start_epoch=0),  # type: ignore[arg-type]
+            threat=ThreatConfig(threat.norm, threat.eps, threat.step_size, threat.steps),  # type: ignore[arg-type]
+            train=TrainConfig(
+                epochs=1,
+                learning_rate=0.01,
+                schedule="constant",
+                precision="bf16" if recipe.bf16 else "float32",
+                compile=recipe.compiled,
+                device=device,  # type: ignore[arg-type]
+            ),
+        )
+        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.step = Step(config, self.network, self.x[:2], notice=print, layout=layout, fold=recipe.folded)
+        self.objective = self.step.objective(0)
+        self.x = self.x.to(memory_format=layout)
+
+    def warm_up(self) -> None:
+        quick = replace(self.objective.inner, strides=self.objective.inner.strides and (1.0,))
+        before = self.step.threat, self.step.objective
+        self.step.threat = replace(self.threat, steps=1)
+        self.step.objective = lambda epoch: replace(self.objective, inner=quick)
+        self()
+        self.step.threat, self.step.objective = before
+
+    def adversarial(self) -> Tensor:
+        return self.step.attack(self.x, self.y, 0, 0)
+
+    def _step(self) -> None:
+        self.step(self.x, self.y, 0, 0, 1)
+
+
+class Research(Timed):
+    """The step as released code writes it.
+
+    Args:
+        one_forward: whether benign and adversarial images go through the network together.
+        arguments: those of `Timed`.
+    """
+
+    def __init__(self, *arguments: Any, one_forward: bool = False, **sizes: Any) -> None:
+        super().__init__(*arguments, **sizes)
+        self.one_forward = one_forward
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+    def warm_up(self) -> None:
+        threat, self.threat = self.threat, replace(self.threat, steps=1)
+        self()
+        self.threat = threat
+
+    def adversarial(self) -> Tensor:
+        """Attack in evaluation mode, with gradients of the parameters as a by-product."""
         goal, x = self.objective, self.x
         self.network.eval()
         if goal.method.objective == "kl":
             with torch.no_grad():
-                clean = F.softmax(goal._read(self.network(x)), 1)
+                clean = F.softmax(goal.read(self.network(x)), 1)
         adversarial = x + 0.001 * torch.randn_like(x)
         for _ in range(self.threat.steps):
             adversarial = adversarial.detach().requires_grad_()
-            logits = goal._read(self.network(adversarial))
+            logits = goal.read(self.network(adversarial))
             if goal.method.objective == "kl":
                 value = F.kl_div(F.log_softmax(logits, 1), clean, reduction="sum")
             else:
@@ -181,14 +206,31 @@ class Step:
         self.optimizer.zero_grad()
         return adversarial.detach()
 
-    def _loss(self, adversarial: Tensor) -> Tensor:
-        if self.recipe.one_forward:
-            return self.objective.loss(self.trained, self.x, adversarial, self.y)
+    def loss(self, adversarial: Tensor) -> Tensor:
+        if self.one_forward:
+            return super().loss(adversarial)
 
         def apart(images: Tensor) -> Tensor:
             return torch.cat([self.network(half) for half in images.split(len(self.x))])
 
         return self.objective.loss(_Function(apart), self.x, adversarial, self.y)
+
+    def _step(self) -> None:
+        self.network.train()
+        self.loss(self.adversarial()).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+LADDER: tuple[tuple[str, Callable[..., Timed]], ...] = (
+    ("research code's step", Research),
+    ("one forward for both halves", partial(Research, one_forward=True)),
+    ("input gradients only", partial(Ours, Recipe(False, False, False))),
+    ("channels_last", partial(Ours, Recipe(True, False, False))),
+    ("bf16", partial(Ours, Recipe(True, True, False))),
+    ("batch norm folded for the attack", partial(Ours, Recipe())),
+    ("pgd-cosine: 5 steps as strong as 10", partial(Ours, Recipe(attack="pgd-cosine"))),
+)
 
 
 class _Function(nn.Module):
@@ -224,9 +266,10 @@ def measure(
         rounds' ratios, `spread` the lowest and the highest of them.
     """
     recipes = DUCAT if recipes is None else recipes
+    makers: dict[str, Callable[..., Timed]] = {name: partial(Ours, recipe) for name, recipe in recipes.items()}
+    makers = {"research": Research, **makers}
     made = {
-        name: Step(recipe, method, dummy, model=model, batch_size=batch_size, device=device)
-        for name, recipe in {"research": RESEARCH, **recipes}.items()
+        name: make(method, dummy, model=model, batch_size=batch_size, device=device) for name, make in makers.items()
     }
     for step in made.values():
         step.warm_up()
@@ -255,15 +298,16 @@ def peak_memory(method: str, dummy: str, *, model: str, batch_size: int, device:
     """Return the peak memory in GiB of two steps of each kind: of the GPU, or of a process of its own on a CPU."""
     sizes = {"model": model, "batch_size": batch_size, "device": device}
     rows = []
-    for name, recipe in {"research": RESEARCH, **DUCAT}.items():
+    for name, recipe in {"research": None, **DUCAT}.items():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peak = pool.apply(_peak, (recipe, method, dummy, sizes))
         rows.append({"method": method, "dummy": dummy, "step": name, **sizes, "peak_gib": round(peak, 2)})
     return rows
 
 
-def _peak(recipe: Recipe, method: str, dummy: str, sizes: dict[str, Any]) -> float:
-    step = Step(recipe, method, dummy, **sizes)
+def _peak(recipe: Recipe | None, method: str, dummy: str, sizes: dict[str, Any]) -> float:
+    make: Callable[..., Timed] = Research if recipe is None else partial(Ours, recipe)
+    step = make(method, dummy, **sizes)
     for _ in range(2):
         step()
     if sizes["device"] == "cuda":
@@ -274,8 +318,8 @@ def _peak(recipe: Recipe, method: str, dummy: str, sizes: dict[str, Any]) -> flo
 def shares(*, model: str, batch_size: int, rounds: int, device: str) -> list[dict[str, Any]]:
     """Time the ladder of recipes for PGD-AT with recovery-aware dummy classes, each with the ones above it."""
     steps = [
-        (name, Step(recipe, "pgd-at", "recovery-aware", model=model, batch_size=batch_size, device=device))
-        for name, recipe in LADDER
+        (name, make("pgd-at", "recovery-aware", model=model, batch_size=batch_size, device=device))
+        for name, make in LADDER
     ]
     for _, step in steps:
         step.warm_up()

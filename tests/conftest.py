@@ -56,9 +56,10 @@ def templates() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on digits of a few seconds, with recovery-aware dummy classes, evaluated."""
-    from ducat import behaviour, train
+    from ducat import train
     from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
-    from ducat.evaluate import evaluate_run
+    from ducat.evaluation import behaviour
+    from ducat.evaluation.runs import evaluate_run
 
     settings = TrainConfig(epochs=4, batch_size=32, learning_rate=0.1, schedule="constant", precision="float32")
     config = Config("tiny", DataConfig("digits", 400), dummy=DummyConfig("recovery-aware", 1), train=settings)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ducat.cli import main
-from ducat.demo import METHODS, Demo, run
+from ducat.demo import NETWORKS, Demo, run
 from ducat.runs import RunFolder
 
 
@@ -15,7 +15,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 
 def test_the_demo_leaves_runs_plot_and_page(demo: Demo) -> None:
-    assert list(demo.evaluations) == list(METHODS)
+    assert list(demo.evaluations) == list(NETWORKS)
     runs = sorted((demo.folder / "runs").iterdir())
     assert len(runs) == 4
     configs = [RunFolder.open(path).config for path in runs]
@@ -46,7 +46,7 @@ def evaluation(blind: float, robust: float) -> dict:
 
 def test_the_sentences_say_what_was_measured(tmp_path: Path) -> None:
     numbers = [(0.0, 0.0), (0.7, 0.7), (0.8, 0.3), (0.75, 0.69)]
-    demo = Demo(tmp_path, {name: evaluation(*pair) for name, pair in zip(METHODS, numbers, strict=True)})
+    demo = Demo(tmp_path, {name: evaluation(*pair) for name, pair in zip(NETWORKS, numbers, strict=True)})
     published, aware = demo.sentences
     assert "are 10.0 points above PGD-AT while" in published
     assert "takes 50.0 points away" in published

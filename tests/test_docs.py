@@ -32,10 +32,10 @@ REDUCTIONS: dict[str, dict[str, str]] = {
 ELSEWHERE = {
     "python3 -m venv": "CI installs in fresh environments and runs the commands after it",
     ".venv/bin/": "CI installs in fresh environments and runs the commands after it",
-    "accelerate launch": "starts processes: tests/test_scaling.py trains in two",
-    "torchrun": "starts processes: tests/test_scaling.py trains in two",
-    "python -m benchmarks": "measures for minutes or hours: tests/test_benchmarks.py runs the parts of it",
-    "ducat serve": "runs until it is stopped: tests/test_serve.py serves a run, and clicks through the page",
+    "accelerate launch": "starts processes: tests/training/test_parallel.py trains in two",
+    "torchrun": "starts processes: tests/training/test_parallel.py trains in two",
+    "python -m benchmarks": "measures for minutes or hours: tests/benchmarks runs the parts of it",
+    "ducat serve": "runs until it is stopped: tests/serve serves a run, and clicks through the page",
 }
 # Too large for a test, or to be downloaded: tests/data prepares them from archives of their layout.
 DOWNLOADED = re.compile(r"\b(cifar10|cifar100|tiny-imagenet|cifar10-c|fashion-mnist)\b")

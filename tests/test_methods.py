@@ -1,5 +1,3 @@
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +9,16 @@ from torch import nn
 
 import ducat
 from ducat import checkpoint
-from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ThreatConfig, TrainConfig
+from ducat.config import Config, DummyConfig, MethodConfig, TrainConfig
 from ducat.methods import ATTACKS, METHODS, Objective
 from ducat.runs import RunFolder
 from ducat.threat import ThreatModel
-from ducat.train import Interrupted, catastrophic_overfitting, resume, train
+from ducat.training import Interrupted, resume, train
+from ducat.training.validation import catastrophic_overfitting
+from tests import support
+from tests.support import Watcher, unvalidated
 
-TINY = Config(
-    name="run",
-    data=DataConfig("digits", samples=64),
-    threat=ThreatConfig(steps=2),
-    train=TrainConfig(epochs=3, batch_size=16, learning_rate=0.05, schedule="constant", precision="float32"),
-)
+TINY = replace(support.TINY, train=replace(support.TINY.train, batch_size=16))
 EMA = {"averaging": "ema", "averaging_decay": 0.5, "averaging_start_epoch": 0}
 SWA = {"averaging": "swa", "averaging_start_epoch": 0}
 
@@ -36,12 +32,6 @@ def config(method: dict[str, Any] | None = None, kind: str = "off", **settings: 
     )
 
 
-@pytest.fixture
-def unvalidated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the attacks of validation, where a test does not look at them."""
-    monkeypatch.setattr("ducat.train._Loop._validate", lambda self: {"clean": 1.0, "blind": 1.0, "robust": 0.5})
-
-
 def tensors(folder: RunFolder, which: str = "last") -> dict[str, torch.Tensor]:
     """Return what a checkpoint holds, but for the states of the process's own random generators."""
     saved, _ = checkpoint.read(folder.checkpoint_path(which))  # type: ignore[arg-type]
@@ -51,32 +41,6 @@ def tensors(folder: RunFolder, which: str = "last") -> dict[str, torch.Tensor]:
 def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
     assert first.keys() == second.keys()
     return [name for name in first if not torch.equal(first[name], second[name])]
-
-
-class Stopper:
-    """A listener that sends the process a signal once a step is done."""
-
-    def __init__(self, step: int) -> None:
-        self.at = step
-
-    def step(self, done: int, total: int) -> None:
-        if done == self.at:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def epoch(self, row: dict[str, Any]) -> None: ...
-
-    def warning(self, text: str) -> None: ...
-
-
-class Recorder(Stopper):
-    """A listener that keeps the warnings."""
-
-    def __init__(self) -> None:
-        super().__init__(-1)
-        self.warnings: list[str] = []
-
-    def warning(self, text: str) -> None:
-        self.warnings.append(text)
 
 
 # --- single-step attacks -------------------------------------------------------------------------------------------
@@ -177,16 +141,15 @@ def test_catastrophic_overfitting(history: list[tuple[float, float] | None], exp
     assert catastrophic_overfitting(rows) is expected
 
 
-def test_catastrophic_overfitting_is_recorded_and_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_catastrophic_overfitting_is_recorded_and_told_once(tmp_path: Path) -> None:
     measured = iter([(0.4, 0.3), (0.9, 0.02), (0.95, 0.01), (0.9, 0.25)])
 
-    def validate(self: object) -> dict[str, float]:
+    def validate(model: nn.Module, split: ducat.data.Images) -> dict[str, float]:
         fgsm, pgd = next(measured)
         return {"clean": 1.0, "blind": 1.0, "robust": pgd, "fgsm": fgsm, "pgd": pgd}
 
-    monkeypatch.setattr("ducat.train._Loop._validate", validate)
-    listener = Recorder()
-    folder = train(config({"attack": "fgsm-rs"}, epochs=4), tmp_path, listener)
+    listener = Watcher()
+    folder = train(config({"attack": "fgsm-rs"}, epochs=4), tmp_path, listener, validate=validate)
     assert [row.get("catastrophic_overfitting", False) for row in folder.metrics] == [False, True, True, False]
     (warning,) = listener.warnings
     assert "epoch 1: PGD accuracy has fallen to 0.020 while FGSM accuracy is up at 0.900" in warning
@@ -206,7 +169,6 @@ def test_validation_measures_fgsm_and_pgd_where_training_takes_one_step(
 # --- averaged and perturbed weights --------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("unvalidated")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -217,27 +179,28 @@ def test_validation_measures_fgsm_and_pgd_where_training_takes_one_step(
     ids=["ema", "swa", "awp"],
 )
 def test_a_run_stopped_in_the_middle_goes_on_bit_by_bit(tmp_path: Path, settings: Config) -> None:
-    whole = train(settings, tmp_path / "whole")
+    whole = train(settings, tmp_path / "whole", validate=unvalidated)
     with pytest.raises(Interrupted):
-        train(settings, tmp_path, Stopper(step=6))  # of 12: in the middle of epoch 1
-    folder = resume(tmp_path / "run")
+        train(settings, tmp_path, Watcher(signal_after=6), validate=unvalidated)  # of 12: in the middle of epoch 1
+    folder = resume(tmp_path / "run", validate=unvalidated)
     assert differing(tensors(whole), tensors(folder)) == []
     assert [row["loss"] for row in whole.metrics] == [row["loss"] for row in folder.metrics]
     assert all(torch.isfinite(tensor).all() for tensor in tensors(folder).values())
 
 
-@pytest.mark.usefixtures("unvalidated")
 @pytest.mark.parametrize("kind", ["off", "published", "recovery-aware"])
 def test_the_mean_of_the_weights_is_what_is_saved_and_loaded(tmp_path: Path, kind: str) -> None:
     epochs: list[dict[str, torch.Tensor]] = []
 
-    class Collector(Recorder):
+    class Collector(Watcher):
         def epoch(self, row: dict[str, Any]) -> None:
             saved = tensors(RunFolder.open(tmp_path / "run"))
             epochs.append(checkpoint.part("raw", saved) or checkpoint.part("model", saved))
 
-    folder = train(config(kind=kind, averaging="swa", averaging_start_epoch=1), tmp_path, Collector())
-    plain = train(replace(config(kind=kind), name="plain"), tmp_path)
+    folder = train(
+        config(kind=kind, averaging="swa", averaging_start_epoch=1), tmp_path, Collector(), validate=unvalidated
+    )
+    plain = train(replace(config(kind=kind), name="plain"), tmp_path, validate=unvalidated)
     assert differing(epochs[-1], checkpoint.part("model", tensors(plain))) == [], "averaging changed the training"
     loaded = folder.load("last").state_dict()
     for name, parameter in folder.load("last").named_parameters():
@@ -247,13 +210,12 @@ def test_the_mean_of_the_weights_is_what_is_saved_and_loaded(tmp_path: Path, kin
     assert not torch.equal(loaded["network.1.running_var"], epochs[-1]["network.1.running_var"])
 
 
-@pytest.mark.usefixtures("unvalidated")
 @pytest.mark.parametrize("averaging", [EMA, SWA], ids=["ema", "swa"])
 def test_until_the_switch_the_average_deploys_the_base_method(tmp_path: Path, averaging: dict[str, Any]) -> None:
     # Also in the middle of an epoch: 6 of 8 steps before the switch at epoch 2.
     settings = replace(config(kind="recovery-aware", **averaging), dummy=DummyConfig("recovery-aware", start_epoch=2))
     with pytest.raises(Interrupted):
-        train(settings, tmp_path, Stopper(step=6))
+        train(settings, tmp_path, Watcher(signal_after=6), validate=unvalidated)
     saved = tensors(RunFolder.open(tmp_path / "run"))
     for prefix in ("model", "raw"):
         weights = checkpoint.part(prefix, saved)
@@ -262,26 +224,22 @@ def test_until_the_switch_the_average_deploys_the_base_method(tmp_path: Path, av
     assert not torch.equal(saved["model.network.0.weight"], saved["raw.network.0.weight"])
 
 
-def test_the_average_is_what_is_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_average_is_what_is_validated(tmp_path: Path) -> None:
     seen = []
-    monkeypatch.setattr(
-        "ducat.train.evaluate", lambda model, *arguments, **options: seen.append(model) or _nothing(len(seen))
-    )
 
-    def _nothing(_: int) -> Any:
-        flags = torch.ones(2, dtype=torch.bool)
-        return type("Evaluation", (), {"clean": flags, "blind": flags, "robust": flags, "attacks": ()})
+    def validate(model: nn.Module, split: ducat.data.Images) -> dict[str, float]:
+        seen.append(model)
+        return unvalidated(model, split)
 
-    folder = train(config(averaging="ema", averaging_start_epoch=2), tmp_path)
+    folder = train(config(averaging="ema", averaging_start_epoch=2), tmp_path, validate=validate)
     assert len({id(model) for model in seen[:2]}) == 1
     assert seen[2] is not seen[0]
     assert differing(seen[2].state_dict(), checkpoint.part("model", tensors(folder))) == []
 
 
-@pytest.mark.usefixtures("unvalidated")
 def test_perturbed_weights_change_the_training_and_update_statistics_once_a_step(tmp_path: Path) -> None:
-    plain = train(replace(config(), name="plain"), tmp_path).load("last").state_dict()
-    perturbed = train(config(awp=0.05, awp_start_epoch=1), tmp_path).load("last").state_dict()
+    plain = train(replace(config(), name="plain"), tmp_path, validate=unvalidated).load("last").state_dict()
+    perturbed = train(config(awp=0.05, awp_start_epoch=1), tmp_path, validate=unvalidated).load("last").state_dict()
     assert not torch.equal(plain["network.0.weight"], perturbed["network.0.weight"])
     assert perturbed["network.1.num_batches_tracked"] == plain["network.1.num_batches_tracked"] == 12
 
@@ -336,11 +294,11 @@ def test_there_are_recipes() -> None:
         (lambda: TrainConfig(epochs=9, awp_start_epoch=9), r"train\.awp_start_epoch=9 is not an epoch"),
         (lambda: Config(name="../../etc/x"), r"name='\.\./\.\./etc/x' is not the name of a folder"),
         (lambda: Config(name=".."), r"name='\.\.' is not the name of a folder"),
-        (lambda: MethodConfig("mixed", weight=6), r"method\.weight=6 is outside \[0, 1\]: for mixed it is the share"),
+        (lambda: MethodConfig("mixed", weight=6), r"method\.weight=6 is outside \[0, 1\]: it is the share"),
         (lambda: DummyConfig(pair_weight=-1), r"dummy\.pair_weight=-1 must be at least 0"),
         (
             lambda: Config(method=MethodConfig("mixed"), dummy=DummyConfig("published")),
-            r"dummy\.kind=published mixes .* choose pgd-at, and the share of the benign ones by dummy\.benign_share",
+            r"dummy\.kind=published .* mixes .* choose pgd-at, and the share of the benign ones by dummy\.benign_share",
         ),
         (lambda: config(kind="published", epochs=1, milestones=()), r"dummy\.start_epoch=1 is not an epoch"),
     ],

@@ -31,20 +31,20 @@ from benchmarks.cure.fronts import write
 from benchmarks.cure.networks import Gated, Held, Joined, through_stand_ins
 from benchmarks.cure.rows import ROWS, Row
 from benchmarks.cure.settings import SETTINGS, Setting
-from ducat import checkpoint, methods
+from ducat import checkpoint
 from ducat.attacks.adaptive import BUDGETS, TARGETED, Round
-from ducat.attacks.suites import SUITES, Attack, Suite, _ensemble, _pgd
+from ducat.attacks.suites import SUITES, Attack, Suite, _pgd, ensemble
 from ducat.cli import main as command
 from ducat.config import Config
 from ducat.data import load, load_test
 from ducat.dummy import add_dummy_classes
 from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder
-from ducat.train import Initial, train
+from ducat.training import Initial, train
 
 
 def register() -> None:
-    """Add what only the search has to the library's tables: its suite, and other inner objectives."""
+    """Add the suite that only the search has to the library's tables."""
     # On all samples, without the long rounds of "standard".
     BUDGETS["front"] = (
         Round("recovered-cross-entropy", 20),
@@ -54,13 +54,10 @@ def register() -> None:
     attacks = (
         Attack("pgd-20", False, _pgd(20)),
         Attack("pgd-20", True, _pgd(20)),
-        Attack("ensemble-front", True, _ensemble("front")),
+        Attack("ensemble-front", True, ensemble("front")),
     )
     SUITES["front"] = Suite(attacks, audit=False)
     SUITES["front-of-mixtures"] = Suite((*attacks, Attack("stand-ins", True, through_stand_ins)), audit=False)
-    plain = methods.METHODS["pgd-at"]
-    methods.METHODS["pgd-at-margin"] = replace(plain, title="PGD-AT on the margin", objective="margin")
-    methods.METHODS["pgd-at-kl"] = replace(plain, title="PGD-AT on KL", objective="kl", gaussian_start=True)
 
 
 def with_options(config: Config, options: Mapping[str, Any]) -> Config:
@@ -113,7 +110,7 @@ class Search:
             content: dict[str, Any] = json.loads(file.read_text())
             return content
         began = time.perf_counter()
-        network, folder = self._joined() if row.of == "joined" else self._trained_on(row.of or name)
+        network, folder = self.joined() if row.of == "joined" else self._trained_on(row.of or name)
         seconds = time.perf_counter() - began
         manifest, threat = folder.manifest, folder.config.threat.build(None)
         held_out = load(self.setting.data, samples=folder.config.data.samples, root=self.data).validation
@@ -158,9 +155,8 @@ class Search:
             if row.teach:
                 natural = self.trained("natural", "natural").eval() if row.teach == "both" else None
                 change = objectives.taught(natural)
-            kind = Config if change is None else objectives.Changed
             config = with_options(
-                kind(name=folder.name),
+                Config(name=folder.name),
                 {
                     "data.root": self.data,
                     "dummy.start_epoch": 0,
@@ -170,19 +166,23 @@ class Search:
                     **row.settings,
                 },
             )
-            if change is not None:
-                objectives.CHANGES[folder.name] = change
+            objective = None if change is None else objectives.changed(config, change)
 
             def build(architecture: Architecture) -> tuple[Architecture, nn.Module]:
                 return architecture, network
 
             base = f"base-s{self.seed}"
-            train(config, self.runs, initial=Initial(build, {"file": str(self.runs / base), "row": name}))
+            train(
+                config,
+                self.runs,
+                model=Initial(build, {"file": str(self.runs / base), "row": name}),
+                objective=objective,
+            )
         tensors, _ = checkpoint.read(folder.checkpoint_path("last"))
         network.load_state_dict(checkpoint.part("model", tensors))
         return network, folder
 
-    def _joined(self) -> tuple[nn.Module, RunFolder]:
+    def joined(self) -> tuple[nn.Module, RunFolder]:
         robust, folder = self._trained_on("pgd-at")
         return Joined(self.trained("natural", "natural"), robust), folder
 

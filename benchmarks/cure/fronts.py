@@ -11,7 +11,8 @@ from typing import Any
 
 from benchmarks.cure.rows import ROWS
 from benchmarks.cure.settings import SETTINGS
-from ducat import checkpoint, plots
+from ducat import checkpoint
+from ducat.reporting import plots
 
 BASELINES = ("PGD-AT", "mixed", "TRADES")
 DRAWN = (

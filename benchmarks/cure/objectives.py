@@ -10,22 +10,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ducat import losses, methods
-from ducat.averaging import WeightAverage
 from ducat.config import Config
 from ducat.dummy import dummy_head, recover
+from ducat.training.averaging import WeightAverage
 
 Change = Callable[[methods.Objective, float], methods.Objective]
-CHANGES: dict[str, Change] = {}
-"""By the name of a run: what makes its objective of the config's, given the share of the epochs that are over."""
+"""Makes a row's objective of the config's, given the share of the epochs that are over."""
 
 
-@dataclass(frozen=True)
-class Changed(Config):
-    """A config whose objective is changed by the row of its name in `CHANGES`."""
+def changed(config: Config, change: Change) -> Callable[[int], methods.Objective]:
+    """Return what each epoch minimises: the config's objective, changed."""
+    return lambda epoch: change(config.objective(epoch), epoch / max(1, config.train.epochs - 1))
 
-    def objective(self, epoch: int) -> methods.Objective:
-        assert self.name is not None
-        return CHANGES[self.name](super().objective(epoch), epoch / max(1, self.train.epochs - 1))
+
+def inner(**values: Any) -> Change:
+    """Change the row of the method: what its attack maximises, and where it starts."""
+    return lambda plain, done: replace(plain, method=replace(plain.method, **values))
 
 
 def scheduled(ends: Mapping[str, tuple[float, float]]) -> Change:
@@ -71,9 +71,9 @@ class DetachedPair(methods.Objective):
         finally:
             handle.remove()
         apart = F.linear(seen[0].detach().float(), head.weight, head.bias)
-        weights, without = self.targets, replace(self.targets, pair=0)
-        pair = self._two_hot_loss(apart, y, weights) - self._two_hot_loss(apart, y, without)
-        benign, attacked = (self._two_hot_loss(logits, y, without) + pair).view(2, -1).mean(1)
+        weights, without = self.targets, replace(self.targets, pair_weight=0)
+        pair = self.two_hot_loss(apart, y, weights) - self.two_hot_loss(apart, y, without)
+        benign, attacked = (self.two_hot_loss(logits, y, without) + pair).view(2, -1).mean(1)
         return weights.benign_share * benign + (1 - weights.benign_share) * attacked
 
 
@@ -109,7 +109,7 @@ class Distilled(methods.Objective):
             return self.weight * values[0] + (1 - self.weight) * values[1]
         halves = [
             torch.cat([(1 - weight) * target, weight * target], dim=1)
-            for weight, target in ((self.targets.benign, calm), (self.targets.adversarial, attacked))
+            for weight, target in ((self.targets.benign_weight, calm), (self.targets.adversarial_weight, attacked))
         ]
         values = losses.soft_cross_entropy(logits, torch.cat(halves)).view(2, -1).mean(1)
         return self.targets.benign_share * values[0] + (1 - self.targets.benign_share) * values[1]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from benchmarks.cure.networks import BySum, Gated, Half, Held, ManyDummies, SplitLate, calibrated
-from benchmarks.cure.objectives import Change, detached, scheduled
+from benchmarks.cure.objectives import Change, detached, inner, scheduled
 from ducat.dummy import add_dummy_classes
 
 
@@ -124,9 +124,17 @@ ROWS: dict[str, Row] = {
         network=lambda base: add_dummy_classes(base, "random", generator=torch.Generator().manual_seed(0)),
     ),
     "margin": Row(
-        "variants", "recovered margin inside: stronger on the margin, more robust", _dummy(method__name="pgd-at-margin")
+        "variants",
+        "recovered margin inside: stronger on the margin, more robust",
+        _aware(0.35),
+        change=inner(objective="margin"),
     ),
-    "kl": Row("variants", "recovered KL inside: more clean, less robust", _dummy(method__name="pgd-at-kl")),
+    "kl": Row(
+        "variants",
+        "recovered KL inside: more clean, less robust",
+        _aware(0.35),
+        change=inner(objective="kl", gaussian_start=True),
+    ),
     "trades-3-aware": Row("variants", "on the front of TRADES", _dummy(method__name="trades", method__weight=3)),
     "benign-0": Row("variants", "w_b = 0: a crisper pair", _dummy(dummy__benign_weight=0)),
     "weights-0.5": Row(
@@ -139,13 +147,13 @@ ROWS: dict[str, Row] = {
         "variants",
         "w_b from 0 to 0.5: a crisp pair first, then softer",
         _aware(0.35),
-        change=scheduled({"benign": (0.0, 0.5)}),
+        change=scheduled({"benign_weight": (0.0, 0.5)}),
     ),
     "adversarial-rising": Row(
         "variants",
         "w_a from 0.5 to 1: the pair is learnt late, and disturbs less",
         _aware(0.35),
-        change=scheduled({"adversarial": (0.5, 1.0)}),
+        change=scheduled({"adversarial_weight": (0.5, 1.0)}),
     ),
     "share-falling": Row(
         "variants",

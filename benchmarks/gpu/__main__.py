@@ -41,9 +41,10 @@ from ducat.checkpoint import write_text
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.data import load_test
 from ducat.data.prepare import prepare
-from ducat.evaluate import evaluate, evaluate_run
+from ducat.evaluation import evaluate
+from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder, environment
-from ducat.train import Interrupted, resume, train
+from ducat.training import Interrupted, resume, train
 
 DATA = "cifar10-jpeg"
 NAMES = {"off": "pgd-at", "published": "published", "recovery-aware": "recovery-aware"}

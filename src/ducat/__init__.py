@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from ducat import attacks, data, losses, models
 from ducat.dummy import RecoveredClassifier, add_dummy_classes, recover, two_hot
-from ducat.evaluate import Evaluation, evaluate
+from ducat.evaluation import Evaluation, evaluate
+from ducat.methods import objective
 from ducat.runs import load
 from ducat.threat import ThreatModel
 
@@ -24,6 +25,7 @@ __all__ = [
     "load",
     "losses",
     "models",
+    "objective",
     "recover",
     "two_hot",
 ]

@@ -12,22 +12,24 @@ from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 import ducat
-from ducat import analysis, behaviour, checkpoint, data, plots, report
-from ducat import compare as comparing
+from ducat import checkpoint, data, training
 from ducat import demo as demo_room
-from ducat import train as train_room
-from ducat.adapt import adapt, settings
-from ducat.compare import Comparison, Run
+from ducat.attacks.suites import SUITES
 from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, config_parser
-from ducat.evaluate import evaluate_checkpoint, evaluate_run
+from ducat.evaluation import behaviour, studies
+from ducat.evaluation.runs import evaluate_checkpoint, evaluate_run
+from ducat.progress import Live
+from ducat.reporting import compare as comparing
+from ducat.reporting import page, plots
+from ducat.reporting.compare import Comparison, Run
 from ducat.runs import RunFolder, Which
 from ducat.threat import Norm
-from ducat.train import Interrupted
+from ducat.training import Interrupted
+from ducat.training.adapt import adapt, settings
 
 BAD_INPUT = 2
 # What a user can cause; anything else is a defect of ours and shows its traceback.
@@ -39,11 +41,9 @@ ARGUMENT_ERRORS = {
     r"Expected a typing\.Literal\[([^\]]+)\]": r"choose from \1",
 }
 
-Suite = Literal["quick", "light", "standard", "full"]
 NORMALIZATION = "of a checkpoint: whether its network takes images normalised by the data's mean and deviation"
 EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
 EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption the best"
-Format = Literal["onnx", "safetensors", "torch-export", "hub", "robustbench"]
 
 
 class Command(NamedTuple):
@@ -54,62 +54,6 @@ class Command(NamedTuple):
     run: Callable[[Namespace, Console], None]
 
 
-class Live:
-    """Progress of trainings and attacks: a live line each on a terminal, a plain line per validation elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_interactive,
-            transient=True,
-        )
-
-    def __enter__(self) -> "Live":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def training(self, title: str) -> "Training":
-        """Return a listener for one training."""
-        return Training(self, title)
-
-    def attacks(self, title: str) -> Callable[[str], None]:
-        """Return a function to call with the name of each attack on one network as it starts."""
-        task = self.progress.add_task(title, total=None)
-        return lambda attack: self.progress.update(task, description=f"{title}: attack {attack}")
-
-
-class Training:
-    """A listener that shows one training."""
-
-    def __init__(self, live: Live, title: str) -> None:
-        self.live, self.title = live, title
-        self.task = live.progress.add_task(title, total=None)
-
-    def step(self, done: int, total: int) -> None:
-        self.live.progress.update(self.task, completed=done, total=total)
-
-    def epoch(self, row: dict[str, Any]) -> None:
-        text = f"{self.title}: epoch {row['epoch'] + 1}, loss {row['loss']:.3f}"
-        if "robust" in row:
-            shares = ", ".join(f"{name} {100 * row[name]:.1f}" for name in ("clean", "blind", "robust"))
-            text += f", validation {shares}"
-            if not self.live.console.is_interactive:
-                self.live.console.print(text, highlight=False, soft_wrap=True)
-        self.live.progress.update(self.task, description=text)
-
-    def warning(self, text: str) -> None:
-        self.live.console.print(f"[bold]warning[/bold] {self.title}: {text}", highlight=False, soft_wrap=True)
-
-
 def _run_train(arguments: Namespace, console: Console) -> None:
     if arguments.resume is not None:
         folder = RunFolder.open(arguments.resume)
@@ -117,11 +61,11 @@ def _run_train(arguments: Namespace, console: Console) -> None:
             _print(console, f"{folder.path} is finished: nothing was left to do")
             return
         with Live(console) as live:
-            train_room.resume(folder.path, live.training(folder.name))
+            training.resume(folder.path, live.training(folder.name))
     else:
         config = _config(arguments)
         with Live(console) as live:
-            folder = train_room.train(config, arguments.runs, live.training(config.name or config.method.name))
+            folder = training.train(config, arguments.runs, live.training(config.name or config.method.name))
     _print_trained(console, folder)
 
 
@@ -243,10 +187,10 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
         checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
     behaviour.measure_run(folder)
     comparison = comparing.compare([Run.read(folder.path)])
-    page = folder.path / "report.html"
-    report.page(page, folder.name, comparison)
+    report = folder.path / "report.html"
+    page.page(report, folder.name, comparison)
     print_comparison(console, comparison)
-    _print(console, f"Page: {page}")
+    _print(console, f"Page: {report}")
 
 
 def _threat(arguments: Namespace) -> ThreatConfig:
@@ -275,7 +219,7 @@ def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
 
 
 def _run_compare(arguments: Namespace, console: Console) -> None:
-    files = {name: getattr(arguments, name) for name in (*comparing.FORMATS, "html")}
+    files = {name: getattr(arguments, name) for name in (*comparing.TABLES, "html")}
     _check_new(**files)
     comparison = comparing.compare([Run.read(path) for path in arguments.runs])
     print_comparison(console, comparison)
@@ -283,18 +227,18 @@ def _run_compare(arguments: Namespace, console: Console) -> None:
         for pair in section.pairs:
             difference = f"robust {100 * pair.difference:+.1f} points"
             _print(console, f"{pair.second} against {pair.first}: {difference}, McNemar's exact p = {pair.p_value:.2g}")
-    for name, write in comparing.FORMATS.items():
+    for name, write in comparing.TABLES.items():
         if files[name] is not None:
             checkpoint.write_text(files[name], write(comparison))
     if files["html"] is not None:
-        report.page(files["html"], "Comparison of runs", comparison)
+        page.page(files["html"], "Comparison of runs", comparison)
 
 
 def _compare_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = _parser("ducat compare")
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, evaluated; seeds of one setting are grouped")
     parser.add_argument("--html", type=Path | None, help="write the page to this new file")
-    for name in comparing.FORMATS:
+    for name in comparing.TABLES:
         parser.add_argument(f"--{name}", type=Path | None, help=f"write the table as {name} to this new file")
     return parser
 
@@ -312,7 +256,7 @@ def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser.add_argument("--data", type=str, default="cifar10", help="for a checkpoint: data set to evaluate on")
     parser.add_argument("--norm", type=Norm | None, help="linf or l2; default: the run's, or linf")
     parser.add_argument("--eps", type=float | str | None, help=EPS)
-    parser.add_argument("--suite", type=Suite, default="standard", help="which attacks to run")
+    parser.add_argument("--suite", choices=tuple(SUITES), default="standard", help="which attacks to run")
     parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the attacks")
     parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
@@ -331,9 +275,11 @@ def _run_export(arguments: Namespace, console: Console) -> None:
 
 
 def _export_parser(arguments: Sequence[str]) -> ArgumentParser:
+    from ducat.export import FORMATS
+
     parser = _parser("ducat export")
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--format", type=Format, required=True, help="what to write; hub and robustbench are folders")
+    parser.add_argument("--format", choices=tuple(FORMATS), required=True, help="what to write: a file or a folder")
     parser.add_argument("--out", type=Path, required=True, help="new file or folder to write")
     parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
     parser.add_argument(
@@ -448,13 +394,13 @@ def _only(runs: list[Path]) -> Path:
 
 STUDIES: dict[str, Study] = {
     "always-failed": Study(
-        lambda given, progress: analysis.always_failed(given.runs), _always_failed_table, plots.always_failed
+        lambda given, progress: studies.always_failed(given.runs), _always_failed_table, plots.always_failed
     ),
     "transfer": Study(
-        lambda given, progress: analysis.transfer(given.runs, given.which, progress), _transfer_table, plots.transfer
+        lambda given, progress: studies.transfer(given.runs, given.which, progress), _transfer_table, plots.transfer
     ),
     "corruption": Study(
-        lambda given, progress: analysis.corruption(
+        lambda given, progress: studies.corruption(
             _only(given.runs), samples=given.samples, which=given.which or "best", progress=progress
         ),
         _corruption_table,
@@ -465,8 +411,7 @@ STUDIES: dict[str, Study] = {
 
 def _analyze_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = _parser("ducat analyze")
-    studies = Literal["always-failed", "transfer", "corruption"]
-    parser.add_argument("study", type=studies, help="always-failed, transfer or corruption")
+    parser.add_argument("study", choices=tuple(STUDIES), help="what to measure")
     parser.add_argument("runs", type=Path, nargs="+", help="evaluated run folders; one for corruption")
     parser.add_argument("--which", type=Which | None, help=EVALUATED)
     parser.add_argument("--samples", type=int | None, help="for corruption: images of each; default: all")

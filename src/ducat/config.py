@@ -14,15 +14,16 @@ import yaml
 from ducat import methods
 from ducat.data.images import Dataset
 from ducat.data.specs import DataSpec
+from ducat.dummy import TwoHot
+from ducat.methods import Kind
 from ducat.models.architecture import Architecture
 from ducat.schedules import SCHEDULES, epoch_of
 from ducat.threat import Norm, ThreatModel
-from ducat.tracking import TRACKERS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-Kind = Literal["off", "published", "recovery-aware"]
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def _at_least(name: str, value: float | int | None, low: float | int) -> None:
@@ -92,43 +93,25 @@ class MethodConfig:
     """Share of the target that is spread evenly over all classes, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        methods.find(self.name)
-        _at_least("method.weight", self.weight, 0)
-        if self.name == "mixed" and self.weight is not None and self.weight > 1:
-            raise ValueError(
-                f"method.weight={self.weight} is outside [0, 1]: for mixed it is the share of benign images"
-            )
+        methods.find(self.name).check_weight(self.weight)
         _among("method.attack", self.attack, methods.ATTACKS)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"method.label_smoothing={self.label_smoothing} is outside [0, 1)")
 
 
 @dataclass(frozen=True)
-class DummyConfig:
+class DummyConfig(TwoHot):
     """Whether and how to use dummy classes."""
 
     kind: Kind = "off"
     """off; published: as in the paper, the inner attack is blind to recovery; recovery-aware: it knows recovery."""
     start_epoch: float | int = 0.81
     """First epoch with two-hot targets, counted from 0; between 0 and 1 a fraction of all epochs."""
-    benign_weight: float | int = 0.25
-    """Share of the target that the dummy class gets for benign images, in [0, 1]."""
-    adversarial_weight: float | int = 1.0
-    """Share of the target that the dummy class gets for adversarial images, in [0, 1]."""
-    benign_share: float | int = 0.5
-    """What the benign half of the batch counts in the two-hot loss, in [0, 1]; less of it trades clean accuracy for
-    robustness. The paper's is 0.5."""
-    pair_weight: float | int = 1.0
-    """Weight, 0 or more, of telling benign from adversarial within a pair; the paper's is 1."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("off", "published", "recovery-aware"):
-            raise ValueError(f"dummy.kind={self.kind!r} is unknown: choose from off, published, recovery-aware")
+        _among("dummy.kind", self.kind, methods.PHASES)
         _at_least("dummy.start_epoch", self.start_epoch, 0)
-        _within("dummy.benign_weight", self.benign_weight, 0, 1)
-        _within("dummy.adversarial_weight", self.adversarial_weight, 0, 1)
-        _within("dummy.benign_share", self.benign_share, 0, 1)
-        _at_least("dummy.pair_weight", self.pair_weight, 0)
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -243,17 +226,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.name is not None and (self.name in ("", ".", "..") or Path(self.name).name != self.name):
             raise ValueError(f"name={self.name!r} is not the name of a folder: the place is chosen by --runs")
-        if self.method.name == "natural" and self.dummy.kind != "off":
-            raise ValueError(
-                f"dummy.kind={self.dummy.kind} needs adversarial images, which method.name=natural has none of: "
-                "choose an adversarial method"
-            )
-        if self.method.name == "mixed" and self.dummy.kind != "off":
-            raise ValueError(
-                f"dummy.kind={self.dummy.kind} mixes benign and adversarial images itself: instead of "
-                "method.name=mixed choose pgd-at, and the share of the benign ones by dummy.benign_share"
-            )
         if self.dummy.kind != "off":
+            methods.find(self.method.name).check_dummy_classes(self.dummy.kind)
             epoch_of(self.dummy.start_epoch, self.train.epochs, "dummy.start_epoch")
 
     def resolve(self, spec: DataSpec) -> Config:
@@ -307,17 +281,17 @@ class Config:
 
     def objective(self, epoch: int) -> methods.Objective:
         """Return what the given epoch, counted from 0, minimises."""
-        method = methods.find(self.method.name)
-        weight = method.weight if self.method.weight is None else self.method.weight
-        active = epoch >= self.start_epoch
-        reading: methods.Reading = "all"
-        if self.dummy.kind == "recovery-aware":
-            reading = "recovered" if active else "real"
-        dummy = self.dummy
-        weights = methods.TwoHot(dummy.benign_weight, dummy.adversarial_weight, dummy.benign_share, dummy.pair_weight)
-        targets = weights if active else None
-        attack = methods.ATTACKS[self.method.attack]
-        return methods.Objective(method, reading, targets, weight, attack, self.method.label_smoothing)
+        weights = {each.name: getattr(self.dummy, each.name) for each in dataclasses.fields(TwoHot)}
+        method = self.method
+        return methods.objective(
+            method.name,
+            self.dummy.kind,
+            epoch >= self.start_epoch,
+            weight=method.weight,
+            attack=method.attack,
+            label_smoothing=method.label_smoothing,
+            **weights,
+        )
 
     def flat(self) -> dict[str, Any]:
         """Return the settings by the names of the command line, for example "train.epochs"."""

@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ducat import behaviour, plots, report
-from ducat.compare import Comparison, Run, compare
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, TrainConfig
-from ducat.evaluate import evaluate_run
-from ducat.train import Listener, train
+from ducat.evaluation import behaviour
+from ducat.evaluation.runs import evaluate_run
+from ducat.reporting import page, plots
+from ducat.reporting.compare import Comparison, Run, compare
+from ducat.training import Listener, train
 
 EPOCHS = 60
-METHODS: dict[str, tuple[str, DummyConfig]] = {
+NETWORKS: dict[str, tuple[str, DummyConfig]] = {
     "natural": ("natural", DummyConfig("off")),
     "PGD-AT": ("pgd-at", DummyConfig("off")),
     "DUCAT, published": ("pgd-at", DummyConfig("published", start_epoch=0.5)),
@@ -82,7 +83,7 @@ def run(
     if folder.exists():
         raise FileExistsError(f"{folder} exists, and nothing is overwritten: give another --out")
     demo = Demo(folder)
-    for title, (method, dummy) in METHODS.items():
+    for title, (method, dummy) in NETWORKS.items():
         config = Config(
             data=DataConfig("digits"),
             method=MethodConfig(method),
@@ -102,8 +103,8 @@ def run(
         behaviour.measure_run(made)
         demo.paths[title] = made.path
     comparison = demo.comparison
-    plots.save(plots.trade_off(report.points(comparison.sections[0])), folder / "trade-off.svg")
-    report.page(
+    plots.save(plots.trade_off(page.points(comparison.sections[0])), folder / "trade-off.svg")
+    page.page(
         folder / "report.html",
         "Dummy classes on digits: what they do and what they hide",
         comparison,

@@ -3,12 +3,40 @@
 With C real classes the network has 2C outputs: output c < C is real class c, output c + C is its dummy class.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 RECOVERIES = ("max", "logsumexp")
 INITIALISATIONS = ("copy", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoHot:
+    """Weights of the two-hot loss.
+
+    The two-hot cross-entropy is that of the recovered classes plus a term that tells benign from adversarial images
+    within a pair: CE(z, t(y, w)) = -log q_y + BCE(w, p_{y+C} / q_y).
+    """
+
+    benign_weight: float | int = 0.25
+    """Share of the target that the dummy class gets for benign images, in [0, 1]."""
+    adversarial_weight: float | int = 1.0
+    """Share of the target that the dummy class gets for adversarial images, in [0, 1]."""
+    benign_share: float | int = 0.5
+    """What the benign half of the batch counts in the two-hot loss, in [0, 1]; less of it trades clean accuracy for
+    robustness. The paper's is 0.5."""
+    pair_weight: float | int = 1.0
+    """Weight, 0 or more, of telling benign from adversarial within a pair; the paper's is 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("benign_weight", "adversarial_weight", "benign_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"dummy.{name}={getattr(self, name)} is outside [0, 1]")
+        if not self.pair_weight >= 0:
+            raise ValueError(f"dummy.pair_weight={self.pair_weight} must be at least 0")
 
 
 def two_hot(y: Int[Tensor, " batch"], num_classes: int, dummy_weight: float | int) -> Float[Tensor, "batch outputs"]:

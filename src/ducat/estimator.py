@@ -18,9 +18,9 @@ from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ModelCon
 from ducat.data import DataSpec, Images, cache
 from ducat.data.images import fingerprint, hold_out, named_tensors
 from ducat.dummy import RecoveredClassifier
-from ducat.evaluate import Evaluation, evaluate
+from ducat.evaluation import Evaluation, evaluate
 from ducat.runs import load
-from ducat.train import train
+from ducat.training import train
 
 CHUNK = 500  # images in one pass
 

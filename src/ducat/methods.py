@@ -1,6 +1,6 @@
 """The training methods as one table: an inner objective, a start of the attack, and an outer loss.
 
-Dummy classes plug into every row by the same rules, so that no method is written twice:
+Dummy classes plug into every row by the same rules (`PHASES`), so that no method is written twice:
 
 - off: the method on C logits.
 - published: before `start_epoch` the method on all 2C logits with one-hot targets; then two-hot targets, while the
@@ -11,25 +11,55 @@ Dummy classes plug into every row by the same rules, so that no method is writte
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ducat import losses
+from ducat.attacks import objectives
 from ducat.attacks.pgd import pgd
-from ducat.dummy import recover, two_hot
+from ducat.dummy import TwoHot, recover, two_hot
 from ducat.threat import ThreatModel
 
-Images = Float[Tensor, "batch channels height width"]
+Batch = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
+Kind = Literal["off", "published", "recovery-aware"]
 Reading = Literal["all", "real", "recovered"]
 
 GAUSSIAN_START = 0.001  # standard deviation, on images in [0, 1] (Zhang et al. 2019)
 CONSISTENCY_TEMPERATURE = 0.5  # Tack et al. 2022
+
+
+class Phases(NamedTuple):
+    """Which logits the inner attack and the regulariser read, before dummy classes are in use and while they are."""
+
+    before: Reading
+    active: Reading
+
+
+PHASES: dict[Kind, Phases] = {
+    "off": Phases("all", "all"),
+    "published": Phases("all", "all"),
+    "recovery-aware": Phases("real", "recovered"),
+}
+
+
+class Paper(NamedTuple):
+    """Where something was published; the address is empty where there is none."""
+
+    title: str
+    address: str = ""
+
+
+DUMMY_CLASSES = Paper(
+    "New Paradigm of Adversarial Training: Breaking Inherent Trade-Off between Accuracy and Robustness via Dummy "
+    "Classes",
+    "https://arxiv.org/abs/2410.12671",
+)
 
 
 @dataclass(frozen=True)
@@ -38,9 +68,9 @@ class Method:
 
     Attributes:
         title: how tables and plots call it.
-        objective: what the inner attack maximises, a blind name in `attacks.objectives.OBJECTIVES`; None for no attack,
-            so that the adversarial images are the benign ones. Its recovery-aware counterpart is called "recovered-"
-            and this name.
+        paper: where it was published.
+        objective: what the inner attack maximises, a blind row of `attacks.objectives.OBJECTIVES` or its name; None for
+            no attack, so that the adversarial images are the benign ones.
         gaussian_start: begin PGD at x + 0.001 N(0, 1) instead of uniformly in the ball.
         target: the half of the batch that the cross-entropy is on, without dummy classes; for "both" the weight is the
             share of the benign half, in [0, 1].
@@ -48,21 +78,39 @@ class Method:
             cross-entropy; None for none. The logits are read as the inner attack reads them.
         reads_benign: whether the regulariser looks at `clean_logits`; where nothing does, benign images are not
             forwarded and `clean_logits` is empty.
-        weight: the regulariser's default weight: beta or lambda of the method's paper.
+        weight: the regulariser's default weight.
+        weights: the least and the greatest weight.
+        weight_is: what the weight is.
         views: augmentations of each image, which the batch holds one after the other.
         augmentation: what photographs are augmented with: "base" is random crop and flip, "strong" AutoAugment and
             cutout as well.
+        no_dummy_classes: why dummy classes do not fit it, and what to do instead; empty where they do.
     """
 
     title: str
-    objective: str | None = "cross-entropy"
+    paper: Paper | None = None
+    objective: str | objectives.Objective | None = "cross-entropy"
     gaussian_start: bool = False
     target: Literal["benign", "adversarial", "both"] = "adversarial"
     regulariser: Callable[[Tensor, Tensor, Tensor, float | int], Tensor] | None = None
     reads_benign: bool = False
     weight: float = 0.0
+    weights: tuple[float, float] = (0.0, math.inf)
+    weight_is: str = "what the regulariser is multiplied by"
     views: int = 1
     augmentation: Literal["base", "strong"] = "base"
+    no_dummy_classes: str = ""
+
+    def check_weight(self, weight: float | int | None) -> None:
+        """Raise ValueError if a weight is out of range."""
+        low, high = self.weights
+        if weight is not None and not low <= weight <= high:
+            raise ValueError(f"method.weight={weight} is outside [{low:g}, {high:g}]: it is {self.weight_is}")
+
+    def check_dummy_classes(self, kind: Kind) -> None:
+        """Raise ValueError if dummy classes of that kind do not fit the method."""
+        if kind != "off" and self.no_dummy_classes:
+            raise ValueError(f"dummy.kind={kind} does not fit this method, which {self.no_dummy_classes}")
 
 
 def _trades(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float | int) -> Tensor:
@@ -80,25 +128,55 @@ def _consistency(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, we
 
 
 METHODS: dict[str, Method] = {
-    "natural": Method("natural", objective=None),
-    # Goodfellow et al. 2015, arXiv 1412.6572: the weight is the share of the benign images in the cross-entropy.
-    "mixed": Method("benign + adversarial", target="both", weight=0.5),
-    # Madry et al. 2018, arXiv 1706.06083
-    "pgd-at": Method("PGD-AT"),
-    # Zhang et al. 2019, arXiv 1901.08573
+    "natural": Method(
+        "natural",
+        objective=None,
+        no_dummy_classes="has no adversarial images: choose an adversarial method",
+    ),
+    # Here and in the weights below, the values are those of the method's paper.
+    "mixed": Method(
+        "benign + adversarial",
+        Paper("Explaining and Harnessing Adversarial Examples", "https://arxiv.org/abs/1412.6572"),
+        target="both",
+        weight=0.5,
+        weights=(0.0, 1.0),
+        weight_is="the share of benign images in the cross-entropy",
+        no_dummy_classes="mixes benign and adversarial images itself: choose pgd-at, and the share of the benign ones "
+        "by dummy.benign_share",
+    ),
+    "pgd-at": Method(
+        "PGD-AT",
+        Paper("Towards Deep Learning Models Resistant to Adversarial Attacks", "https://arxiv.org/abs/1706.06083"),
+    ),
     "trades": Method(
         "TRADES",
+        Paper("Theoretically Principled Trade-off between Robustness and Accuracy", "https://arxiv.org/abs/1901.08573"),
         objective="kl",
         gaussian_start=True,
         target="benign",
         regulariser=_trades,
         reads_benign=True,
         weight=6.0,
+        weight_is="beta of its paper",
     ),
-    # Wang et al. 2020, ICLR: "Improving adversarial robustness requires revisiting misclassified examples"
-    "mart": Method("MART", gaussian_start=True, regulariser=_mart, reads_benign=True, weight=6.0),
-    # Tack et al. 2022, arXiv 2103.04623
-    "consistency": Method("Consistency-AT", regulariser=_consistency, weight=1.0, views=2, augmentation="strong"),
+    "mart": Method(
+        "MART",
+        Paper("Improving Adversarial Robustness Requires Revisiting Misclassified Examples"),
+        gaussian_start=True,
+        regulariser=_mart,
+        reads_benign=True,
+        weight=6.0,
+        weight_is="beta of its paper",
+    ),
+    "consistency": Method(
+        "Consistency-AT",
+        Paper("Consistency Regularization for Adversarial Robustness", "https://arxiv.org/abs/2103.04623"),
+        regulariser=_consistency,
+        weight=1.0,
+        weight_is="lambda of its paper",
+        views=2,
+        augmentation="strong",
+    ),
 }
 
 
@@ -121,14 +199,22 @@ class InnerAttack:
         """Whether training with it risks catastrophic overfitting."""
         return self.strides is not None and len(self.strides) == 1
 
-    def start(self, x: Images, threat: ThreatModel, generator: torch.Generator | None) -> Images:
+    def start(self, x: Batch, threat: ThreatModel, generator: torch.Generator | None) -> Batch:
         """Draw where the attack begins."""
         return _scaled(threat, self.noise).random_start(x, generator)
 
-    def run(self, model: nn.Module, x: Images, y: Labels, threat: ThreatModel, objective: str, start: Images) -> Images:
-        """Return the last iterate."""
+    def run(
+        self,
+        model: nn.Module,
+        x: Batch,
+        y: Labels,
+        threat: ThreatModel,
+        goal: str | objectives.Objective,
+        start: Batch,
+    ) -> Batch:
+        """Return the last iterate of an attack from `start` that raises `goal`."""
         strides = None if self.strides is None else [factor * threat.radius for factor in self.strides]
-        return pgd(model, x, y, _scaled(threat, self.ball), objective, start=start, keep="last", strides=strides)
+        return pgd(model, x, y, _scaled(threat, self.ball), goal, start=start, keep="last", strides=strides)
 
 
 def _scaled(threat: ThreatModel, factor: float) -> ThreatModel:
@@ -166,24 +252,6 @@ def find(name: str) -> Method:
 
 
 @dataclass(frozen=True)
-class TwoHot:
-    """Weights of the two-hot loss, each in [0, 1].
-
-    Attributes:
-        benign: the dummy class's share of a benign image's target.
-        adversarial: the dummy class's share of an adversarial image's target.
-        benign_share: what the benign half of the batch counts in the loss; the adversarial half counts the rest.
-        pair: weight, 0 or more, of the term that tells benign from adversarial within a pair. The two-hot cross-entropy
-            is that of the recovered classes plus this term: CE(z, t(y, w)) = -log q_y + BCE(w, p_{y+C} / q_y).
-    """
-
-    benign: float | int = 0.25
-    adversarial: float | int = 1.0
-    benign_share: float | int = 0.5
-    pair: float | int = 1.0
-
-
-@dataclass(frozen=True)
 class Objective:
     """What one epoch minimises: a method, and how it uses the dummy classes at that time.
 
@@ -214,8 +282,8 @@ class Objective:
         return self.targets is not None or method.target != "adversarial" or method.reads_benign
 
     def attack(
-        self, model: nn.Module, x: Images, y: Labels, threat: ThreatModel, generator: torch.Generator | None = None
-    ) -> Images:
+        self, model: nn.Module, x: Batch, y: Labels, threat: ThreatModel, generator: torch.Generator | None = None
+    ) -> Batch:
         """Solve the inner problem: return the adversarial images to train on (the benign ones for natural training)."""
         if self.method.objective is None:
             return x
@@ -225,15 +293,21 @@ class Objective:
             start = threat.project(x + GAUSSIAN_START * noise, x)
         else:
             start = self.inner.start(x, threat, generator)
-        name = f"recovered-{self.method.objective}" if self.reading == "recovered" else self.method.objective
+        goal = objectives.find(self.method.objective)
+        if self.reading == "recovered":
+            if goal.recovered is None:
+                raise ValueError(
+                    f"{self.method.title}: what its attack maximises has no recovery-aware counterpart: set `recovered`"
+                )
+            goal = goal.recovered
         network = _RealHalf(model) if self.reading == "real" else model
-        return self.inner.run(network, x, y, threat, name, start)
+        return self.inner.run(network, x, y, threat, goal, start)
 
-    def forwarded(self, x: Images, adversarial: Images) -> Float[Tensor, "rows channels height width"]:
+    def forwarded(self, x: Batch, adversarial: Batch) -> Float[Tensor, "rows channels height width"]:
         """Return the images that the loss forwards: the adversarial ones, after the benign ones if it needs them."""
         return torch.cat([x, adversarial]) if self.needs_benign else adversarial
 
-    def loss(self, model: nn.Module, x: Images, adversarial: Images, y: Labels) -> Float[Tensor, ""]:
+    def loss(self, model: nn.Module, x: Batch, adversarial: Batch, y: Labels) -> Float[Tensor, ""]:
         """Return the outer loss, a mean over the batch, from one forward pass.
 
         Args:
@@ -248,29 +322,30 @@ class Objective:
             shares = {"benign": 1.0, "adversarial": 0.0, "both": self.weight}
             loss = self._cross_entropy(clean_logits, adversarial_logits, y, shares[self.method.target])
         else:
-            benign, attacked = self._two_hot_loss(logits, y, self.targets).view(2, -1).mean(1)
+            benign, attacked = self.two_hot_loss(logits, y, self.targets).view(2, -1).mean(1)
             loss = self.targets.benign_share * benign + (1 - self.targets.benign_share) * attacked
         if self.method.regulariser is not None:
-            pair = self._read(clean_logits), self._read(adversarial_logits)
+            pair = self.read(clean_logits), self.read(adversarial_logits)
             loss = loss + self.method.regulariser(*pair, y, self.weight).mean()
         return loss
 
     def _cross_entropy(self, clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, share: float | int) -> Tensor:
         parts = [
-            weight * losses.cross_entropy(self._read(logits), y, self.label_smoothing).mean()
+            weight * losses.cross_entropy(self.read(logits), y, self.label_smoothing).mean()
             for weight, logits in ((share, clean_logits), (1 - share, adversarial_logits))
             if weight
         ]
         return torch.stack(parts).sum()
 
-    def _two_hot_loss(self, logits: Tensor, y: Tensor, weights: TwoHot) -> Tensor:
-        """Return a value per image, the benign half first."""
-        targets = torch.cat([self._two_hot(y, logits, weight) for weight in (weights.benign, weights.adversarial)])
+    def two_hot_loss(self, logits: Tensor, y: Tensor, weights: TwoHot) -> Tensor:
+        """Return the two-hot loss of each image, the benign half first, as the logits."""
+        shares = weights.benign_weight, weights.adversarial_weight
+        targets = torch.cat([self._two_hot(y, logits, share) for share in shares])
         whole = losses.soft_cross_entropy(logits, targets)
-        if weights.pair == 1:
+        if weights.pair_weight == 1:
             return whole
         recovered = losses.cross_entropy(recover(logits, "logsumexp"), y.repeat(2), self.label_smoothing)
-        return recovered + weights.pair * (whole - recovered)
+        return recovered + weights.pair_weight * (whole - recovered)
 
     def _two_hot(self, y: Tensor, logits: Tensor, dummy_weight: float) -> Tensor:
         num_classes = logits.shape[1] // 2
@@ -278,10 +353,58 @@ class Objective:
         everything = two_hot(torch.arange(num_classes, device=y.device), num_classes, dummy_weight).mean(0)
         return targets.lerp(everything, self.label_smoothing)
 
-    def _read(self, logits: Tensor) -> Tensor:
+    def read(self, logits: Tensor) -> Tensor:
+        """Return the logits as the inner attack and the regulariser see them."""
         if self.reading == "real":
             return logits.chunk(2, dim=1)[0]
         return recover(logits, "logsumexp") if self.reading == "recovered" else logits
+
+
+def objective(
+    method: str | Method = "pgd-at",
+    dummy: Kind = "recovery-aware",
+    active: bool = True,
+    *,
+    weight: float | int | None = None,
+    attack: str | InnerAttack = "pgd",
+    label_smoothing: float | int = 0.0,
+    **weights: float | int,
+) -> Objective:
+    """Return what a step of training minimises, for a training loop of any kind.
+
+    Its `attack(model, x, y, threat, generator)` returns adversarial images, and its `loss(model, x, adversarial, y)`
+    the scalar to call `backward` on.
+
+    Args:
+        method: a name in `METHODS`, or a row of one's own.
+        dummy: "off" for a network of C outputs; "published" or "recovery-aware" for one of 2C, see `PHASES`.
+        active: whether dummy classes are in use already; before, the method is trained as it is.
+        weight: of the method's regulariser; by default that of its paper.
+        attack: how the inner problem is solved, a name in `ATTACKS` or a row of one's own.
+        label_smoothing: share of the target that is spread evenly over all classes, in [0, 1).
+        weights: of the two-hot loss, by the names of `ducat.dummy.TwoHot`.
+
+    Raises:
+        ValueError: if a name is unknown, a weight is out of its range, or dummy classes do not fit the method.
+    """
+    row = find(method) if isinstance(method, str) else method
+    if dummy not in PHASES:
+        raise ValueError(f"dummy={dummy!r} is unknown: choose from {', '.join(PHASES)}")
+    row.check_dummy_classes(dummy)
+    row.check_weight(weight)
+    if isinstance(attack, str) and attack not in ATTACKS:
+        raise ValueError(f"attack {attack!r} is unknown: choose from {', '.join(ATTACKS)}")
+    unknown = sorted(set(weights) - {each.name for each in fields(TwoHot)})
+    if unknown:
+        raise ValueError(f"{unknown[0]} is unknown: choose from {', '.join(each.name for each in fields(TwoHot))}")
+    return Objective(
+        row,
+        PHASES[dummy].active if active else PHASES[dummy].before,
+        TwoHot(**weights) if active and dummy != "off" else None,
+        row.weight if weight is None else weight,
+        ATTACKS[attack] if isinstance(attack, str) else attack,
+        label_smoothing,
+    )
 
 
 class _RealHalf(nn.Module):

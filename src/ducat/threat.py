@@ -30,7 +30,8 @@ def number(value: float | int | str, name: str) -> float:
 
 
 def _norms(delta: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(delta.flatten(1), dim=1).view(-1, *[1] * (delta.ndim - 1))
+    """Return the lengths in float64: in float32 those of large images are off by more than `TOLERANCE`."""
+    return torch.linalg.vector_norm(delta.flatten(1).double(), dim=1).view(-1, *[1] * (delta.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ThreatModel:
             delta = torch.randn(x.shape, generator=generator, device=device).to(x)
             shape = (len(x), *[1] * (x.ndim - 1))
             length = torch.rand(shape, generator=generator, device=device).to(x) ** (1 / max(1, x[:1].numel()))
-            delta = delta / _norms(delta).clamp_min(1e-12) * length
+            delta = delta / _norms(delta).clamp_min(1e-12).to(delta) * length
         return self.project(x + self.radius * delta, x)
 
     def project(
@@ -100,8 +101,12 @@ class ThreatModel:
         if self.norm == "linf":
             adversarial = torch.minimum(torch.maximum(adversarial, x - self.radius), x + self.radius)
         else:
-            delta = adversarial - x
-            adversarial = x + delta * (self.radius / _norms(delta).clamp_min(1e-12)).clamp_max(1)
+            delta = adversarial.double() - x.double()
+            # Rounding to float32 may lengthen the change by up to this.
+            radius = max(0.0, self.radius - 2**-25 * x[:1].numel() ** 0.5)
+            length = _norms(delta)
+            shrunk = x.double() + delta * torch.where(length > self.radius, radius / length.clamp_min(1e-12), 1.0)
+            adversarial = shrunk.to(adversarial.dtype)
         return adversarial.clamp(0, 1)
 
     def direction(self, gradient: Float[Tensor, "batch *image"]) -> Float[Tensor, "batch *image"]:
@@ -110,13 +115,13 @@ class ThreatModel:
             return gradient.sign()
         # Scaling by the largest entry first keeps tiny gradients from underflowing when they are squared.
         gradient = gradient / gradient.flatten(1).abs().amax(1).clamp_min(1e-38).view(-1, *[1] * (gradient.ndim - 1))
-        return gradient / _norms(gradient).clamp_min(1e-12)
+        return gradient / _norms(gradient).clamp_min(1e-12).to(gradient)
 
     def distance(
         self, adversarial: Float[Tensor, "batch *image"], x: Float[Tensor, "batch *image"]
     ) -> Float[Tensor, " batch"]:
         """Return the norm of each image's change."""
-        delta = (adversarial - x).flatten(1)
+        delta = (adversarial.double() - x.double()).flatten(1)
         return torch.linalg.vector_norm(delta, ord=math.inf if self.norm == "linf" else 2, dim=1)
 
     def allows(

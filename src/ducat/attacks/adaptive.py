@@ -1,6 +1,7 @@
 """The recovery-aware ensemble: every attack aims at the classifier that is deployed, the worst case counts."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,16 +85,27 @@ class SilentDummies(nn.Module):
         return torch.cat([logits, torch.full_like(logits, torch.finfo(logits.dtype).min / 2)], dim=1)
 
 
-def with_dummy_classes(model: nn.Module) -> nn.Module:
+def is_recovered(model: nn.Module) -> bool:
+    """Tell whether a model is runtime recovery and nothing else: a class derived from it may compute anything."""
+    forward = getattr(model.forward, "__func__", None)
+    return isinstance(model, RecoveredClassifier) and forward is RecoveredClassifier.forward
+
+
+def with_dummy_classes(model: nn.Module, x: Images) -> nn.Module:
     """Return a view of any classifier that has 2C logits.
 
     What `recover` makes of them by max is the decision of the classifier. A `RecoveredClassifier` by max is opened, a
     network made by `add_dummy_classes` is returned as it is, and any other classifier, one recovered by logsumexp
-    included, counts as one without dummy classes.
+    included, counts as one without dummy classes. `x` are images to look at the outputs with.
     """
-    if isinstance(model, RecoveredClassifier):
+    if isinstance(model, RecoveredClassifier) and is_recovered(model):
         return model.model if model.how == "max" else SilentDummies(model)
-    return model if dummy_head(model) is not None else SilentDummies(model)
+    head = dummy_head(model)
+    if head is None:
+        return SilentDummies(model)
+    with attackable(model), torch.no_grad():
+        outputs = model(x[:1]).shape[1]
+    return model if outputs == 2 * head.num_classes else SilentDummies(model)
 
 
 def adaptive(
@@ -101,7 +113,7 @@ def adaptive(
     x: Images,
     y: Labels,
     threat: ThreatModel,
-    budget: str = "standard",
+    budget: str | Sequence[Round] = "standard",
     generator: torch.Generator | None = None,
 ) -> Images:
     """Attack the recovered classifier with an ensemble that keeps, per sample, the first success.
@@ -118,7 +130,7 @@ def adaptive(
         x: benign images in [0, 1], shape (B, channels, H, W).
         y: labels in [0, C), shape (B,).
         threat: the ball.
-        budget: a row of `BUDGETS`: "quick", "standard" or "full".
+        budget: a row of `BUDGETS` ("quick", "standard" or "full"), or rounds.
         generator: source of the random starts; PyTorch's global one by default.
 
     Returns:
@@ -128,11 +140,13 @@ def adaptive(
     Raises:
         ValueError: if the budget is unknown.
     """
-    if budget not in BUDGETS:
+    if isinstance(budget, str) and budget not in BUDGETS:
         raise ValueError(f"budget {budget!r} is unknown: choose from {', '.join(BUDGETS)}")
-    network = with_dummy_classes(model)
+    if not len(x):
+        return x.clone()
+    network = with_dummy_classes(model, x)
     search = _Search(network, x, y)
-    for attack in BUDGETS[budget]:
+    for attack in BUDGETS[budget] if isinstance(budget, str) else budget:
         rows, targets = search.candidates(attack)
         while len(rows):
             now, target = rows[: len(x)], targets[: len(x)]

@@ -172,13 +172,18 @@ def _closest(
 
 @contextmanager
 def _guarded(model: nn.Module, generator: torch.Generator | None) -> Iterator[int]:
-    """Keep the libraries from leaving anything changed: the model, the global generator, the tracing of Python."""
+    """Keep the libraries from leaving anything changed: the model, the global generator, the tracing of Python.
+
+    They also take it for granted that new tensors are float32.
+    """
     device = generator.device if generator is not None else "cpu"
     seed = int(torch.randint(2**31, (), generator=generator, device=device))
-    trace = sys.gettrace()
+    trace, dtype = sys.gettrace(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
         with attackable(model), torch.random.fork_rng():
             torch.manual_seed(seed)
             yield seed
     finally:
+        torch.set_default_dtype(dtype)
         sys.settrace(trace)

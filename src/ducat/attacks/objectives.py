@@ -32,12 +32,14 @@ class Objective:
         reference: `(clean_logits, y)` to a tensor with a row per sample that stays fixed during the attack, for
             objectives that compare with the benign image; None for the others.
         targeted: whether y holds the classes that the attacker wants, instead of the true labels.
+        recovered: the recovery-aware counterpart of a blind objective, if it has one.
     """
 
     value: Callable[[Tensor, Tensor, Any], Tensor]
     knows_recovery: bool = False
     reference: Callable[[Tensor, Tensor], Tensor] | None = None
     targeted: bool = False
+    recovered: "Objective | None" = None
 
     def fooled(self, logits: Logits, y: Labels) -> Bool[Tensor, " batch"]:
         """Tell which samples this attacker believes to be misclassified; when `targeted`, classified as y."""
@@ -88,34 +90,40 @@ def _clean(clean_logits: Tensor, y: Tensor) -> Tensor:
     return clean_logits
 
 
-def _blind(value: Callable[[Tensor, Tensor], Tensor]) -> Objective:
-    return Objective(lambda logits, y, reference: value(logits, y))
+def _negative_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return -losses.cross_entropy(logits, y)
 
 
-def _recovered(value: Callable[[Tensor, Tensor], Tensor], how: str) -> Objective:
-    return Objective(lambda logits, y, reference: value(recover(logits, how), y), knows_recovery=True)
+def _recovered(value: Callable[[Tensor, Tensor], Tensor], how: str, targeted: bool = False) -> Objective:
+    return Objective(
+        lambda logits, y, reference: value(recover(logits, how), y), knows_recovery=True, targeted=targeted
+    )
+
+
+def _blind(value: Callable[[Tensor, Tensor], Tensor], how: str, targeted: bool = False) -> Objective:
+    """Return a blind objective, whose counterpart has the same value on logits recovered by `how`."""
+    counterpart = _recovered(value, how, targeted)
+    return Objective(lambda logits, y, reference: value(logits, y), targeted=targeted, recovered=counterpart)
+
+
+_RECOVERED_KL = Objective(
+    lambda logits, y, clean: losses.kl(recover(clean, "logsumexp"), recover(logits, "logsumexp")),
+    knows_recovery=True,
+    reference=_clean,
+)
+BLIND: dict[str, Objective] = {
+    "cross-entropy": _blind(losses.cross_entropy, "logsumexp"),
+    "margin": _blind(losses.margin, "max"),
+    "dlr": _blind(dlr, "max"),
+    "kl": Objective(lambda logits, y, clean: losses.kl(clean, logits), reference=_clean, recovered=_RECOVERED_KL),
+    "targeted-cross-entropy": _blind(_negative_cross_entropy, "logsumexp", targeted=True),
+}
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "cross-entropy": _blind(losses.cross_entropy),
-    "margin": _blind(losses.margin),
-    "dlr": _blind(dlr),
-    "kl": Objective(lambda logits, y, clean: losses.kl(clean, logits), reference=_clean),
-    "recovered-cross-entropy": _recovered(losses.cross_entropy, "logsumexp"),
+    **BLIND,
+    **{f"recovered-{name}": row.recovered for name, row in BLIND.items() if row.recovered is not None},
     "recovered-max-cross-entropy": _recovered(losses.cross_entropy, "max"),
-    "recovered-margin": _recovered(losses.margin, "max"),
-    "recovered-dlr": _recovered(dlr, "max"),
-    "recovered-kl": Objective(
-        lambda logits, y, clean: losses.kl(recover(clean, "logsumexp"), recover(logits, "logsumexp")),
-        knows_recovery=True,
-        reference=_clean,
-    ),
-    "targeted-cross-entropy": Objective(lambda logits, y, reference: -losses.cross_entropy(logits, y), targeted=True),
-    "recovered-targeted-cross-entropy": Objective(
-        lambda logits, y, reference: -losses.cross_entropy(recover(logits, "logsumexp"), y),
-        knows_recovery=True,
-        targeted=True,
-    ),
     "weighted-pair": Objective(lambda logits, y, reference: weighted_pair(logits, y), knows_recovery=True),
     **{f"targeted-pair-{rank + 1}": Objective(targeted_pair, True, runner_up(rank)) for rank in range(9)},
 }

@@ -54,6 +54,7 @@ def pgd(
     keep: str = "best",
     adaptive_steps: bool = False,
     strides: Sequence[float] | None = None,
+    judge: nn.Module | None = None,
 ) -> Images:
     """Projected gradient ascent (Madry et al. 2018, arXiv 1706.06083).
 
@@ -78,6 +79,8 @@ def pgd(
         adaptive_steps: begin with steps of 2 eps, add momentum, and halve a sample's step, going back to its best
             iterate, when its progress stalls, as Auto-PGD does (Croce & Hein 2020, arXiv 2003.01690);
             `threat.step_size` is then not used.
+        judge: another model of as many classes whose prediction decides what counts as fooled, while `model` leads; it
+            is asked at every step.
         strides: length of each step, in the units of eps, instead of `threat.steps` steps of `threat.step_size`; with
             keep="last" only.
 
@@ -116,7 +119,16 @@ def pgd(
             begin = threat.random_start(x[alive], generator) if start is None or restart else start[alive]
             chosen = reference[alive] if reference is not None else None
             found, value, fooled = _best_iterate(
-                model, x[alive], y[alive], threat, goal, chosen, begin, stop=keep == "first", adaptive=adaptive_steps
+                model,
+                x[alive],
+                y[alive],
+                threat,
+                goal,
+                chosen,
+                begin,
+                stop=keep == "first",
+                adaptive=adaptive_steps,
+                judge=judge,
             )
             better = fooled | (value > best_value[alive])
             best[alive[better]] = found[better]
@@ -133,6 +145,8 @@ def _gradient(
         adversarial = adversarial.detach().requires_grad_()
         logits = model(adversarial).to(adversarial.dtype)
         value = goal.value(logits, y, reference)
+        if not value.requires_grad:  # the model passes no gradient
+            return logits, value, torch.zeros_like(adversarial)
         (gradient,) = torch.autograd.grad(value.sum(), adversarial)
     return logits.detach(), value.detach(), gradient
 
@@ -205,6 +219,7 @@ def _best_iterate(
     *,
     stop: bool,
     adaptive: bool,
+    judge: nn.Module | None,
 ) -> tuple[Tensor, Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
     """Return the best iterate of each sample, its objective, and whether it fools the model."""
     size = len(x)
@@ -237,6 +252,9 @@ def _best_iterate(
             with torch.no_grad():
                 logits = model(search.now).to(x.dtype)
                 value, gradient = goal.value(logits, search.y, search.reference), search.best_gradient
+        if judge is not None:
+            with torch.no_grad():
+                logits = judge(search.now).to(x.dtype)
         hit = goal.fooled(logits, search.y)
         better = (hit & ~search.fooled) | ((hit == search.fooled) & (value > search.best_value))
         search.rises += value > search.value

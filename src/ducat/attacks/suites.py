@@ -1,6 +1,6 @@
 """The suites: tables of attacks, blind and recovery-aware side by side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ducat.attacks import external
-from ducat.attacks.adaptive import adaptive
+from ducat.attacks.adaptive import Round, adaptive
+from ducat.attacks.guides import narrowed
 from ducat.attacks.pgd import pgd
 from ducat.dummy import RecoveredClassifier
 from ducat.threat import Norm, ThreatModel
@@ -57,11 +58,59 @@ class Suite:
 
     Attributes:
         attacks: the rows.
-        audit: whether the warnings' own measurements are made too, on a few samples (`ducat.audit`).
+        audit: whether the evaluation also looks for signs that it was fooled (`ducat.evaluation.audit`), attacks again
+            where there are any, and ends with a second opinion.
+        name: what the report calls it.
     """
 
     attacks: tuple[Attack, ...]
     audit: bool = True
+    name: str = "own"
+
+
+def find_suite(suite: str | Suite) -> Suite:
+    """Return the suite of that name, or the suite itself.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if isinstance(suite, Suite):
+        return suite
+    if suite not in SUITES:
+        raise ValueError(f"suite {suite!r} is unknown: choose from {', '.join(SUITES)}")
+    return replace(SUITES[suite], name=suite)
+
+
+def through(guide: nn.Module, steps: int = 50) -> Run:
+    """Return an attack along the gradients of another network of C or 2C logits, judged by the model at every step."""
+
+    def run(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
+        deployed = RecoveredClassifier(model)
+        found, standing = x.clone(), torch.arange(len(x), device=x.device)
+        with torch.no_grad():
+            outputs = deployed(x[:1]).shape[1] if len(x) else 0
+        leading, ball = narrowed(guide, outputs), replace(threat, steps=steps)
+        for objective in ("cross-entropy", "margin"):
+            if not len(standing):
+                break
+            images = pgd(
+                leading,
+                x[standing],
+                y[standing],
+                ball,
+                objective,
+                generator=generator,
+                keep="first",
+                adaptive_steps=True,
+                judge=deployed,
+            )
+            with torch.no_grad():
+                fooled = deployed(images).argmax(1) != y[standing]
+            found[standing] = images
+            standing = standing[~fooled]
+        return found
+
+    return run
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
@@ -90,7 +139,9 @@ def _targeted(steps: int) -> Run:
     return run
 
 
-def _ensemble(budget: str) -> Run:
+def ensemble(budget: str | Sequence[Round]) -> Run:
+    """Return the recovery-aware ensemble with a budget, for a row of a suite."""
+
     def run(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
         return adaptive(RecoveredClassifier(model), x, y, threat, budget, generator)
 
@@ -106,8 +157,8 @@ def _external(attack: Callable[..., Tensor], **settings: int) -> Run:
 
 _QUICK = (
     Attack("pgd-10", False, _pgd(10)),
-    Attack("ensemble-quick", False, _ensemble("quick")),
-    Attack("ensemble-quick", True, _ensemble("quick")),
+    Attack("ensemble-quick", False, ensemble("quick")),
+    Attack("ensemble-quick", True, ensemble("quick")),
 )
 # In L-inf "C&W" is PGD on the loss of Carlini & Wagner, as in the literature of adversarial training.
 _CW_LINF = partial(Attack, "cw-30", run=_pgd(30, "recovered-margin"), norms=("linf",))
@@ -120,12 +171,12 @@ _STANDARD = (
     Attack("pgd-20-targeted", False, _targeted(20)),
     _CW_LINF(False),
     _CW_L2(False),
-    Attack("ensemble", False, _ensemble("standard")),
+    Attack("ensemble", False, ensemble("standard")),
     _AUTOATTACK(False),
     Attack("pgd-20", True, _pgd(20)),
     Attack("pgd-20-targeted", True, _targeted(20)),
     _CW_L2(True),
-    Attack("ensemble", True, _ensemble("standard")),
+    Attack("ensemble", True, ensemble("standard")),
     _AUTOATTACK(True),
 )
 
@@ -137,9 +188,9 @@ SUITES: dict[str, Suite] = {
         (
             Attack("fgsm", False, fgsm),
             Attack("pgd-20", False, _pgd(20)),
-            Attack("ensemble", False, _ensemble("standard")),
+            Attack("ensemble", False, ensemble("standard")),
             Attack("pgd-20", True, _pgd(20)),
-            Attack("ensemble", True, _ensemble("standard")),
+            Attack("ensemble", True, ensemble("standard")),
         )
     ),
     "standard": Suite(_STANDARD),
@@ -152,7 +203,7 @@ SUITES: dict[str, Suite] = {
                 for strategy, run, norms in (
                     ("pgd-100x5", _pgd(100, restarts=5), NORMS),
                     ("ddn", _external(external.ddn, steps=200), ("l2",)),
-                    ("ensemble-full", _ensemble("full"), NORMS),
+                    ("ensemble-full", ensemble("full"), NORMS),
                 )
             ),
             Attack("square-5000", True, _external(external.square, queries=5000), black_box=True),

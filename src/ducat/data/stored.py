@@ -1,7 +1,8 @@
 """Files of tensors in the safetensors format, written and read a part at a time.
 
 `safetensors` itself wants all tensors in memory to write them, and maps whole files to read them, whose pages then
-count as the process's own. The format: 8 bytes of length, a JSON header of so many bytes, then each tensor's bytes in a row.
+count as the process's own. The format: 8 bytes of length, a JSON header of so many bytes, then each
+tensor's bytes in a row.
 """
 
 from __future__ import annotations

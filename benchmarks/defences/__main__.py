@@ -1,0 +1,269 @@
+"""Does `ducat.evaluate` tell the truth about defences, and does it leave honest networks alone?
+
+    python -m benchmarks.defences [--only NAME ...] [--suite standard] [--samples 100] [--reference FILE.json]
+        [--out results/defences.json] [--truths results/defences-truth.json] [--markdown results/defences.md]
+    python -m benchmarks.defences --truths-only
+
+Truths are found first, by attacks of the zoo's own, and kept with --truths; each row's evaluation is kept with --out. A
+row that is there already is not made again, so that an interrupted run goes on where it stopped. With --reference, the
+--out of an earlier version, honest networks are compared with what they were given then, and with how long that took.
+"""
+
+import argparse
+import json
+import os
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import ducat
+from benchmarks.defences.attacks import Judge, Truth, find_truth
+from benchmarks.defences.networks import Bases
+from benchmarks.defences.zoo import ROWS, Row
+
+CLOSE = 0.02  # reported minus true that passes
+CHANGE = 0.005  # of an honest network's number that passes
+SLOWER = 1.15
+
+
+def read(path: Path | None) -> dict[str, Any]:
+    """Return the rows of a file, none where there is no file."""
+    rows: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    return rows
+
+
+def add(path: Path, name: str, value: dict[str, Any], lock: Path) -> dict[str, Any]:
+    """Put a row into a file, which is replaced at once and keeps the order of the table; return all rows."""
+    with FileLock(lock):
+        content = {**read(path), name: value}
+        _write(path, content)
+    return content
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    ordered = {name: content[name] for name in [*ROWS, *(set(content) - set(ROWS))] if name in content}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(ordered, indent=1) + "\n")
+    unfinished.rename(path)
+
+
+class Zoo:
+    """The rows, their trained networks, and the images that are known to fool them.
+
+    Args:
+        cache: where weights and images are kept.
+        root: the cache folder of prepared data; None for the user's.
+        samples: test images.
+    """
+
+    def __init__(self, cache: Path, root: Path | None, samples: int) -> None:
+        self.cache, self.root, self.samples = cache, root, samples
+        self.bases = Bases(cache, root)
+
+    def test(self, row: Row) -> tuple[Tensor, Tensor]:
+        x, y = ducat.data.load_test(row.data, row.samples or self.samples, self.root)
+        return x, row.labels(y)
+
+    def judge(self, row: Row) -> Judge:
+        return Judge(lambda: row.build(self.bases), row.judged, *self.test(row), row.classes)
+
+    def _path(self, kind: str, name: str, row: Row) -> Path:
+        count = len(self.test(row)[0])
+        return self.cache / f"{kind}-{name}-{count}-{row.threat.radius:.4g}.safetensors"
+
+    def inside(self, name: str, row: Row) -> Tensor:
+        """Return adversarial images for a trained network, or the ones that came closest."""
+        path = self._path("inside", name, row)
+        if not path.is_file():
+            judge = Judge(lambda: self.bases(name), "plain", *self.test(row), row.classes)
+            images = ducat.attacks.adaptive(self.bases(name), *self.test(row), row.threat)
+            truth = find_truth(judge, row.threat, [self.bases(name)], seed=1, known=[images])
+            images = torch.where((truth.rates > 0)[:, None, None, None], truth.near, truth.images)
+            save_file({"images": images.contiguous()}, path)
+        return load_file(path)["images"]
+
+    def truth(self, name: str, known: Sequence[Tensor] = ()) -> Truth:
+        """Find a row's truth anew; images that were found before are tried first."""
+        row, path = ROWS[name], self._path("found", name, ROWS[name])
+        earlier = [load_file(path)["images"]] if path.is_file() else []
+        inside = [self.inside(base, row) for base in row.inside]
+        guesses = row.guesses(self.bases, *self.test(row), row.threat.radius)
+        images = [*known, *guesses, *earlier, *inside]
+        truth = find_truth(self.judge(row), row.threat, row.proxies(self.bases), known=images)
+        save_file({"images": truth.images.contiguous()}, path)
+        return truth
+
+    def lower(self, name: str, images: Tensor) -> Truth:
+        """Return a row's truth from the images that are known, and others."""
+        row, path = ROWS[name], self._path("found", name, ROWS[name])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            truth = Truth.begin(self.judge(row), row.threat)
+            for each in (load_file(path)["images"], images):
+                truth.offer(each)
+            truth.settle()
+        save_file({"images": truth.images.contiguous()}, path)
+        return truth
+
+    def evaluate(self, name: str, suite: str, seed: int) -> tuple[dict[str, Any], Tensor | None]:
+        """Return what `ducat.evaluate` reports of a row, and the images that it found."""
+        row = ROWS[name]
+        x, y = self.test(row)
+        model = row.build(self.bases).eval()
+        began, used = time.perf_counter(), time.process_time()
+        try:
+            result = ducat.evaluate(model, x, y, row.threat, suite, num_classes=row.classes, seed=seed, data=row.data)
+        except Exception as error:
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            said = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            return {"refused" if isinstance(error, ValueError) else "crashed": said}, None
+        seconds, used = time.perf_counter() - began, time.process_time() - used
+        content = result.to_dict()
+        measured = {
+            "clean": content["clean"]["accuracy"],
+            "reported": content["robust"],
+            "at_most": bool(content.get("at_most", False)),
+            "warnings": content["warnings"],
+            "seconds": round(seconds, 1),
+            "cpu_seconds": round(used, 1),
+        }
+        return measured, result.adversarial.to(x)
+
+
+def verdict(row: Row, measured: dict[str, Any], true: float | None, reference: dict[str, Any]) -> str:
+    """Return "ok", or what is wrong with a row."""
+    if "crashed" in measured:
+        return "crashed"
+    if "refused" in measured:
+        return "refused" if row.honest else "ok: refused"
+    faults = []
+    if true is not None and measured["reported"] - true > CLOSE and (row.honest or not measured["at_most"]):
+        faults.append("overstated")
+    if true is not None and true - measured["reported"] > CLOSE:
+        faults.append("understated")
+    if measured["at_most"] and not measured["warnings"]:
+        faults.append("at most, without a cause")
+    if row.honest:
+        faults += ["false warning"] if measured["warnings"] else []
+        faults += ["at most"] if measured["at_most"] else []
+        if reference.get("reported") is not None:
+            faults += ["changed"] if abs(measured["reported"] - reference["reported"]) > CHANGE else []
+            faults += ["slower"] if measured["cpu_seconds"] > SLOWER * reference["cpu_seconds"] else []
+    return ", ".join(faults) or "ok"
+
+
+def table(rows: dict[str, Any], truths: dict[str, Any], reference: dict[str, Any]) -> str:
+    """Return the two tables in Markdown."""
+    lines = []
+    for honest in (True, False):
+        then = " reported before | time against before |" if honest and reference else ""
+        lines += [
+            f"## {'Honest networks' if honest else 'Defences'}\n",
+            f"| row | what it is | clean | reported | true | difference |{then} warnings | s | verdict |",
+            f"| --- | --- | ---: | ---: | ---: | ---: |{' ---: | ---: |' if then else ''} --- | ---: | --- |",
+        ]
+        for name, row in ROWS.items():
+            if row.honest != honest or name not in rows:
+                continue
+            measured, true = rows[name], truths.get(name, {}).get("true")
+            before = reference.get(name, {})
+            said = measured.get("crashed") or measured.get("refused")
+            warnings = [said] if said else measured["warnings"]
+            cells = [f"`{name}`", row.about]
+            if said:
+                cells += ["", "none", _percent(true), ""]
+            else:
+                limit = "at most " if measured["at_most"] else ""
+                difference = "" if true is None else f"{100 * (measured['reported'] - true):+.1f}"
+                cells += [
+                    _percent(measured["clean"]),
+                    limit + _percent(measured["reported"]),
+                    _percent(true),
+                    difference,
+                ]
+            if then:
+                known = before.get("reported") is not None and not said
+                ratio = f"{measured['cpu_seconds'] / before['cpu_seconds']:.2f}" if known else ""
+                cells += [_percent(before.get("reported")), ratio]
+            causes = "; ".join(warning.split(":")[0].replace("|", "/") for warning in warnings)
+            cells += [causes, f"{measured.get('seconds', 0):.0f}", verdict(row, measured, true, before)]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def summary(truth: Truth, seconds: float) -> dict[str, Any]:
+    return {
+        "true": round(float(truth.rates.mean()), 6),
+        "rates": [round(rate, 3) for rate in truth.rates.tolist()],
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=ROWS, default=list(ROWS), help="rows; all by default"
+    )
+    parser.add_argument("--kind", choices=("honest", "defence"), help="only rows of this kind")
+    parser.add_argument("--suite", default="standard")
+    parser.add_argument("--samples", type=int, default=100, help="test images of digits, at most 500 (100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the evaluator's attacks")
+    parser.add_argument("--out", type=Path, default=Path("results/defences.json"))
+    parser.add_argument("--truths", type=Path, default=Path("results/defences-truth.json"))
+    parser.add_argument("--truths-only", action="store_true", help="find the truths, and evaluate nothing")
+    parser.add_argument("--again", action="store_true", help="make rows again that are there")
+    parser.add_argument("--markdown", type=Path, help="write the table of all rows that are there")
+    parser.add_argument("--reference", type=Path, help="an earlier --out to compare honest networks with")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("build/defences"), help="weights and images (build/defences)"
+    )
+    parser.add_argument("--data", type=Path, help="cache folder of prepared data sets")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    zoo = Zoo(arguments.cache, arguments.data, arguments.samples)
+    reference, lock = read(arguments.reference), arguments.cache / "lock"
+    arguments.cache.mkdir(parents=True, exist_ok=True)
+    for name in arguments.only:
+        row = ROWS[name]
+        if arguments.kind and row.honest != (arguments.kind == "honest"):
+            continue
+        try:
+            zoo.test(row)
+        except FileNotFoundError as error:
+            print(f"{name}: left out: {error}", flush=True)
+            continue
+        truths = read(arguments.truths)
+        if name not in truths or (arguments.again and arguments.truths_only):
+            began = time.process_time()
+            found = zoo.truth(name)
+            truths = add(arguments.truths, name, summary(found, time.process_time() - began), lock)
+            print(f"{name}: true {100 * truths[name]['true']:.1f} ({truths[name]['seconds']} s)", flush=True)
+        if arguments.truths_only or (name in read(arguments.out) and not arguments.again):
+            continue
+        measured, images = zoo.evaluate(name, arguments.suite, arguments.seed)
+        if images is not None:
+            lowered = summary(zoo.lower(name, images), truths[name]["seconds"])
+            if lowered["true"] < truths[name]["true"]:
+                truths = add(arguments.truths, name, lowered, lock)
+        add(arguments.out, name, measured, lock)
+        said = verdict(row, measured, truths[name]["true"], reference.get(name, {}))
+        print(f"{name}: {measured}; true {truths[name]['true']}: {said}", flush=True)
+    if arguments.markdown:
+        arguments.markdown.write_text(table(read(arguments.out), read(arguments.truths), reference))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,584 @@
+"""Evaluation: every suite runs blind and recovery-aware attacks side by side, and the worst case per sample counts."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ducat import checkpoint, losses
+from ducat.attacks.adaptive import SilentDummies, is_recovered
+from ducat.attacks.guides import Replaced
+from ducat.attacks.pgd import attackable
+from ducat.attacks.suites import Attack, Run, Suite, find_suite, through
+from ducat.dummy import RecoveredClassifier
+from ducat.evaluation import second_opinion
+from ducat.evaluation.audit import AUDITED, causes, find_warnings, measure_signs, suspicious
+from ducat.evaluation.result import ROW, AttackResult, Evaluation, Opinion, Scrutiny, named, read_rows
+from ducat.evaluation.second_round import Scene, guides, second_round
+from ducat.evaluation.subject import (
+    Averaged,
+    Classifier,
+    Nature,
+    Network,
+    classifier,
+    differs,
+    examine,
+    images_and_labels,
+    views,
+)
+from ducat.models.folded import fold_batch_norm
+from ducat.seeding import generator as seeded
+from ducat.threat import ThreatModel
+
+REPEATS = 20  # passes that judge an image of a random network
+LAST_REPEATS = 100  # the same for the image that is kept
+SECOND_ROUND, SECOND_OPINION = "second-round", "second-opinion"  # rows of the result
+RUNS = 3  # at most: what attacks bring to light of a network may ask for another run
+
+
+def evaluate(
+    model: Network,
+    x: Any,
+    y: Any,
+    threat: ThreatModel,
+    suite: str | Suite = "standard",
+    *,
+    num_classes: int,
+    seed: int = 0,
+    batch_size: int = 500,
+    data: str = "",
+    progress: Callable[[str], None] = lambda attack: None,
+    parts: Path | str | None = None,
+    attacks: Sequence[Attack | Run] = (),
+    surrogates: Sequence[Network] = (),
+    draws: int = 1,
+    replacements: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    second_round_seconds: float | None = None,
+) -> Evaluation:
+    """Attack a classifier with every attack of a suite, blind and recovery-aware.
+
+    Predictions are always recovered ones. Every attack starts from all samples whose benign image is classified
+    correctly, so that each attack's accuracy is its own. A sample is robust if it withstands every attack, and if its
+    saved image does not fool the network when it is looked at once more, in float32. `docs/evaluation.md` tells what
+    happens before, between and after the attacks.
+
+    Args:
+        model: maps images in [0, 1] to 2C logits (a network with dummy classes) or to C logits, on any device; a module
+            or a function. A `RecoveredClassifier` is measured with its own recovery, anything else with 2C logits by
+            max. It may return an object, a mapping or a tuple with the logits, and work in any precision.
+        x: benign images in [0, 1], shape (samples, channels, H, W), tensor or array, on any device; a chunk at a time
+            goes to the model's.
+        y: whole-number labels in [0, C), shape (samples,), tensor, array or list.
+        threat: ball, step size and steps; the attacks set their own steps.
+        suite: a row of `attacks.suites.SUITES` ("quick", "light", "standard" or "full"), or a `Suite`.
+        num_classes: C, the number of real classes.
+        seed: of the attacks' random starts.
+        batch_size: samples attacked at a time, a chunk. Each chunk has its own seed.
+        data: name of the data, for the report.
+        progress: told of each attack and chunk as it starts.
+        parts: a folder that keeps each finished chunk. With it an evaluation that was interrupted continues where it
+            was, and several processes started by `accelerate launch` share the chunks; each returns the whole.
+        attacks: more attacks that join the worst case: rows of a suite, or functions
+            `(classifier, x, y, threat, generator)` to images, where `classifier` maps images to C logits.
+        surrogates: other networks of C or 2C logits, whose adversarial images are tried too.
+        draws: passes that each gradient of a random network is averaged over, at least; more where its noise asks.
+        replacements: by the name of a module in `model`, a differentiable function of the same input that gives the
+            gradient in its stead (BPDA).
+        second_round_seconds: the longest that the second round may take, which begins when something hides the
+            gradients; None for no limit.
+
+    Raises:
+        ValueError: if the suite is unknown, there are no samples, images or labels are out of range, the model fails on
+            the images, its outputs are not finite or fit neither C nor 2C, or it remembers what it was asked in a place
+            that cannot be put back.
+    """
+    chosen = find_suite(suite)
+    with _plainly():
+        x, y = images_and_labels(x, y, num_classes)
+        subject = _Subject.of(model, x, num_classes, batch_size, replacements)
+        others = [classifier(other, x, batch_size) for other in surrogates]
+        with attackable(subject.network), attackable(nn.ModuleList(others)):
+            nature = examine(subject.network, x, None, threat, seeded(seed, "evaluate", "nature"))
+            fold = True
+            for _ in range(RUNS):
+                nature = replace(nature, draws=max(nature.draws, draws if nature.random else 1))
+                rows = [*chosen.attacks, *_own(attacks, subject), *_transfers(others, subject)]
+                job = _Job.of(subject, nature, threat, rows, seed, x, fold)
+                outcome = _Outcome.of(job, x, y, batch_size, progress, parts, chosen.name)
+                seen = examine(subject.network, x, outcome.adversarial, threat, seeded(seed, "nature"), nature)
+                agreed = job.agrees(x, outcome.adversarial)
+                if agreed and (seen.names, seen.remembers) == (nature.names, nature.remembers):
+                    break
+                nature, fold = seen, fold and agreed
+            return _conclude(job, outcome, chosen, x, y, num_classes, progress, data, batch_size, second_round_seconds)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The network, and how its outputs become a prediction."""
+
+    network: Classifier
+    led: nn.Module  # the same, with the gradients that the caller replaces
+    how: str | None  # recovery; None without dummy classes
+
+    @classmethod
+    def of(
+        cls,
+        model: Network,
+        x: Tensor,
+        num_classes: int,
+        batch_size: int,
+        replacements: Mapping[str, Callable[[Tensor], Tensor]] | None,
+    ) -> "_Subject":
+        how = None
+        if isinstance(model, RecoveredClassifier) and is_recovered(model):
+            how, model = model.how, model.model
+        network = classifier(model, x, batch_size)
+        with attackable(network), torch.no_grad():
+            outputs = network(x[:1].to(network.device)).shape[1]
+        if outputs == 2 * num_classes:
+            how = how or "max"
+        elif outputs != num_classes or how is not None:
+            raise ValueError(
+                f"the model has {outputs} outputs: with num_classes={num_classes} it must have {num_classes}, "
+                f"or {2 * num_classes} with dummy classes"
+            )
+        led: nn.Module = network
+        if replacements:
+            Replaced(network.model, replacements)  # names its modules as the caller knows them
+            led = Replaced(network, {f"model.{name}".rstrip("."): one for name, one in replacements.items()})
+        return cls(network, led, how)
+
+    def deployed(self, view: nn.Module) -> nn.Module:
+        """Return a view of the network as the classifier that is deployed: C logits."""
+        return view if self.how is None else RecoveredClassifier(view, self.how)
+
+    def aware(self, view: nn.Module) -> nn.Module:
+        """Return a view with 2C logits whose recovery by max is the decision of the classifier that is deployed."""
+        return view if self.how == "max" else SilentDummies(self.deployed(view))
+
+
+def _own(attacks: Sequence[Attack | Run], subject: _Subject) -> list[Attack]:
+    """Return the caller's own attacks as rows."""
+    rows = []
+    for number, attack in enumerate(attacks):
+        if isinstance(attack, Attack):
+            rows.append(attack)
+            continue
+        name = getattr(attack, "__name__", f"attack-{number + 1}").strip("<>")
+
+        def run(
+            model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, noise: torch.Generator, own: Run = attack
+        ) -> Tensor:
+            return own(RecoveredClassifier(model), x, y, threat, noise)
+
+        rows.append(Attack(f"own-{name}", subject.how is not None, run))
+    names = [row.name for row in rows]
+    if len(set(names)) < len(names):
+        raise ValueError(f"attacks: two have the same name, {', '.join(sorted(names))}")
+    return rows
+
+
+def _transfers(others: Sequence[Classifier], subject: _Subject) -> list[Attack]:
+    return [
+        Attack(f"transfer-{number + 1}", subject.how is not None, through(other)) for number, other in enumerate(others)
+    ]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the attacks left of one chunk, on the CPU."""
+
+    clean: Tensor  # how often the benign image is classified correctly
+    adversarial: Tensor
+    attacks: Sequence[AttackResult]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is done to every chunk."""
+
+    subject: _Subject
+    nature: Nature
+    judges: Sequence[nn.Module]  # every way in which an image may meet the network
+    attacked: Sequence[nn.Module]  # the same in the form that attacks lead by: folded, averaged
+    folded: nn.Module | None
+    threat: ThreatModel
+    attacks: Sequence[Attack]
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        subject: _Subject,
+        nature: Nature,
+        threat: ThreatModel,
+        attacks: Sequence[Attack],
+        seed: int,
+        x: Tensor,
+        fold: bool,
+    ) -> "_Job":
+        network = subject.network
+        folded = None
+        if fold and subject.led is network and not (nature.names or nature.remembers):
+            folded = _fold(network, x, threat, seed)
+        judges = views(network, nature, x)
+        if folded is not None:
+            attacked: Sequence[nn.Module] = [folded]
+        elif subject.led is not network:
+            attacked = [subject.led, *(judge for judge in judges if judge is not network)]
+        else:
+            attacked = judges
+        if nature.random:
+            attacked = [Averaged(one, nature.draws) for one in attacked]
+        return cls(subject, nature, judges, attacked, folded, threat, attacks, seed)
+
+    @property
+    def repeats(self) -> int:
+        return REPEATS if self.nature.random else 1
+
+    def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.to(self.subject.network.device) for tensor in tensors)
+
+    @torch.no_grad()
+    def judge(self, x: Tensor, y: Tensor, repeats: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return how often the recovered prediction is right (0 or 1 unless the network is random), and the margin.
+
+        The worst way in which an image may meet the network counts. Outputs that are not finite are no prediction.
+        """
+        repeats = repeats or self.repeats
+        share, lead = y.new_ones(len(y), dtype=torch.float32), None
+        for judge in self.judges:
+            right = torch.zeros_like(share)
+            margins = torch.zeros_like(share)
+            for _ in range(repeats):
+                logits = self.subject.deployed(judge)(x)
+                finite = logits.isfinite().all(1)
+                right += (logits.argmax(1) == y) & finite
+                margins += torch.where(finite, losses.margin(logits.nan_to_num(), y), torch.inf)
+            share = torch.minimum(share, right / repeats)
+            lead = margins / repeats if lead is None else torch.maximum(lead, margins / repeats)
+        assert lead is not None
+        return share, lead
+
+    def look_again(self, x: Tensor, y: Tensor, adversarial: Tensor, repeats: int) -> tuple[Tensor, Tensor]:
+        """Return how often each benign and each kept image is classified correctly; outside the ball breaks nothing."""
+        x, y, adversarial = self.to_device(x, y, adversarial)
+        benign = self.judge(x, y, repeats)[0]
+        share = self.judge(adversarial, y, repeats)[0]
+        share = torch.where(self.threat.allows(adversarial, x), share, benign)
+        # A benign image that is classified wrongly is its own adversarial image, whatever was made of it.
+        return benign.cpu(), torch.minimum(benign, share).cpu()
+
+    @torch.no_grad()
+    def not_finite(self, adversarial: Tensor, batch_size: int) -> int:
+        network = self.subject.network
+        parts = adversarial.split(batch_size)
+        return sum(int((~network(part.to(network.device)).isfinite().all(1)).sum()) for part in parts)
+
+    @torch.no_grad()
+    def agrees(self, x: Tensor, adversarial: Tensor) -> bool:
+        """Tell whether the folded copy says what the network says, of every benign and every adversarial image."""
+        if self.folded is None:
+            return True
+        for part in (*x.split(500), *adversarial.split(500)):
+            (part,) = self.to_device(part)
+            if bool(differs(self.subject.network(part), self.folded(part)).any()):
+                return False
+        return True
+
+    def attack(self, number: int, x: Tensor, y: Tensor, progress: Callable[[Attack], None]) -> _Part:
+        x, y = self.to_device(x, y)
+        clean, margin = self.judge(x, y)
+        rows = (clean > 0.5).nonzero().squeeze(1)
+        adversarial, least = x.clone(), clean.clone()
+        results: dict[str, AttackResult] = {}
+        for attack in self.attacks:
+            if self.threat.norm not in attack.norms:
+                continue
+            twin = next((row for row in results.values() if row.strategy == attack.strategy), None)
+            if self.subject.how is None and twin:
+                results[attack.name] = replace(
+                    twin, knows_recovery=attack.knows_recovery, seconds=0.0, same_as=twin.name
+                )
+                continue
+            progress(attack)
+            share, began = clean.clone(), time.perf_counter()
+            for place, view in enumerate(self.attacked if len(rows) else ()):
+                aware = attack.knows_recovery or self.subject.how is None
+                network = self.subject.aware(view) if aware else SilentDummies(view)
+                noise = seeded(self.seed, "evaluate", attack.strategy, number, *([place] if place else []))
+                found = x.clone()
+                found[rows] = attack.run(network, x[rows], y[rows], self.threat, noise).detach().to(x)
+                right, reached = self.judge(found, y)
+                inside = self.threat.allows(found, x)
+                right = torch.where(inside, right, clean)
+                share = torch.minimum(share, right)
+                better = inside & ((right < least) | ((right == least) & (least > 0) & (reached > margin)))
+                better &= clean > 0
+                adversarial[better], margin[better] = found[better], reached[better]
+                least = torch.minimum(least, share)
+            results[attack.name] = self.result(attack, share.cpu(), time.perf_counter() - began)
+        return _Part(clean.cpu(), adversarial.cpu(), list(results.values()))
+
+    def result(self, attack: Attack, share: Tensor, seconds: float) -> AttackResult:
+        shares = share if self.nature.random else None
+        return AttackResult(
+            attack.strategy, attack.knows_recovery, share > 0.5, seconds, attack.black_box, shares=shares
+        )
+
+
+def _fold(network: Classifier, x: Tensor, threat: ThreatModel, seed: int) -> nn.Module | None:
+    """Return a folded copy that says what the network says of benign and disturbed images, or None."""
+    probe = x[:16].to(network.device)
+    folded = fold_batch_norm(network, probe[:2])
+    if folded is None:
+        return None
+    disturbed = torch.cat([probe, threat.random_start(probe, seeded(seed, "evaluate", "fold"))])
+    with torch.no_grad():
+        return None if bool(differs(network(disturbed), folded(disturbed)).any()) else folded
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What the attacks left of all samples."""
+
+    clean: Tensor
+    adversarial: Tensor
+    attacks: Sequence[AttackResult]
+
+    @classmethod
+    def of(
+        cls,
+        job: _Job,
+        x: Tensor,
+        y: Tensor,
+        batch_size: int,
+        progress: Callable[[str], None],
+        parts: Path | str | None,
+        suite: str,
+    ) -> "_Outcome":
+        chunks = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+        identity = [
+            _digest(*(v for v in job.subject.network.state_dict().values() if isinstance(v, Tensor))),
+            _digest(x, y),
+            *map(str, (job.threat, suite, job.seed, batch_size, job.subject.how, job.nature.names)),
+            str([attack.name for attack in job.attacks]),
+        ]
+        done = _shared(job, chunks, identity, progress, Path(parts) if parts is not None else None)
+        clean, adversarial = (torch.cat([getattr(part, name) for part in done]) for name in ("clean", "adversarial"))
+        rows = [_joined(rows) for rows in zip(*(part.attacks for part in done), strict=True)]
+        return cls(clean, adversarial, rows)
+
+    @property
+    def standing(self) -> Tensor:
+        return torch.stack([self.clean > 0.5, *(attack.correct for attack in self.attacks)]).all(0)
+
+
+def _joined(rows: Sequence[AttackResult]) -> AttackResult:
+    shares = [row.shares for row in rows if row.shares is not None]
+    return replace(
+        rows[0],
+        correct=torch.cat([row.correct for row in rows]),
+        seconds=sum(row.seconds for row in rows),
+        shares=torch.cat(shares) if shares else None,
+    )
+
+
+def _conclude(
+    job: _Job,
+    outcome: _Outcome,
+    suite: Suite,
+    x: Tensor,
+    y: Tensor,
+    num_classes: int,
+    progress: Callable[[str], None],
+    data: str,
+    batch_size: int,
+    second_round_seconds: float | None,
+) -> Evaluation:
+    """Look for signs, attack again where there are any, ask for a second opinion, and sum up."""
+    subject, nature = job.subject, job.nature
+    adversarial, attacks = outcome.adversarial.clone(), list(outcome.attacks)
+    clean, standing = outcome.clean > 0.5, outcome.standing
+    least = torch.stack([outcome.clean, *(one.correct if one.shares is None else one.shares for one in attacks)])
+    least = least.float().amin(0)
+    audit = opinion = second = None
+    searched = job.threat.radius > 0 and bool(clean.any())
+    guess = subject.deployed(job.attacked[0])
+
+    def join(strategy: str, rows: Tensor, found: Tensor, seconds: float) -> int:
+        """Let images that were found for some samples count; return how many standing samples they break."""
+        share = outcome.clean.clone()
+        benign, labels, images = job.to_device(x[rows], y[rows], found)
+        right = torch.where(job.threat.allows(images, benign), job.judge(images, labels)[0], 1.0)
+        share[rows] = torch.minimum(share[rows], right.cpu())
+        row = Attack(strategy, subject.how is not None, _never, black_box=strategy == SECOND_ROUND)
+        attacks.append(job.result(row, share, seconds))
+        closer = (share < least)[rows]
+        adversarial[rows[closer]] = found[closer.to(found.device)].cpu()
+        broken = int((standing & (share <= 0.5)).sum())
+        standing.logical_and_(share > 0.5)
+        least.copy_(torch.minimum(least, share))
+        return broken
+
+    if suite.audit and searched:
+        progress("audit")
+        by_gradients = torch.stack([clean, *(a.correct for a in attacks if not a.black_box)]).all(0)
+
+        def scene(rows: Tensor) -> Scene:
+            device = subject.network.device
+            return Scene(
+                subject.network,
+                job.judges,
+                subject.deployed,
+                guess,
+                lambda images, labels: job.judge(images, labels)[0] > 0.5,
+                x[rows].to(device),
+                y[rows].to(device),
+                adversarial[rows].to(device),
+                job.threat,
+                num_classes,
+                job.seed,
+                nature.draws,
+                second_round_seconds,
+            )
+
+        rows = clean.nonzero().squeeze(1)[:AUDITED]
+        few = job.to_device(x[rows], y[rows], by_gradients[rows], standing[rows])
+        led = [guide for _, guide in guides(scene(rows))]
+        audit = measure_signs(subject.aware(job.attacked[0]), led, few[0], few[1], job.threat, few[2], few[3], job.seed)
+        if suspicious(audit, attacks, nature):
+            progress("second round")
+            rows = (least > 0 if nature.random else standing).nonzero().squeeze(1)
+            second, found = second_round(scene(rows), not nature.names, progress)
+            join(SECOND_ROUND, rows, found, second.seconds)
+    if suite.audit and searched and standing.any():
+        progress("second opinion")
+        rows = standing.nonzero().squeeze(1)[: second_opinion.SAMPLES]
+        given, labels = job.to_device(x[rows], y[rows])
+        began = time.perf_counter()
+        found = second_opinion.plain_pgd(
+            subject.network, given, labels, job.threat.norm, job.threat.radius, subject.how, job.seed
+        )
+        opinion = Opinion(len(rows), join(SECOND_OPINION, rows, found, time.perf_counter() - began))
+    last = LAST_REPEATS if nature.random else 1
+    looks = [
+        job.look_again(*chunk, last)
+        for chunk in zip(x.split(batch_size), y.split(batch_size), adversarial.split(batch_size), strict=True)
+    ]
+    clean_shares, robust_shares = (torch.cat(parts) for parts in zip(*looks, strict=True))
+    survived = robust_shares > 0.5
+    evaluation = Evaluation(
+        data=data,
+        threat=job.threat,
+        seed=job.seed,
+        suite=suite.name,
+        batch_size=batch_size,
+        fingerprint=_digest(x, y),
+        labels=y.cpu(),
+        clean=clean,
+        robust=survived & standing,
+        attacks=attacks,
+        adversarial=adversarial,
+        unrepeatable=int((survived & clean & ~standing).sum()),
+        dummy_classes=subject.how is not None,
+        clean_shares=clean_shares if nature.random else None,
+        robust_shares=robust_shares if nature.random else None,
+        audit=audit,
+        scrutiny=Scrutiny(
+            nature=nature.names,
+            draws=nature.draws,
+            repeats=last,
+            folded=job.folded is not None,
+            not_finite=job.not_finite(adversarial, batch_size),
+            opinion=opinion,
+            second_round=second,
+        ),
+    )
+    evaluation = replace(evaluation, causes=causes(evaluation))
+    return replace(evaluation, warnings=find_warnings(evaluation))
+
+
+def _never(*_: Any) -> Tensor:
+    raise AssertionError("this row records what was found, and is not run")
+
+
+def _shared(
+    job: _Job,
+    chunks: Sequence[tuple[Tensor, Tensor]],
+    identity: list[str],
+    progress: Callable[[str], None],
+    parts: Path | None,
+) -> list[_Part]:
+    """Attack every chunk, or this process's share of them, and return what all processes made."""
+
+    def attack(number: int) -> _Part:
+        first = sum(len(y) for _, y in chunks[:number])
+        x, y = chunks[number]
+        place = f", samples {first + 1} to {first + len(y)}" if len(chunks) > 1 else ""
+        return job.attack(number, x, y, lambda row: progress(row.name + place))
+
+    if parts is None:
+        return [attack(number) for number in range(len(chunks))]
+    from accelerate import PartialState
+
+    processes = PartialState()
+    parts.mkdir(parents=True, exist_ok=True)
+    files = [parts / f"{number:05d}.safetensors" for number in range(len(chunks))]
+    for number in range(processes.process_index, len(chunks), processes.num_processes):
+        if _read_part(files[number], identity) is None:
+            _write_part(files[number], identity, attack(number))
+    processes.wait_for_everyone()
+    done = [_read_part(file, identity) for file in files]
+    if None in done:
+        raise RuntimeError(f"{files[done.index(None)]} is gone: do two evaluations use {parts}?")
+    return [part for part in done if part is not None]
+
+
+def _write_part(file: Path, identity: list[str], part: _Part) -> None:
+    rows = [{name: getattr(attack, name) for name in ROW} for attack in part.attacks]
+    tensors = {"clean": part.clean, "adversarial": part.adversarial, **named(part.attacks)}
+    checkpoint.save(file, tensors, {"identity": identity, "attacks": rows})
+
+
+def _read_part(file: Path, identity: list[str]) -> _Part | None:
+    """Return the finished chunk, or None if there is none of this evaluation."""
+    if not file.is_file():
+        return None
+    tensors, state = checkpoint.read(file)
+    if state["identity"] != identity:
+        return None
+    return _Part(tensors["clean"], tensors["adversarial"], read_rows(state["attacks"], tensors))
+
+
+def _digest(*tensors: Tensor) -> str:
+    """Return a short digest of the values of tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(str((tensor.shape, tensor.dtype)).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Compute in whole float32, also on a GPU that would shorten it, also inside of autocast and of inference mode."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    with (
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
+    ):
+        torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = matmul

@@ -1,0 +1,149 @@
+"""Evaluate a run or a checkpoint on its test images, and write down what came of it."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ducat import weights
+from ducat.config import Config
+from ducat.data import load, load_test
+from ducat.dummy import dummy_head
+from ducat.evaluation.engine import evaluate
+from ducat.runs import RunFolder, Which
+from ducat.threat import ThreatModel
+
+
+def evaluate_run(
+    folder: RunFolder,
+    suite: str = "standard",
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+    which: Which = "best",
+    threat: ThreatModel | None = None,
+    batch_size: int = 500,
+    device: str = "auto",
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a run on its test images, write evaluation.json and evaluation.safetensors, and return the former.
+
+    Finished chunks are kept in the run folder until the end, so an evaluation that was interrupted continues when it is
+    asked for again with the same settings, and `accelerate launch` shares it among processes.
+
+    Args:
+        folder: the run.
+        suite: which attacks, a row of `attacks.suites.SUITES`.
+        samples: how many test images, a fixed stratified subset; all by default.
+        seed: of the attacks.
+        which: "best" or "last" checkpoint.
+        threat: the ball; by default the one that the run was trained in.
+        batch_size: samples attacked at a time.
+        device: "auto", "cpu" or "cuda".
+        progress: told of each attack and chunk as it starts.
+    """
+    config = folder.config
+    model = folder.load(which)
+    return _evaluate_and_save(
+        model,
+        load_test(config.data.name, samples, config.data.root),
+        threat or config.threat.build(None),
+        folder.evaluation_path,
+        device,
+        which,
+        suite=suite,
+        num_classes=_num_classes(model),
+        seed=seed,
+        batch_size=batch_size,
+        data=folder.manifest["data"]["title"],
+        progress=progress or (lambda attack: None),
+    )
+
+
+def evaluate_checkpoint(
+    source: Path,
+    config: Config,
+    suite: str = "standard",
+    *,
+    num_classes: int | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    path: Path | None = None,
+    batch_size: int = 500,
+    device: str = "auto",
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Evaluate any network on a data set's test images, and return the content of an evaluation.json.
+
+    Args:
+        source: file of weights, as `weights.read` takes it.
+        config: its `data`, `model` and `threat` say what to evaluate and how; the rest of it is not used. A head with
+            twice as many outputs as the data have classes has dummy classes.
+        suite: which attacks, a row of `attacks.suites.SUITES`.
+        num_classes: C, checked against the data; None does not check.
+        samples: how many test images, a fixed stratified subset; all by default.
+        seed: of the attacks.
+        path: the .json file to write, with a .safetensors beside it; nothing is written by default.
+        batch_size: samples attacked at a time.
+        device: "auto", "cpu" or "cuda".
+        progress: told of each attack and chunk as it starts.
+
+    Raises:
+        FileNotFoundError: if there are no such weights or data.
+        ValueError: if the weights do not fit the network, or the data have another number of classes.
+    """
+    dataset = load(config.data.name, root=config.data.root)
+    classes = len(dataset.classes)
+    if num_classes not in (None, classes):
+        raise ValueError(f"num_classes={num_classes}, but {config.data.name} has {classes} classes")
+    config = config.resolve(dataset.spec)
+    _, model = weights.read(source).network(config.architecture(dataset))
+    return _evaluate_and_save(
+        model,
+        load_test(config.data.name, samples, config.data.root),
+        config.threat.build(None),
+        path,
+        device,
+        None,
+        suite=suite,
+        num_classes=classes,
+        seed=seed,
+        batch_size=batch_size,
+        data=dataset.spec.title,
+        progress=progress or (lambda attack: None),
+    )
+
+
+def _evaluate_and_save(
+    model: nn.Module,
+    test: tuple[Tensor, Tensor],
+    threat: ThreatModel,
+    path: Path | None,
+    device: str,
+    which: Which | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    from accelerate import PartialState
+
+    processes = PartialState(cpu=device == "cpu")
+    if device == "cuda" and processes.device.type != "cuda":
+        raise ValueError("device=cuda: PyTorch finds no GPU here; choose cpu or auto")
+    parts = path.with_suffix(".parts") if path is not None else None
+    evaluation = evaluate(model.to(processes.device), *test, threat, parts=parts, **settings)
+    evaluation = replace(evaluation, checkpoint=which)
+    processes.wait_for_everyone()
+    if path is not None and parts is not None and processes.is_main_process:
+        evaluation.save(path)
+        shutil.rmtree(parts)
+    return evaluation.to_dict()
+
+
+def _num_classes(model: nn.Module) -> int:
+    """Return C of a network of ours."""
+    head = dummy_head(model)
+    if head is not None:
+        return head.num_classes
+    return [module.out_features for module in model.modules() if isinstance(module, nn.Linear)][-1]

@@ -1,0 +1,472 @@
+"""What is measured: images, labels and a network as people bring them, and what kind of function the network is.
+
+An evaluation needs one function of one image. Before the first attack this room makes one of whatever was given, or
+says in a line why it cannot; and it finds out whether the network is random, remembers, or lets the images of a batch
+meet.
+"""
+
+import collections
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ducat.models.outputs import logits_of
+from ducat.threat import ThreatModel
+
+OVERSHOOT = 1e-6  # of [0, 1]: what interpolation in float32 leaves
+PROBED = 16  # benign images that the network is examined with, and as many of each kind of disturbed ones
+REPEATS = 8  # passes that a random network's noise is measured with
+CHANGED = {torch.float32: 0.01, torch.float64: 0.01}  # of a row's spread of logits; rounding stays far below
+CHANGED_HALF = 0.1
+DRAWS = (4, 24)
+COMPANY = 3  # benign images that each image is judged with, where the images of a batch meet
+CAPTURED = 10_000  # entries of one container that are looked into
+
+Network = nn.Module | Callable[[Tensor], Any]
+
+
+def images_and_labels(
+    x: Any, y: Any, num_classes: int
+) -> tuple[Float[Tensor, "samples channels height width"], Int[Tensor, " samples"]]:
+    """Return images as float32 in [0, 1] and labels as int64, from what other libraries hold.
+
+    Args:
+        x: floating point tensor or array in [0, 1], shape (samples, channels, H, W).
+        y: whole numbers in [0, C) as tensor, array or sequence, shape (samples,) or (samples, 1).
+        num_classes: C.
+
+    Raises:
+        ValueError: if they are something else; the message says what to change.
+    """
+    x = torch.as_tensor(np.asarray(x) if not isinstance(x, Tensor) else x)
+    if not x.is_floating_point():
+        raise ValueError(f"the images are {x.dtype}: give floating point numbers in [0, 1], as x.float() / 255 does")
+    if x.ndim != 4:
+        raise ValueError(f"the images have shape {tuple(x.shape)}: it must be (samples, channels, height, width)")
+    try:
+        y = torch.as_tensor(np.asarray(y) if not isinstance(y, Tensor) else y)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the labels are no array of numbers: {error}") from None
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 1:
+        hint = "; one-hot labels become whole numbers by y.argmax(1)" if y.ndim == 2 else ""
+        raise ValueError(f"the labels have shape {tuple(y.shape)}: it must be (samples,){hint}")
+    if y.dtype == torch.bool or y.is_complex() or (y.is_floating_point() and not bool((y == y.round()).all())):
+        raise ValueError(f"the labels are {y.dtype} and not all whole numbers in [0, {num_classes})")
+    if not len(x):
+        raise ValueError("there are no samples to evaluate on")
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} images but {len(y)} labels")
+    low, high = float(x.min()), float(x.max())
+    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):
+        raise ValueError(f"the images run from {low:g} to {high:g}: they must be in [0, 1]; normalise inside the model")
+    if not (int(y.min()) >= 0 and int(y.max()) < num_classes):
+        raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}, outside num_classes={num_classes}")
+    # Copies: tensors made in inference mode take part in no gradient, and the caller's own are never changed.
+    return x.detach().float().clamp(0, 1).clone(), y.detach().long().clone()
+
+
+class Function(nn.Module):
+    """A function of images that is no module."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+class Classifier(nn.Module):
+    """Any network as a function from float32 images in [0, 1], shape (B, channels, H, W), to float32 logits (B, K).
+
+    Args:
+        model: the network; what it returns may be anything that `logits_of` takes.
+        batch_size: the only size of batch that it takes; None for any.
+
+    Attributes:
+        state: what the network remembers; where it is set, every pass begins with it.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int | None = None) -> None:
+        super().__init__()
+        self.model, self.batch_size = model, batch_size
+        self.state: State | None = None
+        floats = [tensor.dtype for tensor in _tensors(model) if tensor.is_floating_point()]
+        self.dtype = floats[0] if floats else torch.float32
+        self.coarse = self.dtype not in CHANGED
+
+    @property
+    def device(self) -> torch.device:
+        return next((tensor.device for tensor in _tensors(self.model)), torch.device("cpu"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self._batches(x) if self.batch_size else self._pass(x)
+        if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+            logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)  # attacks then see a gradient of zero
+        return logits
+
+    def _batches(self, x: Tensor) -> Tensor:
+        size = self.batch_size or len(x)
+        missing = -len(x) % size
+        filled = torch.cat([x, x[:1].expand(missing, *x.shape[1:])])
+        return torch.cat([self._pass(part) for part in filled.split(size)])[: len(x)]
+
+    def _pass(self, x: Tensor) -> Tensor:
+        if self.state is not None:
+            self.state.restore()
+        given = x.to(self.dtype).clone()  # networks that normalise in place change a copy
+        try:
+            output = self.model(given)
+        except RuntimeError as error:
+            # NumPy takes no tensor that needs a gradient.
+            if "requires grad" not in str(error) or not x.requires_grad:
+                raise
+            with torch.no_grad():
+                output = self.model(given.detach())
+        logits = logits_of(output)
+        self.coarse |= logits.dtype not in CHANGED
+        return logits.float()
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def classifier(model: Network, x: Float[Tensor, "samples channels height width"], batch_size: int) -> Classifier:
+    """Make a classifier of a network, and see that it takes the images.
+
+    Args:
+        model: a module, or any function of images.
+        x: the benign images.
+        batch_size: how many of them are attacked at a time.
+
+    Raises:
+        ValueError: if the network fails on the images or returns no logits; or if some are not finite.
+    """
+    if not isinstance(model, nn.Module):
+        if not callable(model):
+            raise ValueError(f"the model is a {type(model).__name__}: it must be a module or a function of images")
+        model = Function(model)
+    size = min(len(x), batch_size)
+    found = Classifier(model)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            try:
+                for few in {1, min(2, len(x))}:
+                    found(x[:few].to(found.device))
+            except ValueError:
+                raise
+            except Exception as first:
+                found = Classifier(model, size)
+                try:
+                    found(x[:size].to(found.device))
+                except Exception:
+                    raise ValueError(
+                        f"the model fails on images of shape {tuple(x.shape[1:])}: "
+                        f"{type(first).__name__}: {str(first).strip().splitlines()[0] if str(first).strip() else ''}"
+                    ) from first
+            for number, part in enumerate(x.split(size)):
+                finite = found(part.to(found.device)).isfinite().all(1)
+                if not finite.all():
+                    row = number * size + int((~finite).nonzero()[0])
+                    raise ValueError(
+                        f"the model's outputs are not finite, first on benign image {row}: such a network makes no "
+                        "prediction there, and no accuracy of it can be measured"
+                    )
+    finally:
+        for module in training:
+            module.training = True
+    return found
+
+
+@dataclass(frozen=True)
+class Nature:
+    """What kind of function a network is.
+
+    Attributes:
+        random: the same batch twice gives other outputs.
+        batch_dependent: an image's output depends on the other images of its batch.
+        stateful: what it answers depends on what it was asked before.
+        remembers: it changes something in itself when it is asked, whether that shows in its answers or not.
+        gradient: whether its outputs pass any gradient to the images.
+        draws: passes that a gradient is averaged over; 1 unless it is random.
+    """
+
+    random: bool = False
+    batch_dependent: bool = False
+    stateful: bool = False
+    remembers: bool = False
+    gradient: bool = True
+    draws: int = 1
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What a reader must know of it, in words."""
+        kinds = {"random": self.random, "batch-dependent": self.batch_dependent, "stateful": self.stateful}
+        return [name for name, applies in kinds.items() if applies]
+
+
+def differs(first: Tensor, second: Tensor, coarse: bool = False) -> Tensor:
+    """Tell which rows of logits differ by more than rounding does, relative to each row's spread."""
+    spread = (first.amax(1) - first.amin(1)).clamp_min(1e-30)
+    change = (first - second).abs().amax(1) / spread
+    return ~(change <= (CHANGED_HALF if coarse else CHANGED[torch.float32]))
+
+
+@torch.no_grad()
+def examine(
+    network: Classifier,
+    x: Float[Tensor, "samples channels height width"],
+    found: Float[Tensor, "samples channels height width"] | None,
+    threat: ThreatModel,
+    generator: torch.Generator,
+    known: Nature | None = None,
+) -> Nature:
+    """Repeat, permute, split and copy a batch, and see whether the network minds.
+
+    What it remembers is put back before every pass from then on (`Classifier.state`).
+
+    Args:
+        network: in evaluation mode.
+        x: benign images.
+        found: adversarial images to look at as well, the more telling the better; None to disturb the benign ones.
+        threat: the ball, for the disturbed ones.
+        generator: source of the disturbance and the order.
+        known: what an earlier look has found; what was found stays found.
+    """
+    known = known or Nature()
+    x = x[:PROBED].to(network.device)
+    disturbed = [threat.random_start(x, generator), threat.project(x + threat.radius * threat.direction(x - 0.5), x)]
+    if found is not None:
+        moved = found[:PROBED].to(network.device)
+        disturbed.insert(0, moved)
+    else:
+        disturbed.append(_one_step(network, x, threat))
+    probe = torch.cat([x, *disturbed])
+    state = State(network.model) if network.state is None else network.state
+    first, second = network(probe), network(probe)
+    remembers = known.remembers or state.changed()
+    stateful = known.stateful
+    if remembers:
+        before = network.state is not None or not bool(differs(first, second, network.coarse).any())
+        network.state = state
+        state.restore()
+        first, second = network(probe), network(probe)
+        stateful |= not before and not bool(differs(first, second, network.coarse).any())
+    noisy = bool(differs(first, second, network.coarse).any()) or known.random
+    draws = known.draws
+    if noisy:
+        draws = max(draws, _draws(torch.stack([network(probe) for _ in range(REPEATS)])))
+    batch = known.batch_dependent or (not noisy and _meet(network, probe, len(x), first, generator))
+    return Nature(noisy, batch, stateful, remembers, known.gradient and _passes(network, x), draws)
+
+
+def _one_step(network: Classifier, x: Tensor, threat: ThreatModel) -> Tensor:
+    with torch.enable_grad():
+        point = x.detach().clone().requires_grad_()
+        logits = network(point)
+        loss = nn.functional.cross_entropy(logits, logits.argmax(1).detach(), reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, point)
+    return threat.project(x + threat.radius * threat.direction(gradient.nan_to_num()), x)
+
+
+def _passes(network: Classifier, x: Tensor) -> bool:
+    with torch.enable_grad():
+        point = x[:1].detach().clone().requires_grad_()
+        if network.batch_size:
+            point = x[: network.batch_size].detach().clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(network(point).abs().sum(), point)
+    return bool((gradient != 0).any())
+
+
+def _draws(outputs: Float[Tensor, "draws rows classes"]) -> int:
+    """Choose how many draws a gradient is averaged over, by how the margin's noise compares to the margin."""
+    top = outputs.mean(0).topk(min(2, outputs.shape[2]), dim=1)
+    lead = outputs.gather(2, top.indices.expand(len(outputs), -1, -1))
+    margin = lead[..., 0] - lead[..., -1]
+    noise = margin.std(0) / margin.mean(0).abs().clamp_min(1e-12)
+    return int(min(DRAWS[1], max(DRAWS[0], round(8 * float(noise.median())))))
+
+
+def _meet(network: Classifier, probe: Tensor, benign: int, together: Tensor, generator: torch.Generator) -> bool:
+    """Tell whether images of a batch meet."""
+    if network.batch_size:
+        return False
+    order = torch.randperm(len(probe), generator=generator, device=generator.device).to(probe.device)
+    half = len(probe) // 2
+    rows = torch.arange(0, len(probe), max(1, len(probe) // 24), device=probe.device)
+    company = probe[: min(COMPANY, benign)]
+    others = [
+        (network(probe[order]), together[order]),
+        (torch.cat([network(probe[:half]), network(probe[half:])]), together),
+        (torch.cat([network(probe[row : row + 1]) for row in rows]), together[rows]),
+        (torch.cat([network(probe[row.repeat(3)])[:1] for row in rows]), together[rows]),
+        (torch.cat([network(torch.cat([company, probe[row : row + 1]]))[-1:] for row in rows]), together[rows]),
+    ]
+    return any(bool(differs(expected, other, network.coarse).any()) for other, expected in others)
+
+
+class Alone(nn.Module):
+    """Each image as a batch of its own."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.network(row[None]) for row in x])
+
+
+class InCompany(nn.Module):
+    """Each image as the last one of a batch of benign images."""
+
+    def __init__(self, network: nn.Module, company: Tensor) -> None:
+        super().__init__()
+        self.network, self.company = network, company
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.network(torch.cat([self.company, row[None]]))[-1:] for row in x])
+
+
+class Averaged(nn.Module):
+    """A random network's mean log-probabilities over several draws, whose gradient is that of the expected loss.
+
+    Expectation over transformation (Athalye et al. 2018, arXiv 1802.00420).
+    """
+
+    def __init__(self, network: nn.Module, draws: int) -> None:
+        super().__init__()
+        self.network, self.draws = network, draws
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.network(x).log_softmax(1) for _ in range(self.draws)]).mean(0)
+
+
+def views(network: Classifier, nature: Nature, x: Tensor) -> list[nn.Module]:
+    """Return every way in which an image may meet the network: it has to withstand all of them."""
+    if not nature.batch_dependent:
+        return [network]
+    return [Alone(network), InCompany(network, x[:COMPANY].to(network.device))]
+
+
+_SOURCES = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+_PLAIN = (int, float, complex, str, bytes, bool, type(None), frozenset, torch.dtype, torch.device)
+_MISSING = object()
+_INTERNAL = {"_parameters", "_modules", "_buffers", "training", "_non_persistent_buffers_set"}
+_DEPTH = 20
+
+
+def _internal(name: str) -> bool:
+    return name in _INTERNAL or (name.startswith("_") and "hooks" in name)
+
+
+class State:
+    """What a network holds besides its parameters, as it was when this was made.
+
+    Buffers, and what plain attributes, containers, objects and closures of its modules hold. Sources of random numbers
+    are left to run on. What is kept elsewhere (a global, a file) is not seen.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen: dict[int, Any] = {}
+        self._holders: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._cells: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, Tensor, int]] = []
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
+        self._look(model, _DEPTH)
+
+    def changed(self) -> bool:
+        """Tell whether anything is not as it was."""
+        return (
+            any(_identities(holder) != _identities(kept) for holder, kept in self._holders)
+            or any(not _same_items(container, kept) for container, kept in self._containers)
+            or any(cell.cell_contents is not kept for cell, kept in self._cells)
+            or any(tensor._version != version for tensor, _, version in self._tensors)
+            or any(not np.array_equal(array, kept) for array, kept in self._arrays)
+        )
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back."""
+        for holder, kept in self._holders:
+            for name in [name for name in holder if name not in kept and not _internal(name)]:
+                del holder[name]
+            holder.update(kept)
+        for container, items in self._containers:
+            if not _same_items(container, items):
+                container.clear()
+                container.update(items) if isinstance(container, dict | set) else container.extend(items)
+        for cell, value in self._cells:
+            cell.cell_contents = value
+        for index, (tensor, copy, version) in enumerate(self._tensors):
+            if tensor._version != version:
+                tensor.copy_(copy)
+                self._tensors[index] = tensor, copy, tensor._version
+        for array, numbers in self._arrays:
+            array[...] = numbers
+
+    def _look(self, thing: Any, depth: int) -> None:
+        """Note what `thing` holds, and what is in it."""
+        skipped = isinstance(thing, (*_SOURCES, *_PLAIN, type, ModuleType, nn.Parameter))
+        if skipped or id(thing) in self._seen or not depth:
+            return
+        self._seen[id(thing)] = thing
+        inside: list[Any] = []
+        if isinstance(thing, Tensor):
+            if not thing.is_inference():
+                self._tensors.append((thing, thing.detach().clone(), thing._version))
+        elif isinstance(thing, np.ndarray):
+            if thing.flags.writeable and thing.dtype != object:
+                self._arrays.append((thing, thing.copy()))
+        elif isinstance(thing, tuple):
+            inside = list(thing)
+        elif isinstance(thing, dict | list | set | collections.deque):
+            if len(thing) <= CAPTURED:
+                self._containers.append((thing, thing.copy()))
+                inside = list(thing.values() if isinstance(thing, dict) else thing)
+        elif isinstance(thing, MethodType):
+            inside = [thing.__self__]
+        elif isinstance(thing, FunctionType):
+            for cell in thing.__closure__ or ():
+                try:
+                    value = cell.cell_contents
+                except ValueError:  # a variable that has no value yet
+                    continue
+                self._cells.append((cell, value))
+                inside.append(value)
+        elif isinstance(getattr(thing, "__dict__", None), dict):
+            holder = vars(thing)
+            kept = {name: value for name, value in holder.items() if not _internal(name)}
+            self._holders.append((holder, kept))
+            inside = list(kept.values())
+            if isinstance(thing, nn.Module):
+                inside += [thing._buffers, *thing._modules.values()]
+        for one in inside:
+            self._look(one, depth - 1)
+
+
+def _identities(holder: dict[str, Any]) -> dict[str, int]:
+    return {name: id(value) for name, value in holder.items() if not _internal(name)}
+
+
+def _same_items(now: Any, kept: Any) -> bool:
+    if len(now) != len(kept):
+        return False
+    if isinstance(kept, dict):
+        return all(now.get(key, _MISSING) is value for key, value in kept.items())
+    if isinstance(kept, set):
+        return bool(now == kept)
+    return all(a is b for a, b in zip(now, kept, strict=True))

@@ -1,0 +1,161 @@
+"""The deployed classifier of a run: images in [0, 1] go in, C logits come out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ducat import checkpoint, data
+from ducat.dummy import recover
+from ducat.models.architecture import Architecture
+from ducat.reporting import compare as comparing
+from ducat.runs import RunFolder, Which
+
+COMPARED = 64  # images that a written file is compared on
+
+Batch = Float[Tensor, "batch channels height width"]
+Logits = Float[Tensor, "batch classes"]
+Outputs = Logits | tuple[Logits, Float[Tensor, " batch"]]
+
+
+class Classifier(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="ducat",
+    coders={Architecture: (asdict, lambda fields: Architecture(**fields))},
+):
+    """The deployed classifier, with all that is needed to build it again.
+
+    Maps images in [0, 1], shape (B, channels, H, W), to C logits, shape (B, C). With `detector` it returns a second
+    tensor, shape (B,): the probability that the image is adversarial, by the within-pair classifier that dummy classes
+    train on the side, s = p_{y+C} / (p_y + p_{y+C}) for the predicted class y. It was trained on the attacks that
+    training met; whoever knows of it can attack it too.
+
+    Args:
+        architecture: of the network.
+        classes: the names of the C classes, in the order of the logits.
+        detector: whether to return the probability as well.
+
+    Raises:
+        ValueError: if a detector is asked of a network without dummy classes.
+    """
+
+    def __init__(self, architecture: Architecture, classes: Sequence[str], detector: bool = False) -> None:
+        super().__init__()
+        if detector and not architecture.dummy_classes:
+            raise ValueError("detector: the network has no dummy classes, so nothing in it tells adversarial images")
+        self.architecture, self.classes, self.detector = architecture, tuple(classes), detector
+        with torch.random.fork_rng(devices=[]):
+            self.model = architecture.build()
+
+    def forward(self, images: Batch) -> Outputs:
+        logits = self.model(images)
+        if not self.architecture.dummy_classes:
+            return logits
+        recovered = recover(logits)
+        if not self.detector:
+            return recovered
+        real, dummy = logits.chunk(2, dim=1)
+        predicted = recovered.argmax(1, keepdim=True)
+        return recovered, torch.sigmoid((dummy - real).gather(1, predicted)).squeeze(1)
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> "Classifier":
+        # The library would fill missing weights with random ones in silence.
+        return super()._from_pretrained(strict=strict, **kwargs)
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A run's deployed classifier, and what is known of it.
+
+    Attributes:
+        folder: the run.
+        which: the checkpoint.
+        classifier: in evaluation mode; its classes are numbers if the data are not at hand.
+        evaluated: None where this checkpoint has not been evaluated.
+        images: a few in [0, 1], shape (n, channels, H, W): test images, or random ones if the data are not at hand.
+        images_name: what they are.
+    """
+
+    folder: RunFolder
+    which: Which
+    classifier: Classifier
+    evaluated: comparing.Run | None
+    images: Tensor
+    images_name: str
+
+    @classmethod
+    def read(cls, run: Path | str, which: Which = "best", *, detector: bool = False) -> "Deployed":
+        """Read a run.
+
+        Raises:
+            FileNotFoundError: if there is no such run or checkpoint.
+            ValueError: if the checkpoint is damaged, or a detector is asked of a network without dummy classes.
+        """
+        folder = RunFolder.open(run)
+        tensors, state = folder.read(which)
+        architecture = Architecture(**state["model"])
+        settings = folder.config.data
+        try:
+            dataset = data.load(settings.name, root=settings.root)
+            classes, images = dataset.classes, dataset.test.floats()[:COMPARED]
+            name = f"{dataset.spec.title} test images"
+        except FileNotFoundError:  # The run may have come from another machine.
+            spec = data.SPECS.get(settings.name)
+            side = 32 if spec is None else spec.shape[1]
+            shape = COMPARED, architecture.channels, side, side
+            images, name = torch.rand(shape, generator=torch.Generator().manual_seed(0)), "random images"
+            classes = tuple(map(str, range(architecture.num_classes)))
+        classifier = Classifier(architecture, classes, detector)
+        classifier.model.load_state_dict(checkpoint.part("model", tensors))
+        return cls(folder, which, classifier.eval(), _evaluated(folder, which), images, name)
+
+    @property
+    def evaluation(self) -> Mapping[str, Any] | None:
+        return self.evaluated.evaluation if self.evaluated is not None else None
+
+    @property
+    def program(self) -> torch.export.ExportedProgram:
+        """The classifier as a graph, for batches of any size."""
+        batch = {0: torch.export.Dim("batch")}
+        return torch.export.export(self.classifier, (self.images[:2],), dynamic_shapes={"images": batch})
+
+
+def save(source: Deployed, path: Path) -> None:
+    """Write weights and their description as safetensors, which `load` reads."""
+    classifier = source.classifier
+    state = {
+        "model": asdict(classifier.architecture),
+        "classes": classifier.classes,
+        "detector": classifier.detector,
+    }
+    checkpoint.save(path, checkpoint.named("model", classifier.model.state_dict()), state)
+
+
+def load(path: Path | str) -> Classifier:
+    """Load what `export` wrote as safetensors, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or another kind of file.
+    """
+    tensors, state = checkpoint.read(Path(path))
+    if "classes" not in state:
+        raise ValueError(f"{path} is a checkpoint of a run: ducat.load takes the run folder")
+    classifier = Classifier(Architecture(**state["model"]), state["classes"], state["detector"])
+    classifier.model.load_state_dict(checkpoint.part("model", tensors))
+    return classifier.eval()
+
+
+def _evaluated(folder: RunFolder, which: Which) -> comparing.Run | None:
+    if not folder.evaluation_path.is_file():
+        return None
+    evaluated = comparing.Run.read(folder.path)
+    # Numbers of another checkpoint say nothing of this one.
+    return evaluated if evaluated.evaluation.get("checkpoint") == which else None

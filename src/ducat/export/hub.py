@@ -1,0 +1,99 @@
+"""A run as a folder that Hugging Face's hub takes, with a card that says what was measured."""
+
+import io
+import json
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ducat import checkpoint
+from ducat.export.classifier import Classifier, Deployed
+from ducat.reporting import compare as comparing
+
+
+def write(source: Deployed, path: Path) -> None:
+    path.mkdir()
+    checkpoint.write_text(path / "README.md", _card(source))
+    source.classifier.save_pretrained(path)
+
+
+def read(path: Path) -> Callable[[Tensor], Any]:
+    # The library prints a line.
+    with redirect_stdout(io.StringIO()):
+        return Classifier.from_pretrained(path)
+
+
+def _card(source: Deployed) -> str:
+    classifier, manifest = source.classifier, source.folder.manifest
+    front = {
+        "library_name": "ducat",
+        "pipeline_tag": "image-classification",
+        "tags": ["adversarial-robustness", "adversarial-training", "ducat"],
+    }
+    call = "logits = model(images)  # images in [0, 1], (batch, channels, height, width), to (batch, classes)"
+    if classifier.detector:
+        call = "logits, adversarial = model(images)  # and the probability that each image is adversarial, (batch,)"
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        "---",
+        f"# {source.folder.name}",
+        "",
+        f"An image classifier trained with ducat {manifest['ducat']}: "
+        f"{classifier.architecture.name}, {len(classifier.classes)} classes, {_method(source)}.",
+        f"Training data: {manifest['data']['title']}, {manifest['data']['train']} images.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from ducat.export import Classifier",
+        "",
+        'model = Classifier.from_pretrained("PATH OR REPOSITORY")  # in evaluation mode',
+        call,
+        "```",
+        "",
+        "Normalisation is inside. "
+        + ("So is recovery: each logit is the larger of a class's real and dummy output. " * _has_dummies(source))
+        + f"Classes, in the order of the logits: {', '.join(classifier.classes)}.",
+        "",
+        "## Accuracy",
+        "",
+        *_accuracy(source),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _has_dummies(source: Deployed) -> bool:
+    return source.classifier.architecture.dummy_classes
+
+
+def _method(source: Deployed) -> str:
+    config = source.folder.config
+    kind = config.dummy.kind
+    return config.method.name + ("" if kind == "off" else f" with {kind} dummy classes")
+
+
+def _accuracy(source: Deployed) -> list[str]:
+    if source.evaluated is None:
+        return [
+            "**Not evaluated.** Nothing has been measured of this checkpoint, neither its clean accuracy nor its "
+            f"robustness: run `ducat evaluate` with `--which {source.which}` on its run folder, and export again."
+        ]
+    lines = [
+        comparing.to_markdown(comparing.compare([source.evaluated])),
+        "`blind` is the worst case over attacks that do not know that predictions are recovered, `robust` over all "
+        "attacks, those that know included. Only `robust` is robustness.",
+        "",
+        "| attack | knows recovery | accuracy (%) |",
+        "| --- | --- | --- |",
+        *(
+            f"| {attack['name']} | {'yes' if attack['knows_recovery'] else 'no'} | {100 * attack['accuracy']:.1f} |"
+            for attack in source.evaluated.evaluation["attacks"]
+        ),
+    ]
+    return lines + [
+        line for warning in source.evaluated.evaluation["warnings"] for line in ("", f"**Warning**: {warning}.")
+    ]

@@ -1,0 +1,388 @@
+"""Runs side by side: what can be compared stands in one table, what cannot is told apart and said.
+
+A comparison is of runs that were measured alike: same test images, same ball, same suite and seed of the attacks. Runs
+that differ in nothing but the training seed are one line, with the mean and the sample standard deviation over seeds.
+"""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from ducat.evaluation import behaviour
+from ducat.evaluation.result import SCHEMA, Evaluation
+from ducat.evaluation.result import compare as compare_samples
+from ducat.runs import RunFolder
+
+QUANTITIES = ("clean", "blind", "robust", "sink gap")
+# Settings that change where a run is kept and watched, not what it is.
+IRRELEVANT = ("name", "data.root", "train.seed", "train.checkpoint_minutes", "train.keep", "train.tracker")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An evaluated run, read from its folder.
+
+    Attributes:
+        name: what tables call it.
+        path: its folder.
+        settings: the config by the names of the command line.
+        manifest: content of manifest.json.
+        metrics: lines of metrics.jsonl.
+        evaluation: content of evaluation.json.
+        behaviour: content of behaviour.json, if there is one of that evaluation.
+    """
+
+    name: str
+    path: Path
+    settings: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]
+    evaluation: Mapping[str, Any]
+    behaviour: Mapping[str, Any] | None = None
+
+    @classmethod
+    def read(cls, path: Path, name: str | None = None) -> "Run":
+        """Read a run folder.
+
+        Raises:
+            FileNotFoundError: if there is no such run, or it has not been evaluated.
+            ValueError: if its evaluation cannot be read.
+        """
+        folder = RunFolder.open(path)
+        if not folder.evaluation_path.is_file():
+            raise FileNotFoundError(f"{path} has no evaluation yet: run `ducat evaluate {path}`")
+        try:
+            evaluation = json.loads(folder.evaluation_path.read_text(encoding="utf-8"))
+            seen = behaviour.read(folder)
+        except ValueError as error:
+            raise ValueError(f"{folder.evaluation_path} is damaged: run `ducat evaluate {path}` again") from error
+        if not isinstance(evaluation, dict) or evaluation.get("schema") != SCHEMA:
+            raise ValueError(
+                f"{folder.evaluation_path} is not of this version's schema: run `ducat evaluate {path}` again"
+            )
+        settings = folder.config.flat()
+        return cls(name or folder.name, path, settings, folder.manifest, folder.metrics, evaluation, seen)
+
+    @property
+    def seed(self) -> int:
+        return self.settings["train.seed"]
+
+    def share(self, quantity: str) -> float:
+        """Return a row of `QUANTITIES`, in [0, 1]."""
+        value = self.evaluation["sink_gap" if quantity == "sink gap" else quantity]
+        return value["accuracy"] if quantity == "clean" else value
+
+    def ci95(self, quantity: str) -> tuple[float, float]:
+        """Return the 95 % interval of a row of `QUANTITIES` other than the sink gap."""
+        low, high = self.evaluation["clean"]["ci95"] if quantity == "clean" else self.evaluation[f"{quantity}_ci95"]
+        return low, high
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in the training seed alone: a line of the table."""
+
+    name: str
+    runs: Sequence[Run]
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted(run.seed for run in self.runs)
+
+    def mean(self, quantity: str) -> float:
+        return statistics.fmean(run.share(quantity) for run in self.runs)
+
+    def spread(self, quantity: str) -> float | None:
+        """Return the sample standard deviation over seeds; None for a single run."""
+        return statistics.stdev(run.share(quantity) for run in self.runs) if len(self.runs) > 1 else None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs on the same samples: McNemar's exact test of equal robust accuracy.
+
+    Attributes:
+        first: name of a run.
+        second: name of the other.
+        difference: robust accuracy of the second - of the first.
+        p_value: two-sided.
+    """
+
+    first: str
+    second: str
+    difference: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Section:
+    """Runs that were measured alike.
+
+    Attributes:
+        title: how they were measured, in one line.
+        groups: the lines of the table.
+        pairs: tests of each two runs, where the evaluations have their flags per sample.
+    """
+
+    title: str
+    groups: Sequence[Group]
+    pairs: Sequence[Pair] = ()
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for group in self.groups for run in group.runs]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that the table, the files and the page say.
+
+    Attributes:
+        sections: one for each way of measuring; their numbers must not be compared with each other.
+        notes: what a reader must know before comparing.
+    """
+
+    sections: Sequence[Section]
+    notes: Sequence[str]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for section in self.sections for run in section.runs]
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """Put runs side by side.
+
+    Raises:
+        ValueError: if there are none, or two have one name.
+    """
+    if not runs:
+        raise ValueError("there are no runs to compare")
+    names = [run.name for run in runs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is given twice")
+    sections = []
+    for alike in _partition(runs, _measured):
+        groups = _groups(alike)
+        sections.append(Section(setting(alike[0].evaluation), groups, _pairs(alike)))
+    return Comparison(sections, [*_differences(runs), *_seed_notes(sections), *_state_notes(runs)])
+
+
+def setting(evaluation: Mapping[str, Any]) -> str:
+    """Return in one line what an evaluation measured: data, samples, budget, suite, seed."""
+    threat = evaluation["threat"]
+    return (
+        f"{evaluation['data']}, {evaluation['samples']} test images, {threat['norm']} eps {threat['eps']:.4g} on "
+        f"images in [0, 1], suite {evaluation['suite']}, seed {evaluation['seed']}"
+    )
+
+
+def _partition(runs: Iterable[Run], key: Callable[[Run], Any]) -> list[list[Run]]:
+    """Return the runs in groups of one key, in the order of their first."""
+    found: dict[Any, list[Run]] = {}
+    for run in runs:
+        found.setdefault(key(run), []).append(run)
+    return list(found.values())
+
+
+MEASURES: dict[str, Callable[[Run], Any]] = {
+    "data": lambda run: run.evaluation["data"],
+    "test images": lambda run: run.evaluation.get("fingerprint") or run.evaluation["samples"],
+    "threat model": lambda run: (run.evaluation["threat"]["norm"], round(run.evaluation["threat"]["eps"], 9)),
+    "suite": lambda run: run.evaluation["suite"],
+    "seed of the attacks": lambda run: run.evaluation["seed"],
+}
+
+
+def _measured(run: Run) -> tuple[Any, ...]:
+    return tuple(key(run) for key in MEASURES.values())
+
+
+def _groups(runs: Sequence[Run]) -> list[Group]:
+    groups = []
+    for alike in _partition(runs, _identity):
+        name = alike[0].name
+        if len(alike) > 1:
+            name = name.removesuffix(f"-s{alike[0].seed}")
+        groups.append(Group(name, alike))
+    return groups
+
+
+def _identity(run: Run) -> str:
+    """Return everything but the seed that decides what the run's network is."""
+    settings = {name: value for name, value in run.settings.items() if name not in IRRELEVANT}
+    manifest = {name: run.manifest.get(name) for name in ("initial", "data")}
+    return json.dumps([settings, manifest], sort_keys=True, default=str)
+
+
+def _pairs(runs: Sequence[Run]) -> list[Pair]:
+    measured = {}
+    for run in runs:
+        try:
+            measured[run.name] = Evaluation.load(run.path)
+        except FileNotFoundError:
+            continue
+    pairs = []
+    for (first, one), (second, other) in combinations(measured.items(), 2):
+        robust = compare_samples(one, other)["robust"]
+        pairs.append(Pair(first, second, robust.difference, robust.p_value))
+    return pairs
+
+
+def _differences(runs: Sequence[Run]) -> list[str]:
+    """Say what was not measured alike, or not made alike."""
+    notes = []
+    for what, key in MEASURES.items():
+        if len(kinds := _partition(runs, key)) > 1:
+            notes.append(f"different {what}: {_listed(kinds)}; do not compare numbers across these tables")
+    trained: dict[str, Callable[[Run], Any]] = {
+        "training data": lambda run: run.manifest.get("data", {}).get("fingerprint"),
+        "code": lambda run: json.dumps([run.manifest.get("ducat"), run.manifest.get("git")]),
+        "checkpoints": lambda run: run.evaluation.get("checkpoint"),
+    }
+    for what, key in trained.items():
+        if len(kinds := _partition(runs, key)) > 1:
+            notes.append(f"made with different {what}: {_listed(kinds)}")
+    return notes
+
+
+def _seed_notes(sections: Sequence[Section]) -> list[str]:
+    notes = []
+    groups = [group for section in sections for group in section.groups]
+    for group in groups:
+        repeated = sorted({seed for seed in group.seeds if group.seeds.count(seed) > 1})
+        if repeated:
+            seeds = ", ".join(map(str, repeated))
+            notes.append(f"{group.name} has training seed {seeds} more than once: its spread is too small")
+    if len({tuple(group.seeds) for group in groups}) > 1:
+        listed = "; ".join(f"{group.name}: {', '.join(map(str, group.seeds))}" for group in groups)
+        notes.append(f"different training seeds: {listed}")
+    return notes
+
+
+def _state_notes(runs: Sequence[Run]) -> list[str]:
+    notes = [
+        f"{run.name} is not finished: {len(run.metrics)} of {run.settings['train.epochs']} epochs "
+        f"({run.manifest.get('status')})"
+        for run in runs
+        if run.manifest.get("status", "finished") != "finished"
+    ]
+    changed = [run.name for run in runs if (run.manifest.get("git") or {}).get("changed")]
+    return notes + ([f"made with uncommitted changes to the code: {', '.join(changed)}"] if changed else [])
+
+
+def _listed(kinds: Sequence[Sequence[Run]]) -> str:
+    return " / ".join(", ".join(run.name for run in runs) for runs in kinds)
+
+
+CAPTION = "Accuracy in % with 95 % intervals; sink gap in points = blind - robust."
+CAPTION_SEEDS = (
+    "Accuracy in %: mean ± sample standard deviation over n training seeds, or for one seed with its 95 % interval; "
+    "sink gap in points = blind - robust."
+)
+
+
+def caption(section: Section) -> str:
+    """Return what the numbers of a table are."""
+    return CAPTION_SEEDS if any(len(group.runs) > 1 for group in section.groups) else CAPTION
+
+
+def headers(section: Section) -> tuple[str, ...]:
+    """Return the columns of a table; the number of seeds only where there are several."""
+    seeds = ("n",) if caption(section) == CAPTION_SEEDS else ()
+    return "run", *seeds, *QUANTITIES
+
+
+def cells(section: Section) -> list[tuple[str, ...]]:
+    """Return the lines of a table, as text."""
+    lines = []
+    for group in section.groups:
+        seeds = (str(len(group.runs)),) if len(headers(section)) > 1 + len(QUANTITIES) else ()
+        lines.append((group.name, *seeds, *(_cell(group, quantity) for quantity in QUANTITIES)))
+    return lines
+
+
+def _cell(group: Group, quantity: str) -> str:
+    mean, spread = f"{100 * group.mean(quantity):.1f}", group.spread(quantity)
+    if spread is not None:
+        return f"{mean} ± {100 * spread:.1f}"
+    if quantity == "sink gap":
+        return mean
+    low, high = group.runs[0].ci95(quantity)
+    return f"{mean} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """Return the tables as Markdown."""
+    parts = []
+    for section in comparison.sections:
+        lines = [headers(section), ("---",) * len(headers(section)), *cells(section)]
+        table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+        parts.append(f"{section.title}. {caption(section)}\n\n{table}\n")
+    parts += ["".join(f"- {note}\n" for note in comparison.notes)] if comparison.notes else []
+    return "\n".join(parts)
+
+
+LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+    character: f"\\{character}" for character in "&%$#_{}"
+}
+
+
+def to_latex(comparison: Comparison) -> str:
+    """Return the tables as LaTeX, for the booktabs package."""
+
+    def line(texts: Sequence[str]) -> str:
+        return " & ".join("".join(LATEX.get(character, character) for character in text) for text in texts) + r" \\"
+
+    parts = [r"% needs \usepackage{booktabs}", *(f"% {note}" for note in comparison.notes)]
+    for section in comparison.sections:
+        head = headers(section)
+        parts += [
+            r"\begin{table}",
+            rf"\caption{{{line([f'{section.title}. {caption(section)}'])[:-3]}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+            r"\toprule",
+            line(head),
+            r"\midrule",
+            *map(line, cells(section)),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    return "\n".join(parts) + "\n"
+
+
+def to_csv(comparison: Comparison) -> str:
+    """Return a line per run, shares in [0, 1], with everything that tells how it was measured."""
+    rows = []
+    for section in comparison.sections:
+        for group in section.groups:
+            for run in group.runs:
+                evaluation = run.evaluation
+                row: dict[str, Any] = {"run": run.name, "group": group.name, "training_seed": run.seed}
+                row |= {name: evaluation[name] for name in ("data", "samples", "suite", "seed")}
+                row |= {name: evaluation.get(name, "") for name in ("checkpoint", "fingerprint")}
+                row |= _ball(evaluation)
+                for quantity in QUANTITIES[:-1]:
+                    low, high = run.ci95(quantity)
+                    row |= {quantity: run.share(quantity), f"{quantity}_low": low, f"{quantity}_high": high}
+                rows.append(row | {"sink_gap": run.share("sink gap"), "warnings": "; ".join(evaluation["warnings"])})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _ball(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    return {"norm": evaluation["threat"]["norm"], "eps": evaluation["threat"]["eps"]}
+
+
+TABLES: dict[str, Callable[[Comparison], str]] = {"csv": to_csv, "markdown": to_markdown, "latex": to_latex}

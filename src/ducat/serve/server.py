@@ -1,0 +1,240 @@
+"""`ducat serve`: a local page on which to attack an image, and to see what real and dummy classes make of it.
+
+The server listens on 127.0.0.1 alone. It reads no file that a request names and writes none: an image comes as the body
+of a request, is decoded in memory, and goes.
+"""
+
+import socket
+import threading
+from collections.abc import Callable
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ducat.attacks.adaptive import SilentDummies
+from ducat.attacks.pgd import attackable
+from ducat.attacks.suites import SUITES
+from ducat.data.decode import array, decode, fit
+from ducat.data.images import floats
+from ducat.dummy import recover
+from ducat.evaluation.behaviour import png
+from ducat.export import Deployed
+from ducat.runs import Which
+from ducat.seeding import generator
+from ducat.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+Image = Float[Tensor, "1 channels height width"]
+
+HOST = "127.0.0.1"
+LARGEST_UPLOAD = 4 * 2**20  # bytes
+LARGEST_IMAGE = 2**24  # pixels: a small file may unpack to a huge image
+TYPES = {"image/png": "PNG", "image/jpeg": "JPEG"}
+EXAMPLES = 12
+STRATEGIES = {attack.strategy: attack.run for attack in SUITES["light"].attacks}
+ASSETS = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class Playground:
+    """A run, and what can be done with it on the page.
+
+    Args:
+        source: the run.
+    """
+
+    def __init__(self, source: Deployed) -> None:
+        self.source = source
+        self.threat: ThreatModel = source.folder.config.threat.build(None)
+        classifier = source.classifier
+        # Without dummy classes, the attacks see classes that never fire.
+        dummies = classifier.architecture.dummy_classes
+        self.network: nn.Module = classifier.model if dummies else SilentDummies(classifier.model)
+        self.busy = threading.Lock()
+
+    def about(self) -> dict[str, Any]:
+        """Return what the page shows before any attack."""
+        source = self.source
+        return {
+            "run": source.folder.name,
+            "norm": self.threat.norm,
+            "eps": self.threat.radius,
+            "dummies": source.classifier.architecture.dummy_classes,
+            "attacks": list(STRATEGIES),
+            "classes": list(source.classifier.classes),
+            "examples": [png(image) for image in source.images[:EXAMPLES]],
+            "examples_are": source.images_name,
+            "limit": LARGEST_UPLOAD,
+        }
+
+    def attack(self, x: Image, eps: str, strategy: str, knows_recovery: bool) -> dict[str, Any]:
+        """Attack an image away from the class that the network gives it.
+
+        Args:
+            x: the image in [0, 1], of the size that `decode` returns.
+            eps: radius of the ball, a number or a fraction.
+            strategy: a key of `STRATEGIES`.
+            knows_recovery: whether the attacker knows that predictions are recovered.
+
+        Raises:
+            ValueError: if eps or the strategy is not possible.
+        """
+        if strategy not in STRATEGIES:
+            raise ValueError(f"attack {strategy!r} is unknown: choose from {', '.join(STRATEGIES)}")
+        threat = ThreatModel(self.threat.norm, eps)
+        view = self.network if knows_recovery else SilentDummies(self.network)
+        with self.busy:
+            benign = self._look(x)
+            y = torch.tensor([benign["class"]])
+            adversarial = STRATEGIES[strategy](view, x, y, threat, generator(0, "serve", strategy))
+            attacked = self._look(adversarial)
+        delta = adversarial - x
+        # Grey is no change; the largest change possible is black or white.
+        shown = 0.5 + delta / (2 * delta.abs().max().clamp_min(1e-12))
+        return {
+            "benign": benign,
+            "adversarial": attacked,
+            "perturbation": png(shown[0]),
+            "distance": float(threat.distance(adversarial, x)),
+            "fooled": attacked["class"] != benign["class"],
+        }
+
+    def decode(self, content: bytes, content_type: str) -> Image:
+        """Decode an image, and bring it to the size and the channels that the network was trained on.
+
+        Raises:
+            ValueError: if it is not an image of that type, or too large.
+        """
+        channels, height, width = self.source.images.shape[1:]
+        try:
+            image = decode(content, (TYPES[content_type],), LARGEST_IMAGE)
+        except ValueError as error:
+            raise ValueError(f"this is not a {TYPES[content_type]} image that can be read: it {error}") from error
+        pixels = torch.from_numpy(array(fit(image, (height, width)), channels).copy())
+        return floats(pixels[None])
+
+    def _look(self, x: Image) -> dict[str, Any]:
+        """Return what the page shows of an image: its pixels, the probability of each output, and the decision."""
+        with attackable(self.network), torch.no_grad():
+            logits = self.network(x)
+        predicted = int(recover(logits).argmax(1))
+        real, dummy = logits.softmax(1)[0].chunk(2)
+        return {
+            "image": png(x[0]),
+            "real": real.tolist(),
+            "dummy": dummy.tolist(),
+            "class": predicted,
+            "label": self.source.classifier.classes[predicted],
+        }
+
+
+def application(playground: Playground) -> "Starlette":
+    """Return the page and its two answers as an ASGI application."""
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+
+    def refuse(status: int, message: str) -> Response:
+        return JSONResponse({"error": message}, status, HEADERS)
+
+    def asset(name: str, media_type: str) -> Route:
+        content = resources.files("ducat.serve").joinpath(name).read_text(encoding="utf-8")
+        path = next(path for path, (file, _) in ASSETS.items() if file == name)
+
+        async def endpoint(request: Request) -> Response:
+            return Response(content, headers=HEADERS, media_type=media_type)
+
+        return Route(path, endpoint)
+
+    async def about(request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(playground.about), headers=HEADERS)
+
+    async def attack(request: Request) -> Response:
+        # No form of another site can send this type without asking first, and nobody answers such a question.
+        content_type = request.headers.get("content-type", "")
+        if content_type not in TYPES:
+            return refuse(415, f"only {' and '.join(TYPES.values())} images are taken")
+        content = bytearray()
+        async for part in request.stream():
+            content += part
+            if len(content) > LARGEST_UPLOAD:
+                return refuse(413, f"the file is larger than {LARGEST_UPLOAD // 2**20} MiB")
+        query = request.query_params
+
+        def work() -> dict[str, Any]:
+            image = playground.decode(bytes(content), content_type)
+            return playground.attack(
+                image, query.get("eps", ""), query.get("attack", ""), query.get("knows_recovery") == "true"
+            )
+
+        try:
+            return JSONResponse(await run_in_threadpool(work), headers=HEADERS)
+        except ValueError as error:
+            return refuse(400, str(error))
+
+    return Starlette(
+        routes=[
+            *(asset(name, media_type) for name, media_type in ASSETS.values()),
+            Route("/about", about),
+            Route("/attack", attack, methods=["POST"]),
+        ],
+        # A name that another site resolves to this machine is not let in.
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
+    )
+
+
+def serve(
+    run: Path | str, which: Which = "best", *, port: int = 7860, ready: Callable[[str], None] = lambda url: None
+) -> None:
+    """Serve the page of a run on 127.0.0.1 until interrupted.
+
+    Args:
+        run: the run folder.
+        which: the checkpoint, "best" or "last".
+        port: 0 is any free one.
+        ready: called with the address as soon as it can be opened.
+
+    Raises:
+        FileNotFoundError: if there is no such run or checkpoint.
+        ValueError: if the packages of the extra `serve` are not installed, or there is no such port.
+        OSError: if the port is taken.
+    """
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port={port} is outside [0, {2**16 - 1}]")
+    missing = [module for module in ("starlette", "uvicorn") if find_spec(module) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} is not installed: pip install 'ducat[serve]'")
+    import uvicorn
+
+    app = application(Playground(Deployed.read(run, which)))
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError as error:
+            raise OSError(f"port={port} on {HOST} cannot be used ({error.strerror}): give another --port") from error
+        listener.listen()
+        settings = uvicorn.Config(app, log_level="warning", ws="none", lifespan="off", server_header=False)
+        ready(f"http://{HOST}:{listener.getsockname()[1]}/")
+        uvicorn.Server(settings).run(sockets=[listener])

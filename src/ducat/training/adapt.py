@@ -1,0 +1,116 @@
+"""Dummy classes onto a trained C-class network: the last layer is doubled with copied rows, then trained on as always.
+
+Right after the copy every dummy class equals its real class, so that the recovered prediction is the original's; what
+is left to learn is which of the pair an image belongs to.
+"""
+
+import hashlib
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from ducat import methods, weights
+from ducat.config import Config, DummyConfig
+from ducat.dummy import add_dummy_classes
+from ducat.models.architecture import Architecture
+from ducat.runs import RunFolder
+from ducat.training.loop import Initial, Listener, train
+from ducat.training.validation import Validate
+from ducat.weights import Weights
+
+
+def settings(source: Path) -> Config:
+    """Return the settings that `ducat adapt` begins with.
+
+    They are those of the run that the checkpoint is from, or else the defaults; dummy classes are recovery-aware, and
+    the training is the tail of the paper's recipe: 25 epochs at a learning rate of 0.001.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist: give a run folder, or a file of weights")
+    run = _run_of(source)
+    config = run.config if run is not None else Config()
+    tail = replace(
+        config.train,
+        epochs=25,
+        learning_rate=0.001,
+        schedule="constant",
+        warmup_epochs=0.0,
+        averaging_start_epoch=0.0,
+        awp_start_epoch=0.0,
+    )
+    # A run's config has the defaults written out; here they follow again what they are derived from.
+    method, threat = config.method, config.threat
+    if method.weight == methods.find(method.name).weight:
+        method = replace(method, weight=None)
+    if threat.step_size == threat.build(None).radius / 4:
+        threat = replace(threat, step_size=None)
+    dummy = DummyConfig("recovery-aware", start_epoch=0.0)
+    return replace(config, name=None, method=method, dummy=dummy, threat=threat, train=tail)
+
+
+def adapt(
+    source: Path,
+    config: Config | None = None,
+    root: Path = Path("runs"),
+    listener: Listener | None = None,
+    *,
+    validate: Validate | None = None,
+) -> RunFolder:
+    """Give a trained network dummy classes, train it on with them, and leave a run folder.
+
+    Args:
+        source: a run folder, of which the best checkpoint is taken, or a file: one of our checkpoints, or a state_dict
+            as .pt, .pth or .safetensors. A state_dict may be nested (`NESTINGS`), its names may have a prefix
+            (`PREFIXES`) or be those of other code (`NAMINGS`). No code in a file is run.
+        config: what to train, as for `train`; `settings(source)` by default. Dummy classes are in use from the first
+            epoch on, whatever `dummy.start_epoch` says. `model.normalization` says what a bare state_dict was trained
+            with: data if its network took normalised images, none if it took images in [0, 1] as they are. Our own
+            checkpoints bring their architecture and their normalisation along.
+        root: the folder that the run folder is made in.
+        listener: told of each step and epoch.
+        validate: measures the network after an epoch, as for `train`.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder.
+        FileExistsError: if there is a run of that name.
+        ValueError: if the file is not what it should be, or does not fit the network that the settings ask for; the
+            message names the keys at fault.
+    """
+    config = settings(source) if config is None else config
+    if config.dummy.kind == "off":
+        raise ValueError("dummy.kind=off leaves nothing to adapt: choose published or recovery-aware")
+    found = weights.read(source)
+    config = replace(config, dummy=replace(config.dummy, start_epoch=0))
+    if found.architecture is not None:
+        if config.model.name not in (None, found.architecture.name):
+            raise ValueError(f"model.name={config.model.name}, but {found.file} holds a {found.architecture.name}")
+        model = replace(config.model, name=found.architecture.name, width=found.architecture.width)
+        config = replace(config, model=model)
+    if config.name is None:
+        run = _run_of(source)
+        stem = source.stem if run is None else run.name
+        config = replace(config, name=f"{stem}-adapted-{config.dummy.kind}")
+    with open(found.file, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    initial = Initial(partial(_doubled, found), {"file": str(found.file), "sha256": digest})
+    return train(config, root, listener, model=initial, validate=validate)
+
+
+def _doubled(found: Weights, architecture: Architecture) -> tuple[Architecture, nn.Module]:
+    """Return the network with dummy classes, each a copy of its real class, and its description."""
+    ours, model = found.network(replace(architecture, dummy_classes=False))
+    if ours.dummy_classes:
+        raise ValueError(f"{found.file} already has dummy classes: adapt takes a network without them")
+    return replace(ours, dummy_classes=True), add_dummy_classes(model, init="copy")
+
+
+def _run_of(source: Path) -> RunFolder | None:
+    """Return the run that a path is, or that it is a checkpoint of."""
+    folder = RunFolder(source if source.is_dir() else source.resolve().parent.parent.parent)
+    ours = source.is_dir() or source.resolve() in (folder.checkpoint_path("best"), folder.checkpoint_path("last"))
+    return folder if ours and folder.config_path.is_file() else None

@@ -1,0 +1,476 @@
+"""The one training loop: epochs, checkpoints and stopping, around the step and the validation.
+
+Everything random is a function of the seed, the epoch and the step, so a run continues from any step as if it had never
+stopped.
+"""
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ducat import checkpoint, methods
+from ducat import data as datasets
+from ducat.config import Config
+from ducat.models.architecture import Architecture
+from ducat.runs import RunFolder, environment
+from ducat.training import tracking
+from ducat.training.meter import Meter
+from ducat.training.signals import Interrupted, collected
+from ducat.training.step import Step
+from ducat.training.validation import Validate, catastrophic_overfitting, validate
+
+AUGMENTATIONS = {"base": datasets.Augmentation.base, "strong": datasets.Augmentation.strong}
+CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
+BATCH_NORM_BATCHES = 20  # batches that the statistics of averaged weights are measured on
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """What wants to know of a run's progress."""
+
+    def step(self, done: int, total: int) -> None:
+        """Note that `done` of `total` steps are done."""
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Note an epoch's line of metrics.jsonl."""
+
+    def warning(self, text: str) -> None:
+        """Note what the user must know of before the run is over."""
+
+
+class _Silent:
+    def step(self, done: int, total: int) -> None: ...
+
+    def epoch(self, row: dict[str, Any]) -> None: ...
+
+    def warning(self, text: str) -> None: ...
+
+
+@dataclass
+class _Position:
+    """Where a run stands: the next step to do, what is known of its epoch so far, and the best validation so far.
+
+    A step equal to the number of steps means that the epoch only has to be validated and noted.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    best: float = -1.0
+
+
+@dataclass(frozen=True)
+class Initial:
+    """A trained network to begin with, instead of random weights.
+
+    Attributes:
+        build: makes the network and its description from the description that the settings and the data ask for.
+        source: what the manifest says of where the weights are from.
+    """
+
+    build: Callable[[Architecture], tuple[Architecture, nn.Module]]
+    source: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Initial":
+        """Begin with a network as it is; it has to be the one that the settings and the data ask for."""
+
+        def build(architecture: Architecture) -> tuple[Architecture, nn.Module]:
+            with torch.random.fork_rng(devices=[]):
+                asked = architecture.build().state_dict()
+            given = model.state_dict()
+            names = [name for name in {**asked, **given} if name not in asked or name not in given]
+            names = names or [name for name in asked if asked[name].shape != given[name].shape]
+            if names:
+                raise ValueError(
+                    f"model: {names[0]} differs from the {architecture.name} that the settings ask for: change "
+                    "model.name and model.width, or give an Initial that says what the network is"
+                )
+            return architecture, model
+
+        return cls(build, {"file": "a network given to train"})
+
+
+def train(
+    config: Config,
+    root: Path = Path("runs"),
+    listener: Listener | None = None,
+    *,
+    model: nn.Module | Initial | None = None,
+    data: datasets.Dataset | None = None,
+    objective: Callable[[int], methods.Objective] | None = None,
+    validate: Validate | None = None,
+) -> RunFolder:
+    """Train a network and leave a run folder.
+
+    Args:
+        config: the settings.
+        root: the folder that the run folder is made in.
+        listener: told of each step and epoch.
+        model: the network to begin with, with dummy classes if the settings use any; made from the settings, with
+            random weights, by default.
+        data: the data set; by default the prepared one that `config.data` names.
+        objective: what the epoch of that number, counted from 0, minimises; by default what the settings say.
+        validate: measures the network after an epoch; by default clean, blind and robust accuracy under a short suite.
+
+    Raises:
+        FileExistsError: if there is a run of that name; nothing is overwritten.
+        ValueError: if a setting does not fit the data.
+        FloatingPointError: if the loss stops being finite; the last checkpoint is from before.
+        Interrupted: if SIGINT or SIGTERM came; the run has been saved and can be resumed.
+    """
+    dataset = _dataset(config, data)
+    config = config.resolve(dataset.spec)
+    assert config.name is not None
+    architecture = config.architecture(dataset)
+    manifest: dict[str, Any] = {}
+    if model is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            network = architecture.build()
+    else:
+        initial = model if isinstance(model, Initial) else Initial.of(model)
+        architecture, network = initial.build(architecture)
+        manifest["initial"] = dict(initial.source)
+    if objective is not None:
+        manifest["objective"] = "given to train"
+    loop = _Loop(
+        config, dataset, Path(root) / config.name, listener or _Silent(), architecture, network, objective, validate
+    )
+    loop.create(manifest)
+    return loop.run()
+
+
+def resume(
+    path: Path,
+    listener: Listener | None = None,
+    *,
+    data: datasets.Dataset | None = None,
+    objective: Callable[[int], methods.Objective] | None = None,
+    validate: Validate | None = None,
+) -> RunFolder:
+    """Continue a run from its last whole checkpoint; one that is finished is returned as it is.
+
+    On the same processor and with the same packages, the weights and metrics are bit by bit those of a run that was
+    never stopped. The states of Python's, NumPy's and PyTorch's global random generators are put back too.
+
+    Args:
+        path: the run folder.
+        listener: told of each step and epoch.
+        data: what was given to `train`, as the next two.
+        objective: needed again where it was given.
+        validate: measures the network after an epoch.
+
+    Raises:
+        FileNotFoundError: if there is no such run.
+        ValueError: if no checkpoint can be read, the data have changed, the run minimises an objective that is not
+            given, or another process is training the run.
+        Interrupted: and the others, as `train` does.
+    """
+    folder = RunFolder.open(path)
+    if folder.manifest["status"] == "finished":
+        return folder
+    config = folder.config
+    if objective is None and "objective" in folder.manifest:
+        raise ValueError(f"{path} minimises an objective of its own: give it again, to ducat.training.resume")
+    dataset = _dataset(config, data)
+    if dataset.fingerprint != folder.manifest["data"]["fingerprint"]:
+        raise ValueError(
+            f"the data {config.data.name} are not those that {path} was trained on: prepare those again, or point "
+            "DUCAT_DATA at their folder"
+        )
+    tensors, state, notice = checkpoint.read_or_previous(folder.checkpoint_path("last"))
+    if notice is not None and listener is not None:
+        listener.warning(notice)
+    architecture = Architecture(**state["model"])
+    with torch.random.fork_rng(devices=[]):
+        model = architecture.build()
+    loop = _Loop(config, dataset, folder.path, listener or _Silent(), architecture, model, objective, validate)
+    loop.restore(tensors, state)
+    return loop.run()
+
+
+def _dataset(config: Config, given: datasets.Dataset | None) -> datasets.Dataset:
+    if given is not None:
+        return given
+    return datasets.load(config.data.name, samples=config.data.samples, root=config.data.root)
+
+
+class _Loop:
+    """A run in memory."""
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: datasets.Dataset,
+        path: Path,
+        listener: Listener,
+        architecture: Architecture,
+        model: nn.Module,
+        objective: Callable[[int], methods.Objective] | None,
+        validate: Validate | None,
+    ) -> None:
+        self.config, self.dataset, self.listener = config, dataset, listener
+        self.architecture, self.validate = architecture, validate
+        settings = config.train
+        tracking.check(settings.tracker)
+        self.folder = RunFolder(path)
+        example = dataset.train.select(torch.arange(2)).floats()
+        self.step = Step(config, model, example, objective=objective, notice=listener.warning)
+        self.accelerator, self.model = self.step.accelerator, model
+        self.batches = datasets.Batches(
+            dataset.train,
+            settings.batch_size,
+            seed=settings.seed,
+            augment=AUGMENTATIONS[config.data.augmentation](dataset.spec),
+            device=self.accelerator.device,
+            views=self.step.views,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        self.position, self.resumed = _Position(), False
+        self.received: list[int] = []
+        self.meter = Meter(self.accelerator.device)
+        self.saved_at = time.monotonic()
+
+    def create(self, manifest: Mapping[str, Any]) -> None:
+        """Make the run folder: it appears whole, with a checkpoint, so that whatever there is can be resumed."""
+        tensors, state = self._state()
+        if self.accelerator.is_main_process:
+            with RunFolder.making(self.folder.path) as folder:
+                folder.write_config(self.config)
+                folder.update_manifest(
+                    {
+                        **environment(),
+                        "status": "running",
+                        "started": _now(),
+                        "seed": self.config.train.seed,
+                        "precision": str(self.step.precision).removeprefix("torch."),
+                        "device": str(self.accelerator.device),
+                        "processes": self.accelerator.num_processes,
+                        "data": {
+                            "name": self.config.data.name,
+                            "title": self.dataset.spec.title,
+                            "fingerprint": self.dataset.fingerprint,
+                            "train": len(self.dataset.train),
+                            "validation": len(self.dataset.validation),
+                            "test": len(self.dataset.test),
+                        },
+                        **manifest,
+                    }
+                )
+                if self.config.data.samples is not None:
+                    folder.write_ids(self.dataset.train.ids.tolist())
+                folder.save("last", tensors, state)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        step = self.step
+        self.model.load_state_dict(checkpoint.part("raw" if state["averaged"] else "model", tensors))
+        if step.average is not None:
+            step.average.module.load_state_dict(checkpoint.part("model", tensors))
+            step.average.n_averaged.fill_(state["averaged"])
+        checkpoint.join_optimizer(step.optimizer.optimizer, checkpoint.part("optimizer", tensors), state["optimizer"])
+        self.position, self.resumed = _Position(**state["position"]), True
+        rank = self.accelerator.process_index
+        if rank < len(state["random"]):
+            checkpoint.set_random_state(checkpoint.part(f"random.{rank}", tensors), state["random"][rank])
+        self.meter = Meter(self.accelerator.device, earlier=state["spent"])
+
+    def run(self) -> RunFolder:
+        main, settings = self.accelerator.is_main_process, self.config.train
+        tracker: tracking.Tracker | None = None
+        status = "failed"
+        with self.folder.locked() if main else contextlib.nullcontext():
+            try:
+                if main:
+                    self.folder.clean(from_epoch=self.position.epoch)
+                    if self.resumed:
+                        self.folder.note_resumption(self.position.epoch, self.position.step, _now())
+                    tracker = tracking.Tracker.start(
+                        settings.tracker, self.folder.path, self.config.flat(), self.position.epoch
+                    )
+                with collected(launched=self.accelerator.num_processes > 1) as self.received:
+                    while self.position.epoch < settings.epochs:
+                        self._epoch(tracker)
+                status = "finished"
+                if self.received:
+                    raise Interrupted(self.received[0], self.folder, finished=True)
+            except KeyboardInterrupt:
+                status = "finished" if status == "finished" else "interrupted"
+                raise
+            finally:
+                if tracker is not None:
+                    tracker.finish()
+                if main:
+                    self._close(status)
+        return self.folder
+
+    def _close(self, status: str) -> None:
+        try:
+            self.folder.update_manifest({"status": status, "ended": _now(), **self.meter.read()})
+        except OSError:
+            # A full disk has stopped the run already: that error is the one to report.
+            if status != "failed":
+                raise
+
+    def _epoch(self, tracker: tracking.Tracker | None) -> None:
+        at, settings, steps = self.position, self.config.train, len(self.batches)
+        earlier, began = at.seconds, time.perf_counter()
+        pending: list[torch.Tensor] = []
+        for x, y in self._batches(at.epoch, at.step):
+            pending.append(self.step(x, y, at.epoch, at.step, steps))
+            at.step += 1
+            done = at.step == steps
+            if done:
+                # Part of the last step, so that a checkpoint after it says whether it has been done.
+                self.step.end_epoch(islice(self._batches(at.epoch), BATCH_NORM_BATCHES), at.epoch)
+            at.seconds = earlier + time.perf_counter() - began
+            self.listener.step(at.epoch * steps + at.step, settings.epochs * steps)
+            alone = self.accelerator.num_processes == 1
+            if len(pending) == CHECK_EVERY or done or (alone and (self.received or self._save_is_due())):
+                self._take(pending)
+                self.meter.sample()
+                if self.step.agreed(bool(self.received)):
+                    self._stop()
+                if not done and self.step.agreed(self._save_is_due()):
+                    self._save("last")
+        self._finish_epoch(tracker)
+
+    def _save_is_due(self) -> bool:
+        minutes = self.config.train.checkpoint_minutes
+        return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
+
+    def _stop(self) -> None:
+        """Save, and leave by the signal that asked for it."""
+        self._save("last")
+        # Another process may have had the signal.
+        raise Interrupted(self.received[0] if self.received else signal.SIGTERM, self.folder)
+
+    def _batches(self, epoch: int, start_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch in the form that networks take, the views of a batch one after the other."""
+        for x, y in self.batches.epoch(epoch, start_step=start_step):
+            images = x.reshape(-1, *x.shape[-3:]).to(memory_format=self.step.layout)
+            yield images, y.repeat(self.batches.views)
+
+    def _take(self, pending: list[torch.Tensor]) -> None:
+        """Move losses from the device to the record, and stop at the first that is not finite."""
+        at = self.position
+        values = self.step.mean(torch.stack(pending)).tolist()
+        for offset, value in enumerate(values):
+            if not math.isfinite(value):
+                last = self.folder.checkpoint_path("last")
+                kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+                step = at.step - len(values) + offset
+                raise FloatingPointError(f"the loss is {value} at epoch {at.epoch}, step {step}; {kept}")
+        at.losses.extend(values)
+        pending.clear()
+
+    def _finish_epoch(self, tracker: tracking.Tracker | None) -> None:
+        at, settings = self.position, self.config.train
+        row: dict[str, Any] = {
+            "epoch": at.epoch,
+            "dummy_classes": self.config.dummy.kind if at.epoch >= self.config.start_epoch else "off",
+            "learning_rate": self.step.optimizer.param_groups[0]["lr"],
+            "loss": sum(at.losses) / max(1, len(at.losses)),
+            "seconds": round(at.seconds, 3),
+            "images_per_s": round(at.step * settings.batch_size / at.seconds, 1) if at.seconds else None,
+        }
+        improved = False
+        if (at.epoch + 1) % settings.validate_every == 0 or at.epoch + 1 == settings.epochs:
+            row.update(self._validated())
+            settled = self.config.dummy.kind == "off" or at.epoch >= self.config.start_epoch
+            improved = settled and row["robust"] > at.best
+            if improved:
+                at.best = row["robust"]
+        at.epoch, at.step, at.losses, at.seconds = at.epoch + 1, 0, [], 0.0
+        if improved:
+            self._save("best")
+        if self.accelerator.is_main_process:
+            self._watch(row)
+            self.folder.append_metrics(row)
+        if tracker is not None:
+            tracker.log(row)
+        self._save("last")
+        if settings.keep:
+            self._save(f"epoch-{at.epoch}")
+            if self.accelerator.is_main_process:
+                self.folder.drop_checkpoints(keep=settings.keep)
+        self.listener.epoch(row)
+
+    def _validated(self) -> Mapping[str, float]:
+        if self.validate is not None:
+            measured = self.validate(self.step.deployed, self.dataset.validation)
+            shares = torch.tensor(list(measured.values()), dtype=torch.float64)
+            if self.accelerator.num_processes > 1:
+                shares = self.step.mean(shares.to(self.accelerator.device))
+            return dict(zip(measured, shares.tolist(), strict=True))
+        return validate(
+            self.step.deployed,
+            self.step,
+            self.dataset,
+            progress=lambda attack: self._stop() if self.step.agreed(bool(self.received)) else None,
+        )
+
+    def _watch(self, row: dict[str, Any]) -> None:
+        """Mark a line of metrics that shows catastrophic overfitting, and warn at the first."""
+        earlier = self.folder.metrics
+        if "pgd" not in row or not catastrophic_overfitting([*earlier, row]):
+            return
+        row["catastrophic_overfitting"] = True
+        if not any("catastrophic_overfitting" in line for line in earlier):
+            self.listener.warning(
+                f"catastrophic overfitting at epoch {row['epoch']}: PGD accuracy has fallen to {row['pgd']:.3f} while "
+                f"FGSM accuracy is up at {row['fgsm']:.3f}, so training with method.attack={self.config.method.attack} "
+                "no longer makes the network robust: try n-fgsm or pgd, or a smaller train.learning_rate"
+            )
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return everything that the rest of the run depends on: tensors by name, and the rest for JSON."""
+        from accelerate.utils import gather_object
+
+        deployed, average = self.step.deployed, self.step.average
+        moments, rest = checkpoint.split_optimizer(self.step.optimizer.optimizer)
+        everyones = gather_object([checkpoint.random_state()])
+        # "model" is always what is deployed; where that is an average, "raw" is what training goes on from.
+        tensors = {
+            **checkpoint.named("model", deployed.state_dict()),
+            **checkpoint.named("optimizer", moments),
+        }
+        for rank, (generators, _) in enumerate(everyones):
+            tensors.update(checkpoint.named(f"random.{rank}", generators))
+        if deployed is not self.model:
+            tensors.update(checkpoint.named("raw", self.model.state_dict()))
+        return tensors, {
+            "model": asdict(self.architecture),
+            "position": asdict(self.position),
+            "optimizer": rest,
+            "averaged": int(average.n_averaged) if average is not None else 0,
+            "random": [others for _, others in everyones],
+            "spent": self.meter.read(),
+        }
+
+    def _save(self, which: str) -> None:
+        tensors, state = self._state()
+        if self.accelerator.is_main_process:
+            try:
+                self.folder.save(which, tensors, state)
+            except OSError as error:
+                resume = f"ducat train --resume {self.folder.path}"
+                raise OSError(error.errno, f"{error.strerror}; the checkpoint before it is whole: {resume}") from error
+        self.saved_at = time.monotonic()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

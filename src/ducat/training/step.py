@@ -1,0 +1,223 @@
+"""One training step: attack, loss, gradient, optimiser, and averages of the weights; what benchmarks time is this."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ducat import methods
+from ducat.attacks.pgd import attackable
+from ducat.config import Config, TrainConfig
+from ducat.dummy import dummy_head
+from ducat.models.folded import fold_batch_norm
+from ducat.schedules import epoch_of, learning_rate
+from ducat.seeding import generator
+from ducat.training.averaging import WeightAverage, perturbed_weights, update_batch_norm
+from ducat.training.parallel import LocalRows, synchronize_batch_norm
+
+if TYPE_CHECKING:
+    pass
+
+Batch = Float[Tensor, "batch channels height width"]
+Labels = Int[Tensor, " batch"]
+
+
+class Step:
+    """Everything that a training step works with; calling it does a step.
+
+    Args:
+        config: the settings, resolved.
+        model: maps images in [0, 1] to logits; it is moved to the device, and trained.
+        example: a few images in [0, 1], to compare the folded copy with the network on.
+        objective: what the epoch of that number, counted from 0, minimises; the config's by default.
+        notice: called with what the user must know of.
+        layout: memory format of images and weights; by default the faster one for the precision.
+        fold: whether the attack runs on a copy with batch norm folded into the convolutions, where the network has any.
+
+    Attributes:
+        model: the network under training.
+        average: the average of its weights, if the settings ask for one.
+        optimizer: SGD, as accelerate prepared it.
+        accelerator: the device, and the processes that train together.
+        threat: ball and steps of the attack.
+
+    Raises:
+        ValueError: if the settings ask for a GPU and there is none.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        example: Batch,
+        *,
+        objective: Callable[[int], methods.Objective] | None = None,
+        notice: Callable[[str], None] = lambda text: None,
+        layout: torch.memory_format | None = None,
+        fold: bool = True,
+    ) -> None:
+        from accelerate import Accelerator
+
+        self.config, self.model = config, model
+        self.objective = config.objective if objective is None else objective
+        self.threat = config.threat.build(None)
+        settings = config.train
+        # Launched processes without an accelerator would each train alone, unless told that they are CPUs.
+        only_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+        self.accelerator: Accelerator = Accelerator(cpu=settings.device == "cpu" or only_cpus)
+        device = self.accelerator.device
+        if settings.device == "cuda" and device.type != "cuda":
+            raise ValueError("train.device=cuda: PyTorch finds no GPU here; choose cpu or auto")
+        self.precision = _precision(settings, device)
+        # float32 convolutions on a CPU are no faster in channels_last, bf16 ones are.
+        faster = torch.channels_last if self.precision is torch.bfloat16 else torch.contiguous_format
+        self.layout = faster if layout is None else layout
+        self.model.to(device=device, memory_format=self.layout)  # type: ignore[call-overload]
+        optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        example = example.to(device)
+        self.folded = fold_batch_norm(self.model, example) if fold else None
+        self.views = self.objective(0).method.views
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if world_size > 1:
+            synchronize_batch_norm(self.model)  # after folding, which compares outputs that need no other process
+        self.draws = LocalRows(rank, world_size, self.views) if world_size > 1 else contextlib.nullcontext()
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.attacked: nn.Module = self.model if self.folded is None else self.folded
+        if settings.compile:
+            self.wrapped, self.attacked = self._compiled(example, notice)
+        self.head = dummy_head(self.model)
+        self.awp_start = epoch_of(settings.awp_start_epoch, settings.epochs)
+        self.averaging_start = epoch_of(settings.averaging_start_epoch, settings.epochs)
+        self.average: WeightAverage | None = None
+        if settings.averaging != "off":
+            self.average = WeightAverage(self.model, settings.averaging_decay if settings.averaging == "ema" else None)
+
+    @property
+    def deployed(self) -> nn.Module:
+        """The weights that are validated, and saved to be used: the average, once it has begun."""
+        return self.average.module if self.average is not None and self.average.n_averaged else self.model
+
+    def __call__(self, x: Batch, y: Labels, epoch: int, step: int, steps: int) -> Float[Tensor, ""]:
+        """Do one step, and return its loss.
+
+        Args:
+            x: images in [0, 1], with several views all first views, then all second ones; in the layout `self.layout`.
+            y: their labels.
+            epoch: counted from 0.
+            step: of the epoch, counted from 0.
+            steps: of an epoch.
+        """
+        self.model.train()
+        objective = self.objective(epoch)
+        self._set_learning_rate(epoch + (step + 0.5) / steps)
+        adversarial = self.attack(x, y, epoch, step)
+        outer = partial(self._loss, objective, x=x, adversarial=adversarial, y=y)
+        with self._perturbation(epoch, partial(outer, self.model)):
+            loss = outer(self.wrapped)
+            self.accelerator.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if objective.reading == "real" and self.head is not None:
+            # Until the switch the dummy half follows the real one, so that what is saved deploys the base method.
+            self.head.copy_real_rows()
+        if self.average is not None and self.config.train.averaging == "ema" and epoch >= self.averaging_start:
+            self.average.update(self.model)
+        return loss.detach()
+
+    def attack(self, x: Batch, y: Labels, epoch: int, step: int, purpose: str = "attack") -> Batch:
+        """Return the adversarial images of a step, a function of the seed, the purpose, the epoch and the step."""
+        objective = self.objective(epoch)
+        # The 0 is what one process has always drawn with: the runs of earlier versions can be made again.
+        noise = generator(self.config.train.seed, purpose, epoch, step, 0)
+        if self.folded is not None and objective.method.objective is not None:
+            self.folded.refresh()
+        with self._autocast(), self.draws:
+            return objective.attack(self.attacked, x, y, self.threat, noise)
+
+    def end_epoch(self, batches: Iterable[tuple[Tensor, Tensor]], epoch: int) -> None:
+        """Take the epoch's weights into their mean, where there is one, and measure its batch-norm statistics anew.
+
+        Args:
+            batches: images and labels of the epoch, as the steps had them, to measure the statistics on.
+            epoch: counted from 0.
+        """
+        if self.average is not None and self.config.train.averaging == "swa" and epoch >= self.averaging_start:
+            self.average.update(self.model)
+            with self._autocast():
+                update_batch_norm(self.average.module, self._forwarded(batches, epoch))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over all processes: of a mean over local rows, the mean over the global batch."""
+        return self.accelerator.reduce(values, "mean")
+
+    def agreed(self, flag: bool) -> bool:
+        """Return whether any process says so; all have to ask at the same point."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
+
+    def _forwarded(self, batches: Iterable[tuple[Tensor, Tensor]], epoch: int) -> Iterator[Tensor]:
+        """Yield images as this epoch's steps forwarded them."""
+        for step, (x, y) in enumerate(batches):
+            adversarial = self.attack(x, y, epoch, step, "batch-norm")
+            yield self.objective(epoch).forwarded(x, adversarial)
+
+    def _compiled(self, example: Tensor, notice: Callable[[str], None]) -> Sequence[nn.Module]:
+        """Return the networks compiled, or as they are with a notice where the compiler fails on a forward pass."""
+        networks = self.wrapped, self.attacked
+        compiled: list[Any] = [torch.compile(network) for network in networks]
+        try:
+            for network in compiled:
+                with attackable(network), torch.no_grad(), self._autocast():
+                    network(example)
+        # No C compiler, an operation that it does not know: whatever it is, training can do without.
+        except Exception as error:
+            notice(f"torch.compile does not work here ({type(error).__name__}): training without it")
+            return networks
+        return compiled
+
+    def _autocast(self) -> torch.autocast:
+        device = self.accelerator.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.precision is torch.bfloat16)
+
+    def _loss(
+        self, objective: methods.Objective, model: nn.Module, *, x: Tensor, adversarial: Tensor, y: Tensor
+    ) -> Tensor:
+        with self._autocast():
+            return objective.loss(model, x, adversarial, y)
+
+    def _perturbation(self, epoch: int, loss: Callable[[], Tensor]) -> contextlib.AbstractContextManager[None]:
+        gamma = self.config.train.awp
+        if gamma and epoch >= self.awp_start:
+            return perturbed_weights(self.model, loss, gamma, self.mean)
+        return contextlib.nullcontext()
+
+    def _set_learning_rate(self, epoch: float) -> None:
+        settings = self.config.train
+        factor = learning_rate(
+            settings.schedule,
+            epoch,
+            settings.epochs,
+            milestones=settings.milestones,
+            warm_up=settings.warmup_epochs,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * factor
+
+
+def _precision(settings: TrainConfig, device: torch.device) -> torch.dtype:
+    if settings.precision != "auto":
+        return {"float32": torch.float32, "bf16": torch.bfloat16}[settings.precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32

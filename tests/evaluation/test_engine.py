@@ -1,0 +1,304 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ducat
+from ducat.attacks.suites import SUITES, Attack, Suite
+from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
+from ducat.evaluation import Evaluation, compare
+from ducat.evaluation.runs import evaluate_run
+from ducat.runs import RunFolder
+from ducat.training import train
+
+Templates = tuple[nn.Sequential, torch.Tensor, torch.Tensor]
+THREAT = ducat.ThreatModel(eps=0.09)
+
+
+def evaluate(templates: Templates, suite: str = "quick", **kwargs: object) -> Evaluation:
+    return ducat.evaluate(*templates, THREAT, suite, **{"num_classes": 4, **kwargs})
+
+
+def numbers(evaluation: Evaluation | dict) -> dict:
+    """Return the content of evaluation.json without the times."""
+    content = evaluation if isinstance(evaluation, dict) else evaluation.to_dict()
+    return {**content, "attacks": [{**attack, "seconds": None} for attack in content["attacks"]]}
+
+
+@pytest.mark.parametrize("dummies", [False, True])
+def test_the_accuracies_of_a_linear_model_are_those_of_the_closed_form(templates: Templates, dummies: bool) -> None:
+    model, x, y = templates
+    w, logits = model[1].weight.detach(), model(x).detach()
+    lead = logits.gather(1, y[:, None]) - logits
+    dual = (w[y][:, None] - w[None]).abs().sum(2)
+    others = torch.arange(4)[None] != y[:, None]
+    withstands = ((lead > 0.09 * dual) | ~others).all(1)
+    inside = ((x - 0.09 >= 0) & (x + 0.09 <= 1)).flatten(1).all(1)
+    assert inside.sum() > 10, "clipping to [0, 1] makes the closed form a bound"
+    if dummies:
+        model = ducat.add_dummy_classes(model)
+    evaluation = evaluate((model, x, y), "quick")
+    assert torch.equal(evaluation.clean, (lead + ~others > 0).all(1))
+    assert torch.equal(evaluation.robust[inside], withstands[inside])
+    assert 0.2 < evaluation.robust.float().mean() < 0.8
+    assert not (withstands & ~evaluation.robust).any()
+
+
+def test_a_network_without_dummy_classes_knows_no_difference_between_blind_and_recovery_aware(
+    templates: Templates,
+) -> None:
+    evaluation = evaluate(templates, "light")
+    assert torch.equal(evaluation.blind, evaluation.robust)
+    twins = {attack.name: attack for attack in evaluation.attacks}
+    for name in ("pgd-20", "ensemble"):
+        assert twins[f"{name}-recovered"].same_as == name
+        assert torch.equal(twins[name].correct, twins[f"{name}-recovered"].correct)
+
+
+def test_predictions_are_recovered_ones_however_the_network_comes(templates: Templates) -> None:
+    model, x, y = templates
+
+    class Dummies(nn.Module):
+        """Raw predictions are always a dummy class."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.cat([model(images) - 100, model(images)], dim=1)
+
+    bare, wrapped = (evaluate((each, x, y)) for each in (Dummies(), ducat.RecoveredClassifier(Dummies())))
+    assert bare.clean.all()
+    assert numbers(bare) == numbers(wrapped)
+
+
+def test_the_saved_images_show_what_the_flags_say(templates: Templates, tmp_path: Path) -> None:
+    model, x, y = templates
+    made = evaluate(templates, "light", data="Templates")
+    made.save(tmp_path / "evaluation.json")
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == made.to_dict()
+    loaded = Evaluation.load(tmp_path / "evaluation.json")
+    assert loaded.to_dict() == made.to_dict()
+    for name in ("labels", "clean", "robust", "blind", "adversarial"):
+        assert torch.equal(getattr(loaded, name), getattr(made, name)), name
+    assert loaded.adversarial.dtype == torch.float32
+    assert THREAT.allows(loaded.adversarial, x).all()
+    assert torch.equal(model(loaded.adversarial).argmax(1) == y, loaded.robust)
+    standing = loaded.robust
+    assert (loaded.adversarial[standing] != x[standing]).flatten(1).any(1).all(), "the closest image is kept"
+
+
+def test_an_image_outside_the_ball_breaks_nothing(templates: Templates, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cheat(model: nn.Module, x: torch.Tensor, *rest: object) -> torch.Tensor:
+        return 1 - x
+
+    monkeypatch.setitem(SUITES, "quick", Suite((Attack("cheat", False, cheat), Attack("cheat", True, cheat)), False))
+    evaluation = evaluate(templates)
+    assert torch.equal(evaluation.robust, evaluation.clean)
+    assert torch.equal(evaluation.adversarial, templates[1])
+
+
+def test_nothing_else_changes(templates: Templates) -> None:
+    model, x, _ = templates
+    model.train()
+    model[0].eval()
+    state, kept = torch.random.get_rng_state(), x.clone()
+    evaluate(templates, "light")
+    assert [module.training for module in model.modules()] == [True, False, True]
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(x, kept)
+
+
+class StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("chunks_done", [0, 1, 2])
+def test_an_interrupted_evaluation_continues_to_the_same_flags(
+    templates: Templates, tmp_path: Path, chunks_done: int
+) -> None:
+    settings = {"batch_size": 15}
+    whole = evaluate(templates, **settings)
+    said: list[str] = []
+
+    def stop(attack: str) -> None:
+        said.append(attack)
+        if len(said) == 2 * chunks_done + 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        evaluate(templates, **settings, parts=tmp_path / "parts", progress=stop)
+    said.clear()
+    continued = evaluate(templates, **settings, parts=tmp_path / "parts", progress=said.append)
+    assert numbers(continued) == numbers(whole)
+    assert torch.equal(continued.adversarial, whole.adversarial)
+    assert said[0] == f"pgd-10, samples {15 * chunks_done + 1} to {min(15 * chunks_done + 15, 40)}"
+    assert len(said) == 2 * (3 - chunks_done), "finished chunks are attacked again"
+
+
+def test_what_is_left_of_other_settings_or_another_model_is_not_used(templates: Templates, tmp_path: Path) -> None:
+    model = templates[0]
+    evaluate(templates, parts=tmp_path)
+    for change in ({"seed": 1}, {"batch_size": 20}, {"suite": "single-step"}):
+        assert numbers(evaluate(templates, **change, parts=tmp_path)) == numbers(evaluate(templates, **change))
+    with torch.no_grad():
+        model[1].weight.mul_(torch.tensor([[1.0], [0.9], [1.0], [0.9]]))
+    assert numbers(evaluate(templates, parts=tmp_path)) == numbers(evaluate(templates))
+
+
+SHARED = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+import ducat
+state = PartialState(cpu=True)
+model, x, y = torch.load(sys.argv[1], weights_only=False)
+done = []
+evaluation = ducat.evaluate(
+    model, x, y, ducat.ThreatModel(eps=0.09), "quick", num_classes=4, batch_size=10, parts=Path(sys.argv[2]),
+    progress=done.append
+)
+evaluation.save(Path(sys.argv[2]) / f"{state.process_index}.json")
+Path(sys.argv[2], f"{state.process_index}.txt").write_text("\\n".join(done))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_several_processes_share_the_samples(templates: Templates, tmp_path: Path) -> None:
+    torch.save(templates, tmp_path / "templates.pt")
+    (tmp_path / "script.py").write_text(SHARED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    source = Path(ducat.__file__).parents[1]
+    subprocess.run(
+        [*launch, "script.py", "templates.pt", "parts"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    alone = numbers(evaluate(templates, batch_size=10))
+    places = []
+    for process in range(2):
+        assert numbers(json.loads((tmp_path / "parts" / f"{process}.json").read_text())) == alone
+        said = (tmp_path / "parts" / f"{process}.txt").read_text().split("\n")
+        places.append({line.partition(", ")[2] for line in said})
+    assert places == [{"samples 1 to 10", "samples 21 to 30"}, {"samples 11 to 20", "samples 31 to 40"}]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    config = Config(
+        data=DataConfig("digits", samples=200),
+        train=TrainConfig(epochs=2, validate_every=2),
+        dummy=DummyConfig("published", start_epoch=1),
+    )
+    return train(config, tmp_path_factory.mktemp("runs"))
+
+
+def test_a_run_evaluated_twice_gives_the_same_numbers(run: RunFolder) -> None:
+    first = evaluate_run(run, "quick", samples=60)
+    kept = run.evaluation_path.read_text()
+    second = evaluate_run(run, "quick", samples=60)
+    assert json.loads(kept) == first
+    assert numbers(first) == numbers(second)
+    assert first["samples"] == 60
+    assert first["threat"]["eps"] == 0.2
+    assert not list(run.path.glob("evaluation.parts*")), "finished chunks stay behind"
+    x, y = ducat.data.load_test("digits", 60)
+    stored = Evaluation.load(run.path)
+    deployed = ducat.load(run.path)
+    assert torch.equal(deployed(x).argmax(1) == y, stored.clean)
+    assert torch.equal(deployed(stored.adversarial).argmax(1) == y, stored.robust)
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_an_evaluation_says_which_checkpoint_it_is_of(run: RunFolder, which: str) -> None:
+    assert evaluate_run(run, "quick", samples=20, which=which)["checkpoint"] == which
+    assert Evaluation.load(run.path).checkpoint == which
+    assert json.loads(run.evaluation_path.read_text())["checkpoint"] == which
+
+
+def test_a_run_can_be_attacked_in_another_ball(run: RunFolder) -> None:
+    measured = evaluate_run(run, "quick", samples=20, threat=ducat.ThreatModel("l2", 0.5))
+    assert (measured["threat"]["norm"], measured["threat"]["eps"]) == ("l2", 0.5)
+    assert (
+        torch.linalg.vector_norm(
+            (Evaluation.load(run.path).adversarial - ducat.data.load_test("digits", 20)[0]).flatten(1), dim=1
+        ).max()
+        <= 0.5 + 1e-6
+    )
+
+
+def test_a_missing_evaluation_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run `ducat evaluate"):
+        Evaluation.load(tmp_path)
+
+
+def test_two_evaluations_are_compared_sample_by_sample(templates: Templates) -> None:
+    model, x, y = templates
+    first = evaluate(templates)
+    flags = first.robust.clone()
+    flags[first.robust.nonzero().squeeze(1)[:7]] = False
+    flags[(~first.robust).nonzero().squeeze(1)[0]] = True
+    compared = compare(first, replace(first, robust=flags))
+    assert (compared["robust"].first_only, compared["robust"].second_only) == (7, 1)
+    assert compared["robust"].difference == pytest.approx(-6 / 40)
+    assert compared["robust"].p_value == pytest.approx(2 * 9 / 2**8)
+    assert compared["clean"].p_value == 1
+    with pytest.raises(ValueError, match="not of the same samples"):
+        compare(first, evaluate((model, x[:30], y[:30])))
+    with pytest.raises(ValueError, match="different threat models"):
+        compare(first, replace(first, threat=ducat.ThreatModel(eps=0.1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model, x, y: (model, x[:0], y[:0]), "no samples"),
+        (lambda model, x, y: (model, x * 255, y), r"images run from .* they must be in \[0, 1\]"),
+        (lambda model, x, y: (model, x, y + 1), "labels run from 1 to 4, outside num_classes=4"),
+        (lambda model, x, y: (nn.Sequential(model, nn.Linear(4, 7)), x, y), "7 outputs: .* 4, or 8 with dummy classes"),
+        (lambda model, x, y: (nn.Sequential(model, nn.Threshold(1e9, torch.nan)), x, y), "not finite"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named(
+    templates: Templates, change: Callable[..., Templates], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(change(*templates))
+
+
+def test_an_unknown_suite_is_named(templates: Templates) -> None:
+    with pytest.raises(ValueError, match="suite 'fast' is unknown: choose from quick"):
+        evaluate(templates, "fast")
+
+
+@pytest.mark.parametrize("how", ["max", "logsumexp"])
+def test_a_recovered_classifier_is_measured_with_its_own_recovery(how: str) -> None:
+    # Two dummies of equal strength outweigh a single stronger real class by their sum, not by the larger of them.
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(9, 4))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(4, 9, generator=generator))
+    network = ducat.add_dummy_classes(model, "random", generator=generator)
+    with torch.no_grad():
+        network[1].weight.mul_(3)
+    x = torch.rand(200, 1, 3, 3, generator=generator)
+    y = ducat.recover(network(x), how).argmax(1)
+    deployed = ducat.RecoveredClassifier(network, how)
+    other = ducat.RecoveredClassifier(network, "max" if how == "logsumexp" else "logsumexp")
+    assert (other(x).argmax(1) != y).any()
+    found = ducat.evaluate(deployed, x, y, ducat.ThreatModel(eps=0.05), "quick", num_classes=4)
+    assert found.clean.all()
+    assert torch.equal(found.robust, deployed(found.adversarial).argmax(1) == y)
+    assert 0.1 < found.robust.float().mean() < 0.9
+    assert found.attacks[-1].knows_recovery
+    assert found.attacks[-1].same_as is None, "the blind attacker sees the raw outputs, not the recovered ones"
+    assert not ducat.evaluate(other, x, y, ducat.ThreatModel(eps=0.05), "quick", num_classes=4).clean.all()

@@ -1,0 +1,126 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ducat
+from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
+from ducat.evaluation import Evaluation, studies
+from ducat.evaluation.runs import evaluate_run
+from ducat.runs import RunFolder
+from ducat.training import train
+
+SAMPLES = 80
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three evaluated runs, of different seeds and kinds."""
+    root, made = tmp_path_factory.mktemp("runs"), []
+    for seed, kind in enumerate(("off", "off", "published")):
+        config = Config(
+            data=DataConfig("digits", samples=400),
+            train=TrainConfig(epochs=6, learning_rate=0.3, schedule="one-cycle", validate_every=6, seed=seed),
+            dummy=DummyConfig(kind, start_epoch=3),
+        )
+        folder = train(config, root)
+        evaluate_run(folder, "quick", samples=SAMPLES, threat=ducat.ThreatModel(eps=0.03))
+        made.append(folder.path)
+    return made
+
+
+def predictions(run: Path, x: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return ducat.load(run)(x).argmax(1).numpy()
+
+
+def test_always_failed_counts_samples_that_fail_on_every_model_under_their_own_attack(runs: list[Path]) -> None:
+    found = studies.always_failed(runs)
+    y = ducat.data.load_test("digits", SAMPLES)[1].numpy()
+    failed = np.stack([predictions(run, Evaluation.load(run).adversarial) != y for run in runs])
+    numbers = found.to_dict()
+    assert list(numbers["failed"].values()) == failed.sum(1).tolist()
+    assert numbers["failed_on_every"] == failed.all(0).sum()
+    assert 0 < numbers["failed_on_every"] < numbers["failed_on_some"] < SAMPLES, "the test wants a mixture"
+    assert numbers["share_of_samples"] == failed.all(0).sum() / SAMPLES
+    assert numbers["share_of_failures"] == failed.all(0).sum() / failed.any(0).sum()
+    assert list(numbers["classes"]) == list("0123456789")
+    for label, counts in enumerate(numbers["classes"].values()):
+        assert counts["samples"] == (y == label).sum()
+        assert counts["failed_on_every"] == failed.all(0)[y == label].sum()
+        assert counts["failed_on_some"] == failed.any(0)[y == label].sum()
+
+
+def test_transfer_shows_every_models_images_to_every_other(runs: list[Path]) -> None:
+    found = studies.transfer(runs)
+    x, labels = ducat.data.load_test("digits", SAMPLES)
+    y = labels.numpy()
+    for row, source in enumerate(runs):
+        images = Evaluation.load(source).adversarial
+        own_clean, own_broken = predictions(source, x) == y, predictions(source, images) != y
+        for column, target in enumerate(runs):
+            counted = predictions(target, x) == y
+            fooled = predictions(target, images) != y
+            for name, group in {
+                "success": counted,
+                "effective": counted & own_clean & own_broken,
+                "ineffective": counted & ~own_broken,
+            }.items():
+                expected = fooled[group].mean() if group.any() else np.nan
+                np.testing.assert_allclose(getattr(found, name)[row, column], expected, rtol=1e-6, err_msg=name)
+    assert (found.effective.diagonal() == 1).all()
+    assert (found.ineffective.diagonal() == 0).all()
+
+
+def test_a_checkpoint_that_was_not_evaluated_is_refused(runs: list[Path]) -> None:
+    evaluation = Evaluation.load(runs[0])
+    numbers = runs[0] / "evaluation.json"
+    kept = {path: path.read_bytes() for path in (numbers, numbers.with_suffix(".safetensors"))}
+    try:
+        replace(evaluation, robust=~evaluation.robust).save(numbers)
+        with pytest.raises(ValueError, match="its best checkpoint is not the one that was evaluated"):
+            studies.transfer(runs)
+    finally:
+        for path, content in kept.items():
+            path.write_bytes(content)
+
+
+def test_studies_are_of_runs_evaluated_alike(runs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least two evaluated runs"):
+        studies.always_failed(runs[:1])
+    folder = RunFolder.create(tmp_path / "other")
+    folder.write_config(RunFolder.open(runs[0]).config)
+    with pytest.raises(FileNotFoundError, match="run `ducat evaluate"):
+        studies.always_failed([runs[0], folder.path])
+    evaluation = Evaluation.load(runs[0])
+    for change in ({"fingerprint": "of others"}, {"threat": ducat.ThreatModel(eps=0.1)}):
+        replace(evaluation, **change).save(folder.evaluation_path)
+        with pytest.raises(ValueError, match="not evaluated on the same samples in the same ball"):
+            studies.transfer([runs[0], folder.path])
+
+
+def test_corruption_error_is_the_mean_over_corruptions_and_severities(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = ducat.data.load_test("digits", SAMPLES)
+    corrupted = {
+        (kind, severity): (x + sign * severity * 0.12).clamp(0, 1)
+        for kind, sign in (("brighter", 1), ("darker", -1))
+        for severity in range(1, 6)
+    }
+
+    def load(name: str, samples: int | None, root: Path | None) -> list[tuple[str, int, torch.Tensor, torch.Tensor]]:
+        assert (name, samples) == ("digits-c", SAMPLES)
+        return [(*key, images, y) for key, images in corrupted.items()]
+
+    monkeypatch.setattr(analysis, "load_corruptions", load)
+    found = studies.corruption(runs[2], "digits-c", samples=SAMPLES)
+    right = {key: (predictions(runs[2], images) == y.numpy()).mean() for key, images in corrupted.items()}
+    for kind in ("brighter", "darker"):
+        np.testing.assert_allclose(found.accuracy[kind], [right[kind, severity] for severity in range(1, 6)], rtol=1e-6)
+    assert found.mean_error == pytest.approx(1 - np.mean(list(right.values())))
+    assert len(set(right.values())) > 3, "the corruptions must tell the severities apart"
+    with pytest.raises(ValueError, match="no corrupted images of digits"):
+        studies.corruption(runs[2])

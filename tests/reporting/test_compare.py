@@ -1,0 +1,214 @@
+import csv
+import io
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ducat.cli import main
+from ducat.config import Config, DataConfig, ThreatConfig, TrainConfig
+from ducat.reporting.compare import Comparison, Run, compare, to_csv, to_latex, to_markdown
+from ducat.runs import RunFolder
+
+CONFIG = Config(name="run", data=DataConfig("digits"), threat=ThreatConfig(eps=0.2))
+
+
+def evaluation(clean: float = 0.9, blind: float = 0.7, robust: float = 0.6, **others: Any) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "data": "digits",
+        "checkpoint": "best",
+        "fingerprint": "f",
+        "samples": 500,
+        "seed": 0,
+        "suite": "light",
+        "threat": {"norm": "linf", "eps": 0.2},
+        "clean": {"accuracy": clean, "ci95": [clean - 0.05, clean + 0.04]},
+        "attacks": [
+            {"name": "pgd-20", "knows_recovery": False, "accuracy": blind, "ci95": [0.1, 0.2], "seconds": 1.0},
+            {
+                "name": "pgd-20-recovered",
+                "knows_recovery": True,
+                "accuracy": robust,
+                "ci95": [0.1, 0.2],
+                "seconds": 1.0,
+            },
+        ],
+        "blind": blind,
+        "blind_ci95": [blind - 0.05, blind + 0.04],
+        "robust": robust,
+        "robust_ci95": [robust - 0.05, robust + 0.04],
+        "sink_gap": blind - robust,
+        "warnings": [],
+        **others,
+    }
+
+
+MANIFEST = {
+    "ducat": "0.1.0",
+    "status": "finished",
+    "git": None,
+    "command": ["ducat"],
+    "data": {"fingerprint": "sha256:1"},
+}
+
+
+def run(
+    name: str, seed: int = 0, config: Config = CONFIG, measured: dict[str, Any] | None = None, **manifest: Any
+) -> Run:
+    settings = replace(config, name=name, train=replace(config.train, seed=seed)).flat()
+    return Run(name, Path("runs") / name, settings, {**MANIFEST, **manifest}, [], measured or evaluation())
+
+
+def test_seeds_of_one_setting_are_one_line_with_mean_and_sample_deviation() -> None:
+    robust = [0.60, 0.63, 0.69]
+    runs = [run(f"a-s{seed}", seed, measured=evaluation(robust=value)) for seed, value in enumerate(robust)]
+    compared = compare([*runs, run("b", config=replace(CONFIG, train=TrainConfig(epochs=7)))])
+    first, second = compared.sections[0].groups
+    assert (first.name, first.seeds, second.name) == ("a", [0, 1, 2], "b")
+    assert first.mean("robust") == pytest.approx(0.64)
+    assert first.spread("robust") == pytest.approx(statistics.stdev(robust))
+    table = to_markdown(compared)
+    assert "| run | n | clean | blind | robust | sink gap |" in table
+    assert "| a | 3 | 90.0 ± 0.0 | 70.0 ± 0.0 | 64.0 ± 4.6 | 6.0 ± 4.6 |" in table
+    assert "| b | 1 | 90.0 [85.0, 94.0] | 70.0 [65.0, 74.0] | 60.0 [55.0, 64.0] | 10.0 |" in table
+    assert "sample standard deviation" in table
+    assert any("different training seeds: a: 0, 1, 2; b: 0" in note for note in compared.notes)
+
+
+def test_where_a_run_was_kept_and_watched_does_not_matter() -> None:
+    other = replace(CONFIG, data=DataConfig("digits", root=Path("/x")), train=TrainConfig(keep=3, tracker="none"))
+    assert len(compare([run("a-s0"), run("a-s1", 1, other)]).sections[0].groups) == 1
+
+
+def test_runs_from_other_beginnings_are_not_grouped() -> None:
+    assert len(compare([run("a-s0"), run("a-s1", 1, initial={"checkpoint": "c"})]).sections[0].groups) == 2
+
+
+DIFFERENCES: list[tuple[str, dict[str, Any]]] = [
+    ("data", {"data": "cifar10"}),
+    ("test images", {"fingerprint": "other"}),
+    ("threat model", {"threat": {"norm": "linf", "eps": 0.1}}),
+    ("threat model", {"threat": {"norm": "l2", "eps": 0.2}}),
+    ("suite", {"suite": "quick"}),
+    ("seed of the attacks", {"seed": 1}),
+]
+
+
+@pytest.mark.parametrize(("what", "difference"), DIFFERENCES)
+def test_what_was_not_measured_alike_is_not_put_into_one_table(what: str, difference: dict[str, Any]) -> None:
+    compared = compare([run("a"), run("b", measured=evaluation(**difference)), run("c")])
+    assert [[each.name for each in section.runs] for section in compared.sections] == [["a", "c"], ["b"]]
+    assert f"different {what}: a, c / b; do not compare numbers across these tables" in compared.notes
+
+
+NOTES: list[tuple[Run, str]] = [
+    (run("b", data={"fingerprint": "sha256:2"}), "made with different training data: a / b"),
+    (run("b", measured=evaluation(checkpoint="last")), "made with different checkpoints: a / b"),
+    (run("b", ducat="0.2.0"), "made with different code: a / b"),
+    (run("b", git={"commit": "1", "changed": True}), "made with uncommitted changes to the code: b"),
+    (run("b", status="interrupted"), "b is not finished: 0 of 130 epochs (interrupted)"),
+    (
+        run("b", seed=1, config=replace(CONFIG, threat=ThreatConfig(eps=0.2, steps=5))),
+        "different training seeds: a: 0; b: 1",
+    ),
+    (run("b"), "a has training seed 0 more than once: its spread is too small"),
+]
+
+
+@pytest.mark.parametrize(("other", "note"), NOTES, ids=[note for _, note in NOTES])
+def test_what_a_reader_must_know_is_noted(other: Run, note: str) -> None:
+    assert not compare([run("a")]).notes
+    assert note in compare([run("a"), other]).notes
+
+
+def test_no_runs_and_a_run_twice_are_told() -> None:
+    with pytest.raises(ValueError, match="no runs"):
+        compare([])
+    with pytest.raises(ValueError, match="a is given twice"):
+        compare([run("a"), run("a")])
+
+
+@pytest.fixture
+def mixed() -> Comparison:
+    other = replace(CONFIG, train=TrainConfig(epochs=7))
+    return compare([run("a_1|x%-s0"), run("a_1|x%-s1", 1), run("b", config=other, measured=evaluation(suite="quick"))])
+
+
+def test_markdown_has_a_table_for_each_way_of_measuring(mixed: Comparison) -> None:
+    text = to_markdown(mixed)
+    assert text.count("\n| --- ") == 2
+    assert r"| a_1\|x% | 2 |" in text
+    assert "- different suite:" in text
+
+
+def test_latex_escapes_and_keeps_mean_and_deviation(mixed: Comparison) -> None:
+    text = to_latex(mixed)
+    assert r"a\_1|x\% & 2 & 90.0 $\pm$ 0.0 &" in text
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+    body = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert {line.count("&") for line in body} == {5, 4}
+
+
+def test_csv_has_a_line_for_each_run_with_how_it_was_measured(mixed: Comparison) -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(mixed))))
+    assert [row["run"] for row in rows] == ["a_1|x%-s0", "a_1|x%-s1", "b"]
+    assert [row["group"] for row in rows] == ["a_1|x%", "a_1|x%", "b"]
+    assert [row["training_seed"] for row in rows] == ["0", "1", "0"]
+    assert [row["suite"] for row in rows] == ["light", "light", "quick"]
+    assert {row["checkpoint"] for row in rows} == {"best"}
+    assert float(rows[0]["robust"]) == 0.6
+    assert (float(rows[0]["robust_low"]), float(rows[0]["eps"])) == (pytest.approx(0.55), 0.2)
+
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Make the folder of an evaluated run, as far as comparing needs it."""
+
+    def write(name: str, measured: dict[str, Any] | None = None) -> Path:
+        with RunFolder.making(tmp_path / name) as folder:
+            folder.write_config(replace(CONFIG, name=name))
+            folder.update_manifest(MANIFEST)
+            folder.append_metrics({"epoch": 0, "loss": 1.0, "seconds": 1.0, "clean": 0.5, "blind": 0.4, "robust": 0.3})
+            if measured is not None:
+                (folder.path / "evaluation.json").write_text(json.dumps(measured))
+        return tmp_path / name
+
+    return write
+
+
+def test_the_command_prints_the_table_and_writes_the_files(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(make("one", evaluation())), str(make("two", evaluation(suite="quick", warnings=["sink gap"])))]
+    files = {option: tmp_path / f"table.{option}" for option in ("csv", "markdown", "latex", "html")}
+    options = [part for option, path in files.items() for part in (f"--{option}", str(path))]
+    assert main(["compare", *paths, *options]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "note different suite: one / two" in printed
+    assert "warning two: sink gap" in printed
+    assert all(path.stat().st_size > 100 for path in files.values())
+    assert main(["compare", *paths, *options[:2]]) == 2
+    assert "--csv" in (error := capsys.readouterr().err)
+    assert "nothing is overwritten" in error
+
+
+def test_a_run_without_an_evaluation_is_told_with_what_to_do(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make("one")
+    assert main(["compare", str(path)]) == 2
+    assert capsys.readouterr().err == f"ducat: {path} has no evaluation yet: run `ducat evaluate {path}`\n"
+
+
+def test_a_damaged_evaluation_is_told(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make("one", evaluation())
+    for content, told in (("{", "is damaged"), ("[]", "is not of"), ('{"schema": 2}', "is not of")):
+        (path / "evaluation.json").write_text(content)
+        assert main(["compare", str(path)]) == 2
+        assert f"evaluation.json {told}" in capsys.readouterr().err

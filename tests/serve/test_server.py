@@ -1,0 +1,205 @@
+import base64
+import http.client
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ducat
+from ducat.cli import main
+from ducat.export import Deployed
+from ducat.runs import RunFolder
+from ducat.serve.server import LARGEST_UPLOAD, Playground
+
+pytestmark = pytest.mark.skipif(
+    not (find_spec("starlette") and find_spec("uvicorn")), reason="the extra serve is not installed"
+)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def address(tiny_run: Path) -> Iterator[str]:
+    """The page of a run, served by the command in a process of its own."""
+    command = [sys.executable, "-m", "ducat.cli", "serve", str(tiny_run), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("open http://127.0.0.1:"), process.communicate()
+    yield line.split()[1]
+    process.terminate()
+    process.communicate(timeout=300)
+
+
+def ask(
+    address: str, path: str, body: bytes | None = None, host: str | None = None, content_type: str = "image/png"
+) -> tuple[int, dict[str, str], bytes]:
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=300)
+    headers = {"Content-Type": content_type, **({"Host": host} if host else {})}
+    connection.request("GET" if body is None else "POST", path, body, headers)
+    answer = connection.getresponse()
+    found = answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+    connection.close()
+    return found
+
+
+def png(size: tuple[int, int] = (8, 8), mode: str = "L", format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.tile(np.arange(size[0], dtype=np.uint8) * 9, (size[1], 1))).convert(mode).save(file, format)
+    return file.getvalue()
+
+
+def test_the_answer_is_that_of_the_network(address: str, tiny_run: Path) -> None:
+    about = json.loads(ask(address, "/about")[2])
+    assert about["classes"] == [str(digit) for digit in range(10)]
+    x = ducat.data.load_test("digits")[0][:1]
+    example = base64.b64decode(about["examples"][0].split(",")[1])
+    status, _, body = ask(address, "/attack?eps=51/255&attack=pgd-20&knows_recovery=true", example)
+    assert status == 200
+    answer = json.loads(body)
+    with torch.no_grad():
+        p = RunFolder(tiny_run).load()(x).softmax(1)[0]
+    np.testing.assert_allclose(answer["benign"]["real"] + answer["benign"]["dummy"], p, atol=1e-5)
+    assert answer["benign"]["class"] == int(ducat.load(tiny_run)(x).argmax(1))
+    assert 0 < answer["distance"] <= 0.2 + 1e-6
+    assert answer["fooled"] == (answer["adversarial"]["class"] != answer["benign"]["class"])
+
+
+class Sink(torch.nn.Module):
+    """Two classes, two pixels: one feeds the dummy class of class 0, one makes class 1 win."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = x[:, 0, 0, 0], x[:, 0, 0, 1]
+        silent = torch.full_like(first, -5)
+        return torch.stack([torch.ones_like(first), 8 * second - 5, 20 * first, silent], dim=1)
+
+
+@pytest.mark.parametrize(("eps", "knows", "fooled"), [("1", True, True), ("1", False, False), ("0", True, False)])
+def test_what_the_attacker_knows_decides(eps: str, knows: bool, fooled: bool, tiny_run: Path) -> None:
+    playground = Playground(Deployed.read(tiny_run))
+    playground.network = Sink()
+    answer = playground.attack(torch.zeros(1, 1, 8, 8), eps, "pgd-20", knows)
+    assert answer["fooled"] == fooled
+    assert answer["distance"] <= float(eps)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "content_type", "host", "status", "message"),
+    [
+        ("/attack?eps=0.1&attack=fgsm", b"x" * (LARGEST_UPLOAD + 1), "image/png", None, 413, "larger than 4 MiB"),
+        ("/attack?eps=0.1&attack=fgsm", png(), "text/plain", None, 415, "only PNG and JPEG"),
+        ("/attack?eps=0.1&attack=fgsm", png(), "image/svg+xml", None, 415, "only PNG and JPEG"),
+        ("/attack?eps=0.1&attack=fgsm", b"GIF89a", "image/png", None, 400, "not a PNG image"),
+        ("/attack?eps=0.1&attack=fgsm", png(format="GIF"), "image/png", None, 400, "not a PNG image"),
+        ("/attack?eps=0.1&attack=fgsm", png()[:48], "image/png", None, 400, "not a PNG image"),
+        ("/attack?eps=0.1&attack=fgsm", png((5000, 4000)), "image/png", None, 400, "too many"),
+        ("/attack?eps=8&attack=fgsm", png(), "image/png", None, 400, "did you mean 8/255"),
+        ("/attack?eps=nan&attack=fgsm", png(), "image/png", None, 400, "not finite"),
+        ("/attack?eps=0.1&attack=os.system", png(), "image/png", None, 400, "is unknown"),
+        ("/attack?eps=0.1&attack=fgsm", png(), "image/png", "evil.example", 400, "Invalid host"),
+        ("/about", None, "image/png", "evil.example:7860", 400, "Invalid host"),
+        ("/../../etc/passwd", None, "image/png", None, 404, "Not Found"),
+        ("/page.py", None, "image/png", None, 404, "Not Found"),
+    ],
+)
+def test_what_is_not_wanted_is_refused(
+    address: str, path: str, body: bytes | None, content_type: str, host: str | None, status: int, message: str
+) -> None:
+    found, _, content = ask(address, path, body, host, content_type)
+    assert (found, message in content.decode()) == (status, True), content
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "kind"), [((8, 8), "L", "png"), ((30, 20), "RGBA", "png"), ((9, 40), "RGB", "jpeg")]
+)
+def test_images_of_other_sizes_and_colours_are_taken(address: str, size: tuple[int, int], mode: str, kind: str) -> None:
+    body = png(size, mode, kind.upper())
+    status, _, content = ask(address, "/attack?eps=0.1&attack=fgsm", body, content_type=f"image/{kind}")
+    assert status == 200, content
+    shown = base64.b64decode(json.loads(content)["benign"]["image"].split(",")[1])
+    assert Image.open(io.BytesIO(shown)).size == (8, 8)
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_may_load_nothing(address: str) -> None:
+    for path in ("/", "/page.js", "/page.css"):
+        status, headers, body = ask(address, path)
+        assert status == 200
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "access-control-allow-origin" not in headers
+        assert b"http://" not in body
+        assert b"https://" not in body
+
+
+def test_requests_leave_no_file(address: str, tiny_run: Path) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in tiny_run.rglob("*"))
+    assert ask(address, "/attack?eps=0.1&attack=fgsm", png())[0] == 200
+    assert sorted((path, path.stat().st_mtime_ns) for path in tiny_run.rglob("*")) == before
+
+
+def test_a_port_in_use_is_said(address: str, tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    port = str(urlsplit(address).port)
+    assert main(["serve", str(tiny_run), "--port", port]) == 2
+    assert "give another --port" in capsys.readouterr().err
+    assert main(["serve", str(tiny_run), "--port", "65536"]) == 2
+    assert capsys.readouterr().err == "ducat: port=65536 is outside [0, 65535]\n"
+
+
+@pytest.mark.browser
+def test_a_click_through_in_a_browser(browser: Any, address: str, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import Select, WebDriverWait
+
+    browser.set_window_size(1150, 900)
+    wait = WebDriverWait(browser, 300)
+    browser.get(address)
+    examples = wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#examples button"))
+    assert len(examples) == 12
+
+    def verdict() -> str:
+        text = browser.find_element(By.ID, "status").text
+        return text if text.startswith("The attack") else ""
+
+    def bars() -> str:
+        return browser.execute_script("return document.getElementById('bars').innerHTML")
+
+    examples[3].click()
+    wait.until(lambda b: verdict())
+    assert browser.find_element(By.ID, "benign-label").text in "0123456789"
+    blind = bars()
+    browser.find_element(By.ID, "knows").click()
+    wait.until(lambda b: verdict() and bars() != blind)
+    aware = bars()
+    Select(browser.find_element(By.ID, "attack")).select_by_visible_text("pgd-20")
+    wait.until(lambda b: verdict() and bars() != aware)
+    if screenshot := _screenshot():
+        browser.save_screenshot(str(screenshot))
+
+    eps = browser.find_element(By.ID, "eps")
+    browser.execute_script("arguments[0].value = 0; arguments[0].dispatchEvent(new Event('change'))", eps)
+    wait.until(lambda b: "fails" in verdict() and b.find_element(By.ID, "distance").text == "0.0000")
+
+    (tmp_path / "note.txt").write_text("not an image")
+    browser.find_element(By.ID, "file").send_keys(str(tmp_path / "note.txt"))
+    wait.until(lambda b: "only PNG and JPEG" in b.find_element(By.ID, "status").text)
+    (tmp_path / "drawn.png").write_bytes(png((20, 20)))
+    browser.find_element(By.ID, "file").send_keys(str(tmp_path / "drawn.png"))
+    wait.until(lambda b: verdict())
+
+    errors = [entry for entry in browser.get_log("browser") if "415" not in entry["message"]]
+    assert not errors
+
+
+def _screenshot() -> Path | None:
+    """Return where the environment asks for the picture of the README."""
+    wanted = os.environ.get("DUCAT_SCREENSHOT")
+    return Path(wanted) if wanted else None

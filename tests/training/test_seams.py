@@ -1,0 +1,140 @@
+"""What `train` takes from outside: a network, an objective, a validation; none of our tables is touched."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ducat
+from ducat.attacks.objectives import OBJECTIVES
+from ducat.attacks.objectives import Objective as Goal
+from ducat.config import DummyConfig, MethodConfig
+from ducat.methods import ATTACKS, METHODS, InnerAttack, Method, Objective
+from ducat.models import MODELS
+from ducat.models.architecture import Architecture
+from ducat.training import Initial, resume, train
+from tests.support import TINY, Watcher, unvalidated
+
+# The squared error of the probabilities: an attack, and a method that regularises by it.
+BRIER = Goal(
+    lambda logits, y, reference: (logits.softmax(1) - F.one_hot(y, logits.shape[1])).square().sum(1),
+    recovered=Goal(
+        lambda logits, y, reference: (
+            (ducat.recover(logits, "logsumexp").softmax(1) - F.one_hot(y, logits.shape[1] // 2)).square().sum(1)
+        ),
+        knows_recovery=True,
+    ),
+)
+
+
+def closeness(clean_logits: Tensor, adversarial_logits: Tensor, y: Tensor, weight: float | int) -> Tensor:
+    return weight * (clean_logits.softmax(1) - adversarial_logits.softmax(1)).square().sum(1)
+
+
+METHOD = Method("Brier", objective=BRIER, regulariser=closeness, reads_benign=True, weight=2.0)
+
+
+class Outsider(nn.Module):
+    """A network that no table of ours has."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU())
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def test_a_method_an_attack_and_a_network_of_ones_own_train_and_no_table_changes(tmp_path: Path) -> None:
+    tables = [dict(table) for table in (OBJECTIVES, METHODS, ATTACKS, MODELS)]
+    minimised: list[Objective] = []
+
+    def objective(epoch: int) -> Objective:
+        row = ducat.objective(METHOD, "recovery-aware", epoch >= 1, attack=InnerAttack((1.0, 0.5)))
+        minimised.append(row)
+        return row
+
+    def build(architecture: Architecture) -> tuple[Architecture, nn.Module]:
+        return architecture, ducat.add_dummy_classes(Outsider(architecture.num_classes))
+
+    network = Initial(build, {"file": "nowhere"})
+    config = replace(TINY, dummy=DummyConfig("recovery-aware", start_epoch=1))
+    folder = train(config, tmp_path, model=network, objective=objective, validate=unvalidated)
+    assert folder.manifest["status"] == "finished"
+    assert {row.reading for row in minimised} == {"real", "recovered"}
+    assert all(torch.isfinite(torch.tensor(row["loss"])) for row in folder.metrics)
+    assert tables == [dict(table) for table in (OBJECTIVES, METHODS, ATTACKS, MODELS)]
+
+
+def test_a_network_that_is_given_is_what_is_trained(tmp_path: Path) -> None:
+    given = ducat.models.build("small", 10, channels=1, mean=(0.5,), std=(0.5,))
+    config = replace(TINY, train=replace(TINY.train, learning_rate=0.0, weight_decay=0.0))
+    before = {name: value.clone() for name, value in given.named_parameters()}
+    folder = train(config, tmp_path, model=given, validate=unvalidated)
+    after = dict(folder.load("last").named_parameters())
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert folder.manifest["initial"] == {"file": "a network given to train"}
+    with pytest.raises(ValueError, match=r"model: .* differs from the small that the settings ask for"):
+        train(replace(config, name="other"), tmp_path, model=ducat.models.build("small", 7, channels=1))
+    with pytest.raises(ValueError, match="differs from the small"):
+        train(replace(config, name="other"), tmp_path, model=Outsider(10))
+
+
+def test_a_run_with_an_objective_of_its_own_goes_on_with_it_alone(tmp_path: Path) -> None:
+    def objective(epoch: int) -> Objective:
+        return ducat.objective(METHOD, "off")
+
+    whole = train(TINY, tmp_path / "whole", objective=objective, validate=unvalidated)
+    plain = train(TINY, tmp_path / "plain", validate=unvalidated)
+    assert whole.metrics[-1]["loss"] != plain.metrics[-1]["loss"]
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, tmp_path, Watcher(leave_after=1), objective=objective, validate=unvalidated)
+    with pytest.raises(ValueError, match=r"minimises an objective of its own: give it again"):
+        resume(tmp_path / "run", validate=unvalidated)
+    continued = resume(tmp_path / "run", objective=objective, validate=unvalidated)
+    assert [row["loss"] for row in continued.metrics] == [row["loss"] for row in whole.metrics]
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [(name, kind) for name in METHODS for kind in ("off", "published", "recovery-aware")]
+)
+def test_a_loop_that_is_not_ours_gets_what_the_settings_say(method: str, kind: str) -> None:
+    if METHODS[method].no_dummy_classes and kind != "off":
+        with pytest.raises(ValueError, match=rf"dummy\.kind={kind} does not fit this method"):
+            ducat.objective(method, kind)  # type: ignore[arg-type]
+        return
+    config = replace(
+        TINY,
+        method=MethodConfig(method),
+        dummy=DummyConfig(kind, start_epoch=1, benign_share=0.3),  # type: ignore[arg-type]
+    )
+    for epoch in (0, 1):
+        ours, theirs = config.objective(epoch), ducat.objective(method, kind, epoch >= 1, benign_share=0.3)  # type: ignore[arg-type]
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "pgdat"}, "method 'pgdat' is unknown: did you mean pgd-at"),
+        ({"dummy": "aware"}, "dummy='aware' is unknown: choose from off, published, recovery-aware"),
+        ({"attack": "pdg"}, "attack 'pdg' is unknown: choose from pgd"),
+        ({"benign": 1}, "benign is unknown: choose from benign_weight, adversarial_weight, benign_share, pair_weight"),
+        ({"benign_weight": 2}, r"dummy\.benign_weight=2 is outside \[0, 1\]"),
+        ({"method": "trades", "weight": -1}, r"method\.weight=-1 is outside \[0, inf\]: it is beta of its paper"),
+    ],
+)
+def test_what_does_not_exist_is_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ducat.objective(**arguments)
+
+
+def test_an_attack_without_a_counterpart_is_not_trained_with_blindly(network: nn.Module, images: Tensor) -> None:
+    blind = Method("blind", objective=replace(BRIER, recovered=None))
+    y = torch.zeros(len(images), dtype=torch.long)
+    with pytest.raises(ValueError, match="blind: what its attack maximises has no recovery-aware counterpart"):
+        ducat.objective(blind, "recovery-aware").attack(network, images, y, ducat.ThreatModel(eps=0.1, steps=1))
