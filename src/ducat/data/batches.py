@@ -81,9 +81,9 @@ class Batches:
         if views < 1:
             raise ValueError(f"views={views} is less than 1")
         pixels = images.pixels if isinstance(images, Lazy) else None
-        self.decodes = isinstance(pixels, Encoded)
-        if augment is not None and augment.resized_crop and not self.decodes:
-            raise ValueError("resized_crop needs images that are decoded as they come: prepare them with --stream")
+        self.decodes = pixels is not None and pixels.decodes
+        if augment is not None and augment.resized_crop and not isinstance(pixels, Encoded):
+            raise ValueError("resized_crop needs images that are decoded as they come: prepare them from folder:PATH")
         held = isinstance(images, Images) or torch.device(device).type != "cpu"
         self.streams = self.decodes or images.nbytes > (RESIDENT_BYTES if held else HOST_BYTES)
         self.images = images if self.streams else images.to(device)

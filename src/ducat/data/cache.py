@@ -18,6 +18,7 @@ from ducat.data.images import Images, Source, fingerprint
 from ducat.data.progress import Advance, shown_progress
 from ducat.data.specs import SPECS, DataSpec
 from ducat.data.stored import Layout, Stored
+from ducat.data.streams import Origin
 
 FORMAT = 1
 LONGEST_NAME = 100
@@ -33,6 +34,7 @@ class Header:
         fingerprint: of everything in it.
         source: the file or folder that it was made from.
         notice: what its user should know, for example that it is a subset; else empty.
+        stream: where the images are, if they are decoded as they come; None if they are in the file.
     """
 
     spec: DataSpec
@@ -40,6 +42,7 @@ class Header:
     fingerprint: str
     source: str
     notice: str
+    stream: Origin | None = None
 
 
 def folder(root: Path | str | None = None) -> Path:
@@ -192,7 +195,8 @@ def read(
     Args:
         name: the data set.
         root: the cache folder, as for `folder`.
-        verify: read everything, and compare its fingerprint with the one in the header.
+        verify: read everything, and compare its fingerprint with the one in the header; a stream's images are not
+            in the file.
 
     Raises:
         FileNotFoundError: it is not prepared.
@@ -205,7 +209,7 @@ def read(
         raise FileNotFoundError(f"data set {name} is not prepared{known}: run `ducat data prepare {name} {source}`")
     header = _read_header(path)
     tensors = Layout.read(path).open(path)
-    if verify:
+    if verify and not header.get("stream"):
         everything = {key: value.source() if isinstance(value, Stored) else value for key, value in tensors.items()}
         if fingerprint(everything) != header["fingerprint"]:
             raise ValueError(f"{path} has changed since it was made: run `ducat data prepare {name}` again")
@@ -228,8 +232,14 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 def _header(name: str, fields: dict[str, Any]) -> Header:
     stored: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in fields.pop("spec").items()
+        key: _tuples(value) for key, value in fields.pop("spec").items()
     }
     # The settings of a row may have been improved since; the title says what the file holds.
     spec = dataclasses.replace(SPECS[name], title=stored["title"]) if name in SPECS else DataSpec(**stored)
+    if fields.get("stream"):
+        fields["stream"] = Origin(**{key: _tuples(value) for key, value in fields["stream"].items()})
     return Header(spec, tuple(fields.pop("classes")), **fields)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -26,6 +26,8 @@ class Encoded:
         resample: likewise.
     """
 
+    decodes = True
+
     def __init__(
         self,
         read: Callable[[int], bytes],

@@ -104,9 +104,10 @@ class Images(Source):
 
 @runtime_checkable
 class Pixels(Protocol):
-    """Where the pixels of images are fetched from, by row."""
+    """Where the pixels of images are fetched from, by row; `decodes` says that fetching is work for the processor."""
 
     shape: tuple[int, int, int]
+    decodes: bool
 
     def read(self, rows: Int64[Tensor, m]) -> UInt8[Tensor, "m channels height width"]:
         """Fetch these rows."""

@@ -1,5 +1,6 @@
 """Prepared data sets, as the rest of the package takes them."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,18 +9,21 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ducat.data import cache
+from ducat.data import cache, streams
 from ducat.data.images import Dataset, Lazy, Source, fingerprint, named_tensors, stratified_subset
+from ducat.data.prepare import prepare
 from ducat.data.readers import CORRUPTIONS, read_digits
 from ducat.data.specs import SPECS
 from ducat.data.stored import Stored
+
+PARTS = ("train", "validation", "test")
 
 
 def load(name: str, *, samples: int | None = None, root: Path | str | None = None) -> Dataset:
     """Load a prepared data set, whole or with a fixed stratified subset of its training images.
 
     Args:
-        name: a row of `ducat data list`.
+        name: a row of `ducat data list`, or a stream: "wds:SHARDS", "hf:NAME" or "folder:PATH".
         samples: how many training images to keep; validation and test images stay as they are.
         root: the cache folder; None is `DUCAT_DATA`, or the user's cache folder.
 
@@ -31,7 +35,11 @@ def load(name: str, *, samples: int | None = None, root: Path | str | None = Non
     if samples is None:
         return dataset
     train = stratified_subset(dataset.train, samples)
-    measured = fingerprint(named_tensors(train, dataset.validation, dataset.test))
+    if isinstance(train, Lazy) and train.pixels.decodes:
+        # Which images these are follows from all there are and their number.
+        measured = f"sha256:{hashlib.sha256(f'{dataset.fingerprint} {samples}'.encode()).hexdigest()}"
+    else:
+        measured = fingerprint(named_tensors(train, dataset.validation, dataset.test))
     return replace(dataset, train=train, fingerprint=measured)
 
 
@@ -100,9 +108,19 @@ def _load(name: str, root: Path | str | None, verify: bool = False) -> Dataset:
             f"{name} holds corrupted test images of {SPECS[name].corruption_of}: "
             "train on that, and take these from ducat.data.load_corruptions"
         )
+    if streams.parse(name) is not None:
+        prepare(name, root=root)
+        name = streams.entry_name(name)
     tensors, header = cache.read(name, root, verify=verify)
+    if header.stream is not None:
+        header.stream.check()
+        packed = {key.removeprefix("rows."): tensors.pop(key) for key in list(tensors) if key.startswith("rows.")}
+        pixels = streams.pixels(streams.STREAMS[header.stream.kind].unpack(header.stream, packed), header.spec)
+        parts = {part: (tensors[f"{part}.{item}"] for item in ("labels", "ids", "rows")) for part in PARTS}
+        train, validation, test = (Lazy(pixels, *items) for items in parts.values())
+        return Dataset(header.spec, header.classes, train, validation, test, header.fingerprint)
     train, validation, test = (
         Lazy(*(tensors[f"{part}.{item}"] for item in ("images", "labels", "ids")))  # type: ignore[arg-type]
-        for part in ("train", "validation", "test")
+        for part in PARTS
     )
     return Dataset(header.spec, header.classes, train, validation, test, header.fingerprint)

@@ -6,23 +6,28 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import PIL
 import torch
 from torch import Tensor
 
-from ducat.data import cache
+from ducat.data import cache, streams
 from ducat.data.archives import Files, open_files
 from ducat.data.download import download
-from ducat.data.images import Source, fingerprint, hold_out, named_tensors
-from ducat.data.loading import load
-from ducat.data.readers import READERS, Splits, read_corruptions, read_folder
+from ducat.data.images import Lazy, Source, fingerprint, hold_out, named_tensors, stratified_order
+from ducat.data.readers import READERS, Splits, read_corruptions, read_digits, read_folder
 from ducat.data.specs import SPECS, DataSpec
 from ducat.data.stored import Stored
 
 LARGEST_SIDE = 2**12
 """Pixels: the largest side that images can be brought to."""
+
+SMALLEST_CROP = 0.08
+"""Share of the area that the random resized crop of streamed images of several sizes keeps at least, as is usual."""
+
+MEASURED = 2000
+"""Training images of a stream that its mean and deviation are measured on, a fixed stratified part."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ def prepare(
     *,
     size: int | None = None,
     replace: bool = False,
+    test_images: Path | str | None = None,
     root: Path | str | None = None,
 ) -> Status:
     """Prepare a data set: read its publisher's files, hold out validation images, and write it to the cache.
@@ -77,11 +83,14 @@ def prepare(
     the next one from the same files.
 
     Args:
-        name: a row of `ducat data list`, or a new name for an image folder.
+        name: a row of `ducat data list`, or a new name for an image folder; or a stream, as for `source`.
         source: a local archive or folder in the publisher's layout, which may be a subset; None is what the operating
-            system has, else a download, and leaves a data set that is prepared already as it is.
+            system has, else a download, and leaves a data set that is prepared already as it is. "folder:PATH",
+            "wds:SHARDS" and "hf:NAME" are streams: only where each image is gets prepared, and its content hashed.
         size: for an image folder under a name of its own: bring every image to size x size pixels.
         replace: replace a data set of that name that holds other images.
+        test_images: of a folder that is a stream: a file that names the test images to keep, one a line; folders before
+            a name do not count.
         root: the cache folder; None is `DUCAT_DATA`, or the user's cache folder.
 
     Raises:
@@ -91,15 +100,24 @@ def prepare(
         OSError: the disk is full; nothing is left of the attempt.
     """
     spec = SPECS.get(name)
-    entry = cache.entry(name, root)
+    stream = streams.parse(str(source or name))
+    if spec is not None and spec.resized_crop and source is not None and stream is None:
+        stream = "folder", str(source)  # whatever is cropped as it is decoded cannot be decoded beforehand
+    entry = cache.entry(streams.entry_name(name) if streams.parse(name) else name, root)
     if size is not None and (spec is not None or not 1 <= size <= LARGEST_SIDE):
         raise ValueError(
             f"size={size} does not fit: it is a number of pixels in [1, {LARGEST_SIDE}], for image folders without a "
             "row of their own"
         )
+    if test_images is not None and (stream is None or stream[0] != "folder"):
+        raise ValueError(f"test_images={test_images} does not fit: it is for folders that are decoded as they come")
     if name == "digits" and source is not None:
         raise ValueError(f"--from {source}: the digits come with scikit-learn and are always there")
     if name == "digits" or (source is None and entry.is_file()):
+        return _status(name, root)
+    if stream is not None:
+        tensors, header = _stream(name, spec, stream, size, test_images and Path(test_images))
+        cache.write(entry, tensors, header, replace=replace)
         return _status(name, root)
     if spec is None and source is None:
         raise ValueError(f"data set {name} is unknown (known: {', '.join(SPECS)}); an image folder needs --from FOLDER")
@@ -134,6 +152,54 @@ def prepare(
     return _status(name, root)
 
 
+def _stream(
+    name: str, spec: DataSpec | None, stream: tuple[str, str], size: int | None, listed: Path | None
+) -> tuple[dict[str, Tensor | Source], cache.Header]:
+    """Return what the index of a stream holds, and what it says of itself."""
+    kind, source = stream
+    scanned = streams.STREAMS[kind].scan(source, spec, size)
+    splits, notices = scanned.splits, list(scanned.splits.notices)
+    assert splits.survey is not None
+    if not (len(splits.train) and len(splits.test)):
+        raise ValueError(f"{source} has no {'test' if len(splits.train) else 'training'} images")
+    sizes = len(splits.train), len(splits.test)
+    if spec is not None and spec.sizes not in (None, sizes):
+        notices.append(f"a subset of {sizes[0]:,} training and {sizes[1]:,} test images")
+        spec = replace_fields(spec, title=f"{spec.title} (subset)")
+    train, validation, test = _parts(spec, splits)
+    if listed is not None:
+        test = _listed(test, scanned.rows, listed)
+        notices.append(f"the {len(test):,} test images that {listed.name} names")
+    if spec is None:
+        row = _folder_spec(name, splits.survey.shape)
+        row = replace_fields(row, title=f"{Path(source).name or source}, streamed" if name.startswith(kind) else name)
+        if not splits.survey.even:
+            row = replace_fields(row, resized_crop=SMALLEST_CROP)
+        some = splits.train.subset(stratified_order(splits.train.labels)[:MEASURED].sort().values)
+        row = _measured(row, {"train.images": some}, held_out=False)
+    else:
+        row = spec
+    tensors: dict[str, Tensor | Source] = {f"rows.{key}": tensor for key, tensor in scanned.rows.pack().items()}
+    for part, images in (("train", train), ("validation", validation), ("test", test)):
+        assert isinstance(images, Lazy)
+        tensors |= {f"{part}.labels": images.labels, f"{part}.ids": images.ids, f"{part}.rows": images.rows}
+    parts = {key: tensor for key, tensor in tensors.items() if not key.startswith("rows.")}
+    exact = f"{scanned.origin.digest} {row.shape} {row.shorter} {row.resample} {fingerprint(parts)}"
+    measured = f"sha256:{hashlib.sha256(exact.encode()).hexdigest()}"
+    return tensors, cache.Header(row, splits.classes, measured, source, "; ".join(notices), scanned.origin)
+
+
+def _listed(test: Source, rows: streams.Rows, listed: Path) -> Source:
+    """Return the test images that a file names."""
+    assert isinstance(test, Lazy)
+    wanted = {PurePath(line.strip()).name for line in listed.read_text().splitlines() if line.strip()}
+    names = [PurePath(rows.name(row)).name for row in test.rows.tolist()]
+    missing = sorted(wanted - set(names))
+    if missing or not wanted:
+        raise ValueError(f"{listed} names {missing[0] if missing else 'nothing'}, which is not among the test images")
+    return test.subset(torch.tensor([place for place, name in enumerate(names) if name in wanted]))
+
+
 def verify(name: str, root: Path | str | None = None) -> Status:
     """Read all that is prepared of a data set again, and compare it with what was recorded then.
 
@@ -141,21 +207,32 @@ def verify(name: str, root: Path | str | None = None) -> Status:
         FileNotFoundError: it is not prepared.
         ValueError: its file is damaged or has changed.
     """
-    if name != "digits":
-        cache.read(name, root, verify=True)
+    if name == "digits":
+        return _status(name, root)
+    entry = streams.entry_name(name) if streams.parse(name) else name
+    _, header = cache.read(entry, root, verify=True)
+    if header.stream is not None:
+        spec, origin = SPECS.get(name), header.stream
+        again = streams.STREAMS[origin.kind].scan("::".join(origin.paths), spec, origin.size).origin
+        if again.digest != origin.digest:
+            raise ValueError(f"{header.source} has changed since it was prepared: prepare {name} again")
     return _status(name, root)
 
 
 def _status(name: str, root: Path | str | None) -> Status:
     if name == "digits":
-        dataset = load(name)
-        sizes = {part: len(getattr(dataset, part)) for part in ("train", "validation", "test")}
-        return Status(name, dataset.spec.title, True, sizes, len(dataset.classes), dataset.fingerprint)
-    tensors, header = cache.read(name, root)
+        splits = read_digits()
+        assert splits.validation is not None
+        parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+        sizes = {part: len(images) for part, images in parts.items()}
+        return Status(name, SPECS[name].title, True, sizes, len(splits.classes), fingerprint(named_tensors(**parts)))
+    tensors, header = cache.read(streams.entry_name(name) if streams.parse(name) else name, root)
     if header.spec.corruption_of:
         sizes = {key: len(tensor) for key, tensor in tensors.items() if key != "labels"}
     else:
         sizes = {part: len(tensors[f"{part}.labels"]) for part in ("train", "validation", "test")}
+    # A stream without a name of its own goes by its prefix and place.
+    name = header.spec.name if header.spec.layout == "folder" else name
     return Status(name, header.spec.title, True, sizes, len(header.classes), header.fingerprint, header.notice)
 
 

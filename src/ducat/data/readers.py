@@ -1,6 +1,9 @@
 """One reader a layout: from a publisher's files to labelled images."""
 
+from __future__ import annotations
+
 import gzip
+import hashlib
 import io
 import math
 import struct
@@ -27,6 +30,21 @@ from ducat.data.unpickle import unpickle
 
 
 @dataclass(frozen=True)
+class Survey:
+    """What the headers of images say.
+
+    Attributes:
+        shape: channels, height and width that all of them fit, or are brought to.
+        even: whether all of them have that height and width already.
+        remarks: what the rule of decoding changes in them.
+    """
+
+    shape: tuple[int, int, int]
+    even: bool
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Splits:
     """A data set as its publisher splits it.
 
@@ -36,6 +54,7 @@ class Splits:
         test: the test images, likewise.
         validation: the validation images, where the publisher holds some out.
         notices: what the user should know of how these came about.
+        survey: what the images' headers say, where they were looked at.
     """
 
     classes: tuple[str, ...]
@@ -43,6 +62,38 @@ class Splits:
     test: Source
     validation: Source | None = None
     notices: tuple[str, ...] = ()
+    survey: Survey | None = None
+
+    @classmethod
+    def of(
+        cls,
+        classes: tuple[str, ...],
+        everything: Lazy,
+        counts: Sequence[int],
+        notices: Sequence[str] = (),
+        survey: Survey | None = None,
+    ) -> Splits:
+        """Divide images that come as train, val and test: without test, val is the test, or else a tenth of train.
+
+        Args:
+            classes: the class names.
+            everything: the images of train, then those of val, then those of test.
+            counts: how many there are of each.
+            notices: what the user should know besides.
+            survey: of all of them.
+        """
+        starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+        train, val, test = (
+            Lazy(everything.pixels, part.labels, torch.arange(len(part)), part.rows)
+            for part in (everything.subset(torch.arange(*edges)) for edges in pairwise(starts))
+        )
+        if len(test):
+            return cls(classes, train, test, val if len(val) else None, tuple(notices), survey)
+        if len(val):
+            return cls(classes, train, val, None, ("there is no test part: val is the test", *notices), survey)
+        rest, tenth = hold_out(train, max(1, len(train) // 10))
+        said = "there is no test part: a fixed tenth of train is the test"
+        return cls(classes, rest, tenth, None, (said, *notices), survey)
 
 
 def read_digits() -> Splits:
@@ -191,7 +242,9 @@ def read_tiny_imagenet(files: Files, spec: DataSpec) -> Splits:
     return Splits(classes, train, test)
 
 
-def read_folder(files: Files, spec: DataSpec | None, size: int | None = None) -> Splits:
+def read_folder(
+    files: Files, spec: DataSpec | None, size: int | None = None, update: Callable[[bytes], None] | None = None
+) -> Splits:
     """Read an image folder: `train/CLASS/FILE`, and `val` and `test` likewise where they are there.
 
     The classes are the folders of `train`, sorted. Without `test`, `val` is the test; without both, a fixed stratified
@@ -201,6 +254,7 @@ def read_folder(files: Files, spec: DataSpec | None, size: int | None = None) ->
         files: the folder, or an archive of it; `train` may lie in another folder.
         spec: its row, if it has one: the images must then have its shape.
         size: bring every image to size x size, the shorter side by bicubic resampling and the longer by cropping.
+        update: of a stream: told the hash of every image's content, in turn.
 
     Raises:
         ValueError: the layout is another one, a class or an image cannot be used; the message names the file.
@@ -248,23 +302,14 @@ def read_folder(files: Files, spec: DataSpec | None, size: int | None = None) ->
         *_left_out(files, left_out),
         *_without_images(files, f"{''.join(f'{root}/' for root in roots if root)}train/", classes),
     ]
-    if spec is None:
-        shape, remarks = _survey(files, positions, size)
-        notices += remarks
-    everything = _decoded(files, positions, labels, shape if spec is None else spec.shape, resize=size is not None)
-    starts = torch.tensor([0, *map(len, parts.values())]).cumsum(0).tolist()
-    train, val, test = (
-        Lazy(everything.pixels, part.labels, torch.arange(len(part)), part.rows)
-        for part in (everything.subset(torch.arange(*edges)) for edges in pairwise(starts))
-    )
-    if len(test):
-        return Splits(classes, train, test, val if len(val) else None, tuple(notices))
-    if len(val):
-        return Splits(classes, train, val, notices=("there is no test folder: val is the test", *notices))
-    rest, tenth = hold_out(train, max(1, len(train) // 10))
-    return Splits(
-        classes, rest, tenth, notices=("there is no test folder: a fixed tenth of train is the test", *notices)
-    )
+    found = None
+    if spec is None or update is not None:
+        found = survey(files.read, naming(files), positions, None if spec is None else spec.shape, size, update)
+        notices += found.remarks
+    shape = spec.shape if spec is not None else found.shape if found is not None else None
+    assert shape is not None
+    everything = _decoded(files, positions, labels, shape, resize=size is not None)
+    return Splits.of(classes, everything, [len(part) for part in parts.values()], notices, found)
 
 
 def _left_out(files: Files, names: list[str]) -> list[str]:
@@ -291,28 +336,58 @@ def _without_images(files: Files, train: str, classes: Sequence[str]) -> list[st
     return [f"no class, for want of images: {', '.join(map(shown, lost[:5]))}{more}"]
 
 
-def _survey(files: Files, positions: Sequence[int], size: int | None) -> tuple[tuple[int, int, int], list[str]]:
-    """Read the images' headers: return the one shape that they fit, and what the rule of decoding changes in them."""
-    sides: tuple[int, int] | None = None if size is None else (size, size)
-    grey, remarks = True, Counter[str]()
-    with shown_progress(f"Looking through {files.path.name}", len(positions)) as advance:
-        for position in positions:
-            name = f"{files.path}: {shown(files.names[position])}"
+def survey(
+    read: Callable[[int], bytes],
+    name: Callable[[int], str],
+    rows: Sequence[int],
+    shape: tuple[int, int, int] | None,
+    size: int | None,
+    update: Callable[[bytes], None] | None = None,
+) -> Survey:
+    """Read the headers of images.
+
+    Args:
+        read: returns the file of a row.
+        name: returns what messages call it.
+        rows: which to read.
+        shape: what they are brought to; None is their own, which must then be one.
+        size: or this many pixels a side, with the channels that they need.
+        update: told the hash of every image's content, in turn.
+
+    Raises:
+        ValueError: one is no image, or their sizes differ and there is neither a shape nor a size.
+    """
+    sides = None if shape is None else shape[1:]
+    sides = sides if size is None else (size, size)
+    grey, even, remarks = True, True, Counter[str]()
+    with shown_progress("Looking through the images", len(rows)) as advance:
+        for row in rows:
+            content = read(row)
             try:
-                outline = decode.outline(files.read(position))
+                outline = decode.outline(content)
             except ValueError as error:
-                raise ValueError(f"{name} {error}") from error
+                raise ValueError(f"{name(row)} {error}") from error
             sides = sides or outline.size
-            if size is None and outline.size != sides:
+            even &= outline.size == sides
+            if not even and size is None and shape is None:
                 raise ValueError(
-                    f"{name} is {outline.size[0]} x {outline.size[1]}, not {sides[0]} x {sides[1]}: all images need "
-                    "one size; --size N brings an image folder to N x N"
+                    f"{name(row)} is {outline.size[0]} x {outline.size[1]}, not {sides[0]} x {sides[1]}: all images "
+                    "need one size; --size N brings them to N x N"
                 )
             grey &= outline.grey
             remarks.update(outline.remarks)
+            if update is not None:
+                update(hashlib.sha256(content).digest())
             advance(1)
-    assert sides is not None
-    return (1 if grey else 3, *sides), [f"{count:,} images are {remark}" for remark, count in remarks.items()]
+    if sides is None:
+        raise ValueError("there are no images")
+    channels = shape[0] if shape is not None else 1 if grey else 3
+    return Survey((channels, *sides), even, tuple(f"{count:,} images are {said}" for said, count in remarks.items()))
+
+
+def naming(files: Files) -> Callable[[int], str]:
+    """Return what messages call the files."""
+    return lambda row: f"{files.path}: {shown(files.names[row])}"
 
 
 CORRUPTIONS = (
@@ -377,7 +452,7 @@ def read_corruptions(files: Files, spec: DataSpec) -> dict[str, Tensor | Source]
     class Corruption:
         """The images of one file, which is read again for each part: all of them are 3 GB."""
 
-        shape = spec.shape
+        shape, decodes = spec.shape, False
 
         def __init__(self, name: str) -> None:
             self.name = name
@@ -422,7 +497,7 @@ def _decoded(
     files: Files, positions: Sequence[int], labels: Sequence[int], shape: tuple[int, int, int], resize: bool = False
 ) -> Lazy:
     """Return images that are decoded as they are asked for."""
-    encoded = Encoded(files.read, lambda row: f"{files.path}: {shown(files.names[row])}", shape, resize=resize)
+    encoded = Encoded(files.read, naming(files), shape, resize=resize)
     count = torch.arange(len(positions))
     return Lazy(encoded, torch.tensor(labels, dtype=torch.int64), count, torch.tensor(positions, dtype=torch.int64))
 

@@ -37,6 +37,8 @@ class Stored:
         count: how many rows there are.
     """
 
+    decodes = False
+
     def __init__(self, path: Path, offset: int, shape: tuple[int, int, int], count: int) -> None:
         self.offset, self.shape, self.count = offset, shape, count
         self._file = os.open(path, os.O_RDONLY)
