@@ -43,6 +43,7 @@ ARGUMENT_ERRORS = {
 
 NORMALIZATION = "of a checkpoint: whether its network takes images normalised by the data's mean and deviation"
 EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
+SOURCE = "local archive or folder instead of a download; wds:SHARDS, hf:NAME, folder:PATH are decoded as they come"
 EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption the best"
 
 
@@ -118,8 +119,8 @@ def _adapt_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 
 def _run_data(arguments: Namespace, console: Console) -> None:
-    for option in ("from", "size", "replace"):
-        if arguments.action != "prepare" and arguments[option]:
+    for option in ("from", "size", "replace", "test-images"):
+        if arguments.action != "prepare" and arguments[option.replace("-", "_")]:
             raise ValueError(f"ducat data {arguments.action}: --{option} is for prepare")
     if arguments.action == "list":
         if arguments.name is not None:
@@ -128,7 +129,7 @@ def _run_data(arguments: Namespace, console: Console) -> None:
     elif arguments.name is None:
         raise ValueError(f"ducat data {arguments.action}: name a data set; `ducat data list` shows them")
     elif arguments.action == "prepare":
-        options = {"size": arguments.size, "replace": arguments.replace, "root": arguments.root}
+        options = {name: arguments[name] for name in ("size", "replace", "test_images", "root")}
         statuses = [data.prepare(arguments.name, arguments["from"], **options)]
     else:
         statuses = [data.verify(arguments.name, arguments.root)]
@@ -149,9 +150,10 @@ def _data_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = _parser("ducat data")
     parser.add_argument("action", type=Literal["list", "prepare", "verify"], help="list, prepare or verify")
     parser.add_argument("name", type=str | None, nargs="?", help="data set, or a new name for an image folder")
-    parser.add_argument("--from", type=Path | None, help="local archive or folder instead of a download")
+    parser.add_argument("--from", type=str | None, help=SOURCE)
     parser.add_argument("--size", type=int | None, help="for an image folder: scale images to this many pixels a side")
     parser.add_argument("--replace", action="store_true", help="replace a set of that name that holds other images")
+    parser.add_argument("--test-images", type=Path | None, help="of a stream: file that names the test images to keep")
     parser.add_argument("--root", type=Path | None, help="cache folder; default: DUCAT_DATA, or the user's cache")
     return parser
 

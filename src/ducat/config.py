@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ class DataConfig:
     """What to train on."""
 
     name: str = "cifar10"
-    """Name of a data set; `ducat data list` shows them."""
+    """Name of a data set, as `ducat data list` shows them, or a stream: wds:SHARDS, hf:NAME or folder:PATH."""
     samples: int | None = None
     """Number of training images, a fixed stratified subset; all of them by default."""
     root: Path | None = None
@@ -54,10 +55,14 @@ class DataConfig:
     augmentation: Literal["auto", "base", "strong"] = "auto"
     """base is random crop and flip as fits the data, strong AutoAugment and cutout as well; auto is strong for
     photographs where the method's paper says so (consistency), else base."""
+    workers: int | None = None
+    """Processes that decode the images of a stream, for each process that trains; 0 is none besides it, by default the
+    cores there are, 8 at most. The batches are the same for any number."""
 
     def __post_init__(self) -> None:
         _among("data.augmentation", self.augmentation, ("auto", "base", "strong"))
         _at_least("data.samples", self.samples, 1)
+        _at_least("data.workers", self.workers, 0)
 
 
 @dataclass(frozen=True)
@@ -267,7 +272,9 @@ class Config:
     @property
     def run_name(self) -> str:
         """Name made from the settings, for example digits-small-pgd-at-recovery-aware-s0."""
-        parts = [self.data.name, self.model.name or "default", self.method.name]
+        # The place of a stream is no name of a folder.
+        data = re.sub(r"[^\w.-]+", "-", self.data.name)[-60:].strip("-.")
+        parts = [data, self.model.name or "default", self.method.name]
         if self.dummy.kind != "off":
             parts.append(self.dummy.kind)
         return "-".join([*parts, f"s{self.train.seed}"])

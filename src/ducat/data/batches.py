@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from ducat.data.augment import TRIES, Augmentation
 from ducat.data.encoded import Encoded
 from ducat.data.images import Images, Lazy, Source, floats
+from ducat.data.own import Items
 from ducat.seeding import generator
 
 RESIDENT_BYTES = 4 * 2**30
@@ -158,6 +159,8 @@ class Batches:
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=_leave_signals,
+            # Else it takes a number from the caller's global generator.
+            generator=generator(self.seed, "workers", epoch),
             pin_memory=torch.device(self.device).type == "cuda",
         )
         steps = iter(loader)
@@ -200,9 +203,16 @@ class _Steps(Dataset[tuple[Tensor, Tensor, str]]):
         rows, augment = self.steps[index], self.batches.augment
         mine = slice(*self.batches._mine(len(rows)))
         try:
+            if isinstance(self.images.pixels, Items):
+                chosen = self.images.subset(rows[mine])
+                views = [
+                    self.images.pixels.draw(chosen.rows, self.batches.seed, self.epoch, view)
+                    for view in range(self.batches.views)
+                ]
+                return torch.stack(views), chosen.labels, ""
             if augment is None or not augment.resized_crop:
-                chosen = self.images.select(rows[mine])
-                return chosen.images[None], chosen.labels, ""
+                fetched = self.images.select(rows[mine])
+                return fetched.images[None], fetched.labels, ""
             key = self.batches.seed, "crop", self.epoch, self.start + index
             draws = [
                 torch.rand(len(rows), TRIES, 4, generator=generator(*key, view))[mine]

@@ -116,8 +116,9 @@ def _load(name: str, root: Path | str | None, verify: bool = False) -> Dataset:
         header.stream.check()
         packed = {key.removeprefix("rows."): tensors.pop(key) for key in list(tensors) if key.startswith("rows.")}
         pixels = streams.pixels(streams.STREAMS[header.stream.kind].unpack(header.stream, packed), header.spec)
-        parts = {part: (tensors[f"{part}.{item}"] for item in ("labels", "ids", "rows")) for part in PARTS}
-        train, validation, test = (Lazy(pixels, *items) for items in parts.values())
+        train, validation, test = (
+            Lazy(pixels, *[tensors[f"{part}.{item}"] for item in ("labels", "ids", "rows")]) for part in PARTS
+        )
         return Dataset(header.spec, header.classes, train, validation, test, header.fingerprint)
     train, validation, test = (
         Lazy(*(tensors[f"{part}.{item}"] for item in ("images", "labels", "ids")))  # type: ignore[arg-type]

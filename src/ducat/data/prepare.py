@@ -144,7 +144,7 @@ def prepare(
         def finish(written: Mapping[str, Tensor | Stored]) -> cache.Header:
             everything = {key: value.source() if isinstance(value, Stored) else value for key, value in written.items()}
             assert spec is not None
-            row = _measured(spec, everything, held_out) if own else spec
+            row = measured(spec, everything, held_out) if own else spec
             return cache.Header(row, classes, fingerprint(everything), origin, "; ".join(notices))
 
         draft = cache.Header(spec, classes, f"sha256:{64 * '0'}", origin, "; ".join(notices))
@@ -176,7 +176,7 @@ def _stream(
         if not splits.survey.even:
             row = replace_fields(row, resized_crop=SMALLEST_CROP)
         some = splits.train.subset(stratified_order(splits.train.labels)[:MEASURED].sort().values)
-        row = _measured(row, {"train.images": some}, held_out=False)
+        row = measured(row, {"train.images": some}, held_out=False)
     else:
         row = spec
     tensors: dict[str, Tensor | Source] = {f"rows.{key}": tensor for key, tensor in scanned.rows.pack().items()}
@@ -185,8 +185,8 @@ def _stream(
         tensors |= {f"{part}.labels": images.labels, f"{part}.ids": images.ids, f"{part}.rows": images.rows}
     parts = {key: tensor for key, tensor in tensors.items() if not key.startswith("rows.")}
     exact = f"{scanned.origin.digest} {row.shape} {row.shorter} {row.resample} {fingerprint(parts)}"
-    measured = f"sha256:{hashlib.sha256(exact.encode()).hexdigest()}"
-    return tensors, cache.Header(row, splits.classes, measured, source, "; ".join(notices), scanned.origin)
+    exact = f"sha256:{hashlib.sha256(exact.encode()).hexdigest()}"
+    return tensors, cache.Header(row, splits.classes, exact, source, "; ".join(notices), scanned.origin)
 
 
 def _listed(test: Source, rows: streams.Rows, listed: Path) -> Source:
@@ -289,7 +289,7 @@ def _folder_spec(name: str, shape: tuple[int, int, int]) -> DataSpec:
     return DataSpec(name, name, "folder", shape, unknown, unknown, crop_padding=shape[1] // 8)
 
 
-def _measured(spec: DataSpec, tensors: Mapping[str, Tensor | Source], held_out: bool) -> DataSpec:
+def measured(spec: DataSpec, tensors: Mapping[str, Tensor | Source], held_out: bool) -> DataSpec:
     """Return a row with the mean and deviation of all training images, of which some may have been held out."""
     counts = torch.zeros(spec.shape[0], 256, dtype=torch.int64)
     for part in ("train", "validation") if held_out else ("train",):

@@ -238,6 +238,7 @@ class _Loop:
             views=self.step.views,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
+            workers=config.data.workers,
         )
         self.position, self.resumed = _Position(), False
         self.received: list[int] = []
@@ -411,7 +412,7 @@ class _Loop:
 
     def _validated(self) -> Mapping[str, float]:
         if self.validate is not None:
-            measured = self.validate(self.step.deployed, self.dataset.validation)
+            measured = self.validate(self.step.deployed, self.dataset.validation.to("cpu"))
             shares = torch.tensor(list(measured.values()), dtype=torch.float64)
             if self.accelerator.num_processes > 1:
                 shares = self.step.mean(shares.to(self.accelerator.device))
