@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
+from importlib import resources
 from pathlib import Path, PurePath
 
 import PIL
@@ -186,7 +187,18 @@ def _stream(
     parts = {key: tensor for key, tensor in tensors.items() if not key.startswith("rows.")}
     exact = f"{scanned.origin.digest} {row.shape} {row.shorter} {row.resample} {fingerprint(parts)}"
     exact = f"sha256:{hashlib.sha256(exact.encode()).hexdigest()}"
-    return tensors, cache.Header(row, splits.classes, exact, source, "; ".join(notices), scanned.origin)
+    return tensors, cache.Header(row, _named(splits.classes, row), exact, source, "; ".join(notices), scanned.origin)
+
+
+def _named(classes: tuple[str, ...], spec: DataSpec) -> tuple[str, ...]:
+    """Return the names of classes that go by WordNet ids, or by their number in the order of these."""
+    if spec.words is None:
+        return classes
+    lines = resources.files("ducat.data").joinpath(spec.words).read_text(encoding="utf-8").splitlines()
+    words = dict(line.split("\t") for line in lines)
+    if classes == tuple(map(str, range(len(words)))):
+        return tuple(words.values())
+    return tuple(words.get(name, name) for name in classes)
 
 
 def _listed(test: Source, rows: streams.Rows, listed: Path) -> Source:
