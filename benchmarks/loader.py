@@ -144,7 +144,9 @@ def stream(count: int, size: int, batch: int, rounds: int) -> None:
     random = np.random.default_rng(0)
     files = []
     for _ in range(count):
-        pixels = Image.fromarray(random.integers(0, 256, (24, 32, 3), np.uint8)).resize((500, 375), Image.Resampling.BICUBIC)
+        pixels = Image.fromarray(random.integers(0, 256, (24, 32, 3), np.uint8)).resize(
+            (500, 375), Image.Resampling.BICUBIC
+        )
         content = io.BytesIO()
         pixels.save(content, "JPEG", quality=90)
         files.append(content.getvalue())

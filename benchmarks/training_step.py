@@ -92,7 +92,7 @@ class Timed:
         device: str = "cpu",
     ) -> None:
         self.threat, self.device = threat, torch.device(device)
-        self.objective = objective(method, dummy)  # type: ignore[arg-type]
+        self.objective = objective(method, dummy)
         views = self.objective.method.views
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -1,4 +1,7 @@
+import importlib
+import importlib.util
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,36 @@ from torch import nn
 torch.set_num_threads(1)
 settings.register_profile("ducat", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("ducat")
+
+
+def _declare_torchvision_operators() -> None:
+    """Let timm import a torchvision that is built for GPUs with a PyTorch that is not: operators are missing then.
+
+    No test calls them.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@pytest.fixture(scope="session")
+def timm() -> Any:
+    """timm, where it is installed; the `dev` extra has it."""
+    _declare_torchvision_operators()
+    return pytest.importorskip("timm")
+
+
+@pytest.fixture(scope="session")
+def transformers() -> Any:
+    """transformers, where it is installed; the `dev` extra has it."""
+    _declare_torchvision_operators()
+    return pytest.importorskip("transformers")
 
 
 @pytest.fixture

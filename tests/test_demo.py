@@ -8,6 +8,8 @@ from ducat.cli import main
 from ducat.demo import NETWORKS, Demo, run
 from ducat.runs import RunFolder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:

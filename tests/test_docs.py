@@ -18,6 +18,8 @@ import pytest
 
 from ducat.cli import COMMANDS, main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 

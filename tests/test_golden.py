@@ -1,6 +1,7 @@
 """Losses and whole outer losses against METHOD.md's formulas, written once more in float64 NumPy probabilities."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from torch import nn
 
 from ducat import losses
-from ducat.config import Config, DummyConfig, MethodConfig, TrainConfig
-from ducat.dummy import two_hot
+from ducat.config import Config, DummyConfig, MethodConfig, ThreatConfig, TrainConfig
+from ducat.dummy import add_dummy_classes, two_hot
 from ducat.threat import ThreatModel
 
 Array = np.ndarray
@@ -162,8 +163,22 @@ def objective(method: str, kind: str, epoch: int, smoothing: float = 0.0):
     ).objective(epoch)
 
 
-def reference_loss(method: str, kind: str, epoch: int, smoothing: float, z: Array, z2: Array, y: Array) -> float:
-    """METHOD.md, the table in section 1; z and z2 are the logits of benign and adversarial images."""
+def reference_loss(
+    method: str,
+    kind: str,
+    epoch: int,
+    smoothing: float,
+    z: Array,
+    z2: Array,
+    y: Array,
+    *,
+    joint: Array | None = None,
+    warm_up: bool = False,
+) -> float:
+    """METHOD.md, the table in section 1; z and z2 are the logits of benign and adversarial images.
+
+    `joint` is the logits of both in one batch, where the two-hot loss has a pass of its own.
+    """
     active = kind != "off" and epoch == 1
 
     def read(logits: Array) -> Array:
@@ -175,11 +190,12 @@ def reference_loss(method: str, kind: str, epoch: int, smoothing: float, z: Arra
 
     if active:
         u = (1 - smoothing) * one_hot(y, C) + smoothing / C
-        benign = np_cross_entropy(softmax(z), np_two_hot(u, W_BENIGN))
-        attacked = np_cross_entropy(softmax(z2), np_two_hot(u, W_ADVERSARIAL))
+        half, half2 = (z, z2) if joint is None else np.split(joint, 2)
+        benign = np_cross_entropy(softmax(half), np_two_hot(u, W_BENIGN))
+        attacked = np_cross_entropy(softmax(half2), np_two_hot(u, W_ADVERSARIAL))
         cross_entropy = np.concatenate([benign, attacked]).mean()
     else:
-        p = read(z if method == "trades" else z2)
+        p = read(z if method == "trades" and not warm_up else z2)
         u = (1 - smoothing) * one_hot(y, p.shape[1]) + smoothing / p.shape[1]
         cross_entropy = np_cross_entropy(p, u).mean()
     p, p2 = read(z), read(z2)
@@ -317,10 +333,151 @@ def test_the_inner_attack_climbs_the_objective_of_the_method(method: str, kind: 
     np.testing.assert_allclose(found.numpy().reshape(B, 4), expected, atol=1e-6)
 
 
+class Reference:
+    """Training on 2 x 2 images, in NumPy and float64: batch norm, 4 to 3 linear, tanh, batch norm, 3 to K linear.
+
+    Everything is worked out from the formulas: batch statistics, passes, attack, loss, SGD. Gradients are differences.
+    """
+
+    def __init__(self, method: str, kind: str, how: str) -> None:
+        self.method, self.kind, self.how = method, kind, how
+        outputs = C if kind == "off" else 2 * C
+        shapes = {"0.g": (4,), "0.b": (4,), "0.w": (3, 4), "0.o": (3,)}
+        shapes |= {"1.g": (3,), "1.b": (3,), "1.w": (outputs, 3), "1.o": (outputs,)}
+        self.weights = {name: draw(*shape, seed=n, scale=0.7) for n, (name, shape) in enumerate(shapes.items())}
+        self.velocity = {name: np.zeros(shape) for name, shape in shapes.items()}
+        self.running = [[np.zeros(4), np.ones(4)], [np.zeros(3), np.ones(3)]]
+
+    def forward(self, x: Array, weights: dict[str, Array], seen: list | None = None, *, train: bool = True) -> Array:
+        for layer, (mean, variance) in enumerate(self.running):
+            if train:
+                mean, variance = x.mean(0), x.var(0)
+                if seen is not None:
+                    seen.append((layer, mean, x.var(0, ddof=1)))
+            x = (x - mean) / np.sqrt(variance + 1e-5) * weights[f"{layer}.g"] + weights[f"{layer}.b"]
+            x = x @ weights[f"{layer}.w"].T + weights[f"{layer}.o"]
+            x = np.tanh(x) if layer == 0 else x
+        return x
+
+    def loss(self, x: Array, x2: Array, y: Array, epoch: int, weights: dict[str, Array], seen: list | None) -> float:
+        active = self.kind != "off" and epoch == 1
+        joint = None
+        if self.how == "joint" or self.method not in ("trades", "mart"):
+            if self.method in ("trades", "mart") or active:
+                z, z2 = np.split(self.forward(np.concatenate([x, x2]), weights, seen), 2)
+            else:
+                z2 = self.forward(x2, weights, seen)
+                z = z2  # which no loss looks at
+        else:
+            joint = self.forward(np.concatenate([x, x2]), weights, seen) if active else None
+            z2, z = self.forward(x2, weights, seen), self.forward(x, weights, seen)
+        return reference_loss(self.method, self.kind, epoch, 0.0, z, z2, y, joint=joint, warm_up=self.how == "released")
+
+    def attack(self, x: Array, y: Array, epoch: int, start: Array, eps: float, step: float, steps: int) -> Array:
+        def seen(images: Array) -> Array:
+            z = self.forward(images, self.weights, train=False)
+            if self.kind != "recovery-aware":
+                return softmax(z)
+            p = softmax(z)
+            return p[:, :C] + p[:, C:] if epoch == 1 else softmax(z[:, :C])
+
+        def climbed(images: Array) -> float:
+            p = seen(images)
+            target = one_hot(y, p.shape[1])
+            return float((np_kl(seen(x), p) if self.method == "trades" else np_cross_entropy(p, target)).sum())
+
+        for _ in range(steps):
+            start = start + step * np.sign(numeric_gradient(climbed, start, h=1e-5))
+            start = np.clip(np.clip(start, x - eps, x + eps), 0, 1)
+        return start
+
+    def step(self, x: Array, x2: Array, y: Array, epoch: int, rate: float) -> float:
+        seen: list = []
+        value = self.loss(x, x2, y, epoch, self.weights, seen)
+        gradients = {
+            name: numeric_gradient(lambda w, name=name: self.loss(x, x2, y, epoch, {**self.weights, name: w}, None), at)
+            for name, at in self.weights.items()
+        }
+        for layer, mean, variance in seen:
+            self.running[layer] = [
+                0.9 * old + 0.1 * new for old, new in zip(self.running[layer], (mean, variance), strict=True)
+            ]
+        for name, gradient in gradients.items():
+            self.velocity[name] = 0.9 * self.velocity[name] + gradient + 5e-4 * self.weights[name]
+            self.weights[name] = self.weights[name] - rate * self.velocity[name]
+            if self.kind == "recovery-aware" and epoch == 0 and name in ("1.w", "1.o"):
+                self.weights[name][C:] = self.weights[name][:C]
+        return value
+
+
+HOW = [
+    (method, how) for method in METHODS for how in ("joint", *(("separate",) if method in ("trades", "mart") else ()))
+]
+
+
+@pytest.mark.parametrize("kind", ["off", "published", "recovery-aware"])
+@pytest.mark.parametrize(("method", "how"), [*HOW, ("trades", "released")])
+def test_three_steps_in_training_mode_across_the_switch(method: str, how: str, kind: str) -> None:
+    from ducat.seeding import generator
+    from ducat.training.step import Step
+
+    reference = Reference(method, kind, how)
+    config = Config(
+        method=MethodConfig(
+            method,
+            weight=WEIGHTS.get(method),
+            cross_entropy="adversarial" if how == "released" else "auto",
+            clip_start=how != "released",
+        ),
+        dummy=DummyConfig(kind, start_epoch=1, benign_weight=W_BENIGN, adversarial_weight=W_ADVERSARIAL),
+        threat=ThreatConfig(eps=0.2, step_size=0.1, steps=2),
+        train=TrainConfig(
+            epochs=2,
+            milestones=(1,),
+            batch_norm="joint" if how == "joint" else "auto",
+            precision="float32",
+            device="cpu",
+            seed=5,
+        ),
+    )
+    model = nn.Sequential(
+        nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Tanh(), nn.BatchNorm1d(3), nn.Linear(3, C)
+    ).double()
+    if kind != "off":
+        add_dummy_classes(model)
+    ours = [model[1].weight, model[1].bias, *model[2].parameters(), model[4].weight, model[4].bias]
+    ours += [*model[5].parameters()]
+    with torch.no_grad():
+        for parameter, values in zip(ours, reference.weights.values(), strict=True):
+            parameter.copy_(torch.tensor(values))
+    rows = 2 * B if method == "consistency" else B
+    step = Step(config, model, torch.zeros(2, 1, 2, 2, dtype=torch.float64))
+    for epoch, place in ((0, 1), (1, 0), (1, 1)):
+        x = np.random.default_rng(10 * epoch + place).random((rows, 4))
+        x[:, 0] = 0.0  # black pixels, so that cutting a start to [0, 1] makes a difference
+        y = np.roll(np.tile(Y, rows // B), place)
+        noise = generator(5, "attack", epoch, place, 0)
+        if method in ("trades", "mart"):
+            start = x + 0.001 * torch.randn(rows, 1, 2, 2, generator=noise).double().numpy().reshape(rows, 4)
+            start = start if how == "released" else start.clip(0, 1)
+        else:
+            start = x + 0.2 * (2 * torch.rand(rows, 1, 2, 2, generator=noise).double().numpy().reshape(rows, 4) - 1)
+            start = start.clip(0, 1)
+        x2 = reference.attack(x, y, epoch, start, 0.2, 0.1, 2)
+        expected = reference.step(x, x2, y, epoch, 0.1 if epoch == 0 else 0.01)
+        loss = step(torch.tensor(x).view(rows, 1, 2, 2), torch.tensor(y), epoch, place, 2)
+        assert loss.item() == pytest.approx(expected, rel=1e-7)
+        for parameter, (name, values) in zip(ours, reference.weights.items(), strict=True):
+            np.testing.assert_allclose(parameter.detach().numpy(), values, atol=2e-7, err_msg=name)
+        for layer, (mean, variance) in zip((model[1], model[4]), reference.running, strict=True):
+            np.testing.assert_allclose(layer.running_mean.numpy(), mean, atol=1e-7)
+            np.testing.assert_allclose(layer.running_var.numpy(), variance, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("method", "kind", "epoch"), [("natural", "off", 0), *((method, *phase) for method in METHODS for phase in PHASES)]
 )
-def test_a_training_step_updates_batch_norm_statistics_once(method: str, kind: str, epoch: int) -> None:
+def test_a_training_step_updates_batch_norm_statistics_once_for_every_pass(method: str, kind: str, epoch: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, C if kind == "off" else 2 * C))
@@ -329,4 +486,10 @@ def test_a_training_step_updates_batch_norm_statistics_once(method: str, kind: s
     adversarial = chosen.attack(model, x, y, ThreatModel(eps=0.1, steps=2))
     assert model[1].num_batches_tracked == 0
     chosen.loss(model, x, adversarial, y).backward()
-    assert model[1].num_batches_tracked == 1
+    active = kind != "off" and epoch == 1
+    passes = 1 if method not in ("trades", "mart") else 3 if active else 2
+    assert model[1].num_batches_tracked == passes
+    assert len(chosen.passes(x, adversarial)) == passes
+    joint = replace(chosen, method=replace(chosen.method, forwards_apart=False))
+    joint.loss(model, x, adversarial, y).backward()
+    assert model[1].num_batches_tracked == passes + 1

@@ -9,7 +9,9 @@ from torch import nn
 
 import ducat
 from ducat import checkpoint
-from ducat.config import Config, DummyConfig, MethodConfig, TrainConfig
+from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, TrainConfig
+from ducat.data.batches import Batches
+from ducat.data.images import Images
 from ducat.methods import ATTACKS, METHODS, Objective
 from ducat.runs import RunFolder
 from ducat.threat import ThreatModel
@@ -264,13 +266,57 @@ def test_a_recipe_is_read(path: Path) -> None:
         assert rates == pytest.approx([1, 0.1, 0.1, 0.01])
 
 
+RELEASED = {"cifar10": (50_000, 391), "cifar100": (50_000, 391), "tiny-imagenet": (100_000, 782)}
+
+
+@pytest.mark.parametrize(("name", "size"), RELEASED.items())
+def test_a_released_recipe_counts_as_the_released_code_does(name: str, size: tuple[int, int]) -> None:
+    made = Config.from_yaml(RECIPES[0].with_name(f"{name}-released.yaml"))
+    spec = ducat.data.SPECS[name]
+    assert spec.sizes is not None
+    assert made.data.held_out == 0
+    assert made.resolve(spec).data.crop_padding == 4
+    images = Images(
+        torch.zeros(size[0], 1, 1, 1, dtype=torch.uint8), torch.zeros(size[0]).long(), torch.arange(size[0])
+    )
+    assert spec.sizes[0] == size[0]
+    batches = Batches(images, made.train.batch_size, seed=0, augment=None, drop_last=made.train.drop_last)
+    assert len(batches) == size[1]
+    # Counted from 1 the code has dummy classes from epoch 105 to 130, the first of them at a tenth of the rate.
+    active = [epoch for epoch in range(made.train.epochs) if made.objective(epoch).targets is not None]
+    assert len(active) == 26
+    rates = [
+        made.train.learning_rate
+        * ducat.schedules.learning_rate("multi-step", epoch + 0.5, 130, milestones=made.train.milestones)
+        for epoch in range(made.train.epochs)
+    ]
+    assert [rates.count(rate) for rate in dict.fromkeys(rates)] == [100, 5, 25]
+    assert [rates[epoch] for epoch in active] == pytest.approx([0.01] + [0.001] * 25)
+    # The sum of steps times rate with dummy classes: 30 % more than with 25 epochs at 0.001 on 49,000 images.
+    if name == "cifar10":
+        ours = 25 * 382 * 0.001
+        assert len(batches) * sum(rates[epoch] for epoch in active) / ours == pytest.approx(1.433, abs=1e-3)
+
+
+def test_a_run_that_holds_nothing_out_trains_on_all_images_and_says_that_it_has_no_best(tmp_path: Path) -> None:
+    settings = replace(config(), data=DataConfig("digits", held_out=0))
+    folder = train(settings, tmp_path)
+    assert folder.manifest["data"]["train"] == 1297
+    assert folder.manifest["data"]["validation"] == 0
+    assert folder.checkpoints == ["last"]
+    assert "robust" not in folder.metrics[-1]
+    with pytest.raises(FileNotFoundError, match=r"no images were held out to choose it by.*choose from last"):
+        folder.load()
+    assert ducat.load(folder.path, "last")(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
 def test_there_are_recipes() -> None:
     stems = {path.stem for path in RECIPES}
     assert stems >= {
         *(
             f"{data}-{kind}"
             for data in ("cifar10", "cifar100", "tiny-imagenet")
-            for kind in ("paper", "recovery-aware")
+            for kind in ("paper", "released", "recovery-aware")
         ),
         "digits",
     }

@@ -32,8 +32,8 @@ from benchmarks.cure.networks import Gated, Held, Joined, through_stand_ins
 from benchmarks.cure.rows import ROWS, Row
 from benchmarks.cure.settings import SETTINGS, Setting
 from ducat import checkpoint
-from ducat.attacks.adaptive import BUDGETS, TARGETED, Round
-from ducat.attacks.suites import SUITES, Attack, Suite, _pgd, ensemble
+from ducat.attacks.adaptive import TARGETED, Round
+from ducat.attacks.suites import SUITES, Attack, Suite, ensemble
 from ducat.cli import main as command
 from ducat.config import Config
 from ducat.data import load, load_test
@@ -42,22 +42,20 @@ from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder
 from ducat.training import Initial, train
 
-
-def register() -> None:
-    """Add the suite that only the search has to the library's tables."""
-    # On all samples, without the long rounds of "standard".
-    BUDGETS["front"] = (
-        Round("recovered-cross-entropy", 20),
-        Round("weighted-pair", 20),
-        Round(TARGETED, 20, targets=5),
-    )
-    attacks = (
-        Attack("pgd-20", False, _pgd(20)),
-        Attack("pgd-20", True, _pgd(20)),
-        Attack("ensemble-front", True, ensemble("front")),
-    )
-    SUITES["front"] = Suite(attacks, audit=False)
-    SUITES["front-of-mixtures"] = Suite((*attacks, Attack("stand-ins", True, through_stand_ins)), audit=False)
+# On all samples, without the long rounds of "standard".
+SHORT = (
+    Round("recovered-cross-entropy", 20),
+    Round("weighted-pair", 20),
+    Round(TARGETED, 20, targets=5),
+)
+ATTACKS = (
+    *(row for row in SUITES["light"].attacks if row.strategy == "pgd-20"),
+    Attack("ensemble-front", True, ensemble(SHORT)),
+)
+FRONT = Suite(ATTACKS, audit=False, name="front")
+FRONT_OF_MIXTURES = Suite(
+    (*ATTACKS, Attack("stand-ins", True, through_stand_ins)), audit=False, name="front-of-mixtures"
+)
 
 
 def with_options(config: Config, options: Mapping[str, Any]) -> Config:
@@ -117,7 +115,7 @@ class Search:
         deployed = row.deployed(network.eval(), Held(held_out.floats(), held_out.labels, threat))
         x, y = load_test(self.setting.data, self.setting.test, self.data)
         title = manifest["data"]["title"]
-        suite = "front-of-mixtures" if isinstance(deployed, Gated) else "front"
+        suite = FRONT_OF_MIXTURES if isinstance(deployed, Gated) else FRONT
         measured = ducat.evaluate(deployed, x, y, threat, suite, num_classes=10, seed=self.seed, data=title)
         content = {
             "name": name,
@@ -197,7 +195,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=ROWS, help="rows to make; all by default")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    register()
     if arguments.table is not None:
         write(arguments.work, arguments.table)
         return

@@ -67,7 +67,7 @@ class DetachedPair(methods.Objective):
         assert self.targets is not None
         handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         try:
-            logits = model(self.forwarded(x, adversarial)).float()
+            logits = model(torch.cat([x, adversarial])).float()
         finally:
             handle.remove()
         apart = F.linear(seen[0].detach().float(), head.weight, head.bias)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import ducat
 
@@ -154,6 +155,35 @@ def ascend(
         now = (x + (now.detach() + length * drift.sign() - x).clamp(-eps, eps)).clamp(0, 1)
         if step % EVERY == EVERY - 1:
             yield now
+
+
+def selective(
+    network: Callable[[Tensor], Tensor], score: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, eps: float
+) -> Tensor:
+    """Fool a network where a detector's score stays below 0: a step serves the aim that is missed, without harm to the
+    other (Bryniarski et al. 2022, orthogonal projected gradient descent).
+
+    Returns:
+        For each sample the last image that did both, else the last one.
+    """
+    size = x[0].numel() ** 0.5
+    now, chosen, won = x, x.clone(), torch.zeros(len(x), dtype=torch.bool)
+    for step in range(200):
+        with torch.enable_grad():
+            now = now.detach().requires_grad_()
+            margin, detected = _margin(network(now), y), score(now)
+            slopes = [torch.autograd.grad(each.sum(), now)[0] for each in (margin, detected)]
+        success = (margin > 0) & (detected < 0)
+        chosen[success], won = now.detach()[success], won | success
+        up, down = (F.normalize(slope.flatten(1), dim=1) for slope in slopes)
+        along = (up * down).sum(1, keepdim=True)
+        missed, near = (margin <= 0)[:, None], (detected > -0.1)[:, None].float()
+        move = torch.where(missed, up - near * along * down, -near * (down - along * up))
+        length = size * eps * (0.1 if step < 150 else 0.02)
+        now = now.detach() + length * F.normalize(move, dim=1).view_as(x)
+        now = (x + (now - x).clamp(-eps, eps)).clamp(0, 1)
+    chosen[~won] = now[~won]
+    return chosen
 
 
 def through(truth: Truth, proxy: nn.Module, noise: torch.Generator) -> None:

@@ -42,7 +42,7 @@ class After(nn.Module):
 class Draws(nn.Module):
     """The logarithm of a random network's mean probabilities (expectation over transformation, Athalye et al. 2018)."""
 
-    def __init__(self, network: nn.Module, draws: int = 8) -> None:
+    def __init__(self, network: nn.Module, draws: int = 4) -> None:
         super().__init__()
         self.network, self.draws = network, draws
 

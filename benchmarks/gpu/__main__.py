@@ -46,6 +46,10 @@ from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder, environment
 from ducat.training import Interrupted, resume, train
 
+# Blind and recovery-aware; `light` has the other attacks.
+AUTOATTACK = Suite(
+    tuple(row for row in SUITES["standard"].attacks if row.strategy == "autoattack"), audit=False, name="autoattack"
+)
 DATA = "cifar10-jpeg"
 NAMES = {"off": "pgd-at", "published": "published", "recovery-aware": "recovery-aware"}
 METHODS = ("pgd-at", "trades", "mart", "consistency")
@@ -205,7 +209,7 @@ def attack_network(kind: str, place: Place, clock: Clock) -> None:
             x,
             y,
             config.threat.build(None),
-            "autoattack",
+            AUTOATTACK,
             num_classes=10,
             batch_size=250,
             data=folder.manifest["data"]["title"],
@@ -287,10 +291,6 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="after which to save and stop")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to see that it runs")
     arguments = parser.parse_args()
-    # AutoAttack alone, blind and recovery-aware; `light` has the other attacks.
-    SUITES["autoattack"] = Suite(
-        tuple(row for row in SUITES["standard"].attacks if row.strategy == "autoattack"), False
-    )
     clock, place = Clock(arguments.minutes), Place(arguments.out, arguments.toy)
     chosen = STAGES if arguments.stage is None else [STAGES[arguments.stage - 1]]
     code = 0

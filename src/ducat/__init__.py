@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from ducat import attacks, data, losses, models
 from ducat.dummy import RecoveredClassifier, add_dummy_classes, recover, two_hot
-from ducat.evaluation import Evaluation, evaluate
+from ducat.evaluation import Evaluation, SelectiveClassifier, evaluate
 from ducat.methods import objective
 from ducat.runs import load
 from ducat.threat import ThreatModel
@@ -17,6 +17,7 @@ __all__ = [
     "Evaluation",
     "RecoveredClassifier",
     "RobustClassifier",
+    "SelectiveClassifier",
     "ThreatModel",
     "add_dummy_classes",
     "attacks",

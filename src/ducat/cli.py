@@ -21,7 +21,8 @@ from ducat import demo as demo_room
 from ducat.attacks.suites import SUITES
 from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, config_parser
 from ducat.evaluation import behaviour, studies
-from ducat.evaluation.runs import evaluate_checkpoint, evaluate_run
+from ducat.evaluation.rejection import SIGNALS
+from ducat.evaluation.runs import calibrate_run, evaluate_checkpoint, evaluate_run
 from ducat.progress import Live
 from ducat.reporting import compare as comparing
 from ducat.reporting import page, plots
@@ -44,6 +45,8 @@ ARGUMENT_ERRORS = {
 NORMALIZATION = "of a checkpoint: whether its network takes images normalised by the data's mean and deviation"
 EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
 SOURCE = "local archive or folder instead of a download; wds:SHARDS, hf:NAME, folder:PATH are decoded as they come"
+REJECT = "measure refusing too: shares of correctly classified benign images that may be refused, such as 0.02 0.05"
+CALIBRATE = "share of correctly classified benign validation images that may be refused, in [0, 1), such as 0.05"
 EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption the best"
 
 
@@ -183,6 +186,7 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
             seed=arguments.seed,
             which=arguments.which,
             threat=_threat(arguments).build(None) if arguments.norm or arguments.eps else None,
+            reject=arguments.reject,
             progress=live.attacks(folder.name),
         )
     if arguments.json is not None:
@@ -215,6 +219,7 @@ def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
             samples=arguments.samples,
             seed=arguments.seed,
             path=arguments.json,
+            reject=arguments.reject,
             progress=live.attacks(source.stem),
         )
     print_comparison(console, comparing.compare([Run(source.stem, source, config.flat(), {}, [], measured)]))
@@ -256,13 +261,34 @@ def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
     )
     parser.add_argument("--normalization", type=Literal["data", "none"], default="data", help=NORMALIZATION)
     parser.add_argument("--data", type=str, default="cifar10", help="for a checkpoint: data set to evaluate on")
-    parser.add_argument("--norm", type=Norm | None, help="linf or l2; default: the run's, or linf")
+    parser.add_argument("--norm", type=Norm | None, help="linf, l2 or l1; default: the run's, or linf")
     parser.add_argument("--eps", type=float | str | None, help=EPS)
     parser.add_argument("--suite", choices=tuple(SUITES), default="standard", help="which attacks to run")
     parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the attacks")
     parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
+    parser.add_argument("--reject", type=float, nargs="*", default=[], metavar="SHARE", help=REJECT)
     parser.add_argument("--json", type=Path | None, help="also write the result to this new file")
+    return parser
+
+
+def _run_calibrate(arguments: Namespace, console: Console) -> None:
+    folder = RunFolder.open(arguments.run)
+    made = calibrate_run(folder, arguments.reject, arguments.signal, which=arguments.which)
+    _print(
+        console,
+        f"{folder.rejection_path}: refuses images whose {made['signal']} is below {made['threshold']:.4g}, "
+        f"{100 * made['reject']:g} % of the correctly classified among {made['images']} validation images. "
+        f"What that withstands: ducat evaluate {folder.path} --which {made['checkpoint']} --reject {made['reject']:g}",
+    )
+
+
+def _calibrate_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _parser("ducat calibrate")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--reject", type=float, required=True, metavar="SHARE", help=CALIBRATE)
+    parser.add_argument("--signal", choices=tuple(SIGNALS), default="confidence", help="what decides")
+    parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
     return parser
 
 
@@ -427,6 +453,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("train a network and leave a run folder", _train_parser, _run_train),
     "adapt": Command("give a trained network dummy classes and train it on", _adapt_parser, _run_adapt),
     "evaluate": Command("attack a run, blind and recovery-aware", _evaluate_parser, _run_evaluate),
+    "calibrate": Command("let a run refuse what it is unsure of", _calibrate_parser, _run_calibrate),
     "compare": Command("put evaluated runs side by side", _compare_parser, _run_compare),
     "analyze": Command("what several evaluated runs say together", _analyze_parser, _run_analyze),
     "export": Command("write a run for ONNX, a model hub and other tools", _export_parser, _run_export),
@@ -437,12 +464,12 @@ COMMANDS: dict[str, Command] = {
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Print runs as tables, with what was measured above each and what a reader must know below."""
-    for section in comparison.sections:
-        _print(console, f"{section.title}. {comparing.caption(section)}")
+    for lines in (table for section in comparison.sections for table in comparing.tables(section)):
+        _print(console, lines.caption)
         table = Table()
-        for header in comparing.headers(section):
+        for header in lines.headers:
             table.add_column(header, overflow="fold")
-        for cells in comparing.cells(section):
+        for cells in lines.cells:
             # The interval goes below its number, so that the table fits 80 columns.
             table.add_row(*(cell.replace(" [", "\n[") for cell in cells))
         console.print(table, highlight=False, markup=False)

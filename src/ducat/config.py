@@ -17,7 +17,8 @@ from ducat.data.images import Dataset
 from ducat.data.specs import DataSpec
 from ducat.dummy import TwoHot
 from ducat.methods import Kind
-from ducat.models.architecture import Architecture
+from ducat.models.architecture import Architecture, describe_foreign
+from ducat.models.doors import is_foreign
 from ducat.schedules import SCHEDULES, epoch_of
 from ducat.threat import Norm, ThreatModel
 
@@ -58,11 +59,18 @@ class DataConfig:
     workers: int | None = None
     """Processes that decode the images of a stream, for each process that trains; 0 is none besides it, by default the
     cores there are, 8 at most. The batches are the same for any number."""
+    crop_padding: int | None = None
+    """Pixels of black added on each side before the random crop; 0 is no crop. By default what fits the data."""
+    held_out: float | int | None = None
+    """Training images held out to choose the best checkpoint: a number, or a share below 1. 0 trains on all of them,
+    and leaves no best checkpoint. By default those that were held out when the data were prepared."""
 
     def __post_init__(self) -> None:
         _among("data.augmentation", self.augmentation, ("auto", "base", "strong"))
         _at_least("data.samples", self.samples, 1)
         _at_least("data.workers", self.workers, 0)
+        _at_least("data.crop_padding", self.crop_padding, 0)
+        _at_least("data.held_out", self.held_out, 0)
 
 
 @dataclass(frozen=True)
@@ -70,16 +78,33 @@ class ModelConfig:
     """Which network to train."""
 
     name: str | None = None
-    """Name of a network, for example small, resnet20, resnet18, wrn-28-10; by default the one usual for the data."""
+    """Name of a network, for example small, resnet20, resnet18, wrn-28-10; by default the one usual for the data.
+    Networks of others are timm/NAME, hf:REPO_OR_FOLDER, path/to/nets.py:function and package.module:function; a
+    function is called with the number of outputs."""
     width: int | None = None
     """Channels of the first stage, instead of the network's own."""
-    normalization: Literal["data", "none"] = "data"
+    normalization: Literal["auto", "data", "none"] = "auto"
     """What the network does to its images first: data subtracts the data's mean and divides by its standard deviation,
-    per channel; none takes images in [0, 1] as they are, as many published robust networks do."""
+    per channel; none takes images in [0, 1] as they are, as many published robust networks do; auto is what a network
+    of others says of itself, else data."""
+    options: dict[str, Any] | None = None
+    """What else a network of others is made with, for example {"img_size": 32}."""
+    weights: str | None = None
+    """Weights to begin with: a file or run folder, or pretrained for those that the network's publisher trained. A
+    head for another number of classes is new."""
+    input_size: int | None = None
+    """Pixels a side that a network of others is given: images are resized inside of the model. By default they are
+    not, unless it only takes another size."""
+
+    init: Literal["he", "torch"] = "he"
+    """How convolutions begin: he draws from a normal distribution with deviation sqrt(2 / fan out); torch as
+    torch.nn.Conv2d does, uniformly with deviation sqrt(1 / (3 fan in)), as code without an initialisation does."""
 
     def __post_init__(self) -> None:
-        _among("model.normalization", self.normalization, ("data", "none"))
+        _among("model.init", self.init, ("he", "torch"))
+        _among("model.normalization", self.normalization, ("auto", "data", "none"))
         _at_least("model.width", self.width, 1)
+        _at_least("model.input_size", self.input_size, 1)
 
 
 @dataclass(frozen=True)
@@ -96,9 +121,21 @@ class MethodConfig:
     validation then looks out for it."""
     label_smoothing: float | int = 0.0
     """Share of the target that is spread evenly over all classes, in [0, 1)."""
+    cross_entropy: Literal["auto", "benign", "adversarial"] = "auto"
+    """For trades and mart: the images that the cross-entropy is on while no dummy classes are in use; auto is as in
+    the method's paper. With adversarial for trades, the released code of dummy classes warms up."""
+    clip_start: bool = True
+    """Whether the noise that the attacks of trades and mart begin with is cut to [0, 1]; in their papers' code it is
+    not."""
 
     def __post_init__(self) -> None:
         methods.find(self.name).check_weight(self.weight)
+        _among("method.cross_entropy", self.cross_entropy, ("auto", "benign", "adversarial"))
+        if self.cross_entropy != "auto" and not methods.find(self.name).reads_benign:
+            raise ValueError(
+                f"method.cross_entropy={self.cross_entropy} does not fit method.name={self.name}: leave it at auto, or "
+                "choose trades or mart"
+            )
         _among("method.attack", self.attack, methods.ATTACKS)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"method.label_smoothing={self.label_smoothing} is outside [0, 1)")
@@ -124,11 +161,11 @@ class ThreatConfig:
     """What the attacker may do, in training and evaluation."""
 
     norm: Norm = "linf"
-    """linf or l2."""
+    """linf, l2 or l1."""
     eps: float | int | str | None = None
     """Radius of the ball, on images in [0, 1]: a number or a fraction such as 8/255. By default usual for the data."""
     step_size: float | int | str | None = None
-    """Length of an attack step, in the units of eps; eps / 4 by default."""
+    """Length of an attack step, in the units of eps; by default eps / 4, for l2 15/128 of eps."""
     steps: int = 10
     """Attack steps in training."""
 
@@ -151,6 +188,8 @@ class TrainConfig:
     """Passes over the training images."""
     batch_size: int = 128
     """Images a step, over all processes."""
+    drop_last: bool = True
+    """Whether images that do not fill an epoch's last batch are left out of that epoch."""
     learning_rate: float | int = 0.1
     """Highest learning rate of SGD."""
     momentum: float | int = 0.9
@@ -176,6 +215,9 @@ class TrainConfig:
     """First epoch with adversarial weight perturbation, counted from 0; between 0 and 1 a fraction of all epochs."""
     seed: int = 0
     """Seed of everything random in the run."""
+    batch_norm: Literal["auto", "joint", "separate"] = "auto"
+    """Whether the regulariser's benign and adversarial images go through the network as one batch, with joint
+    batch-norm statistics, or separately, as in the papers of trades and mart; auto is as in the method's paper."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
     """Number format of the network's passes; auto is bf16 where the processor computes in it, else float32."""
     compile: bool = False
@@ -199,6 +241,7 @@ class TrainConfig:
         _within("train.momentum", self.momentum, 0, 1)
         _at_least("train.weight_decay", self.weight_decay, 0)
         _at_least("train.seed", self.seed, 0)
+        _among("train.batch_norm", self.batch_norm, ("auto", "joint", "separate"))
         _among("train.schedule", self.schedule, SCHEDULES)
         _at_least("train.warmup_epochs", self.warmup_epochs, 0)
         _among("train.averaging", self.averaging, ("off", "ema", "swa"))
@@ -244,9 +287,10 @@ class Config:
         if augmentation == "auto":
             # AutoAugment's policy was found on photographs; grey drawings are not what it fits.
             augmentation = method.augmentation if spec.shape[0] == 3 else "base"
+        padding = spec.crop_padding if self.data.crop_padding is None else self.data.crop_padding
         resolved = dataclasses.replace(
             self,
-            data=dataclasses.replace(self.data, augmentation=augmentation),
+            data=dataclasses.replace(self.data, augmentation=augmentation, crop_padding=padding),
             model=dataclasses.replace(self.model, name=self.model.name or spec.model),
             method=dataclasses.replace(self.method, weight=weight),
             threat=ThreatConfig(self.threat.norm, threat.eps, threat.step_size, threat.steps),
@@ -255,18 +299,29 @@ class Config:
 
     def architecture(self, dataset: Dataset) -> Architecture:
         """Return the network that a resolved config asks for on its data."""
-        spec, channels = dataset.spec, dataset.spec.shape[0]
-        normalized = self.model.normalization == "data"
-        assert self.model.name is not None
-        return Architecture(
-            name=self.model.name,
+        spec, channels, model = dataset.spec, dataset.spec.shape[0], self.model
+        normalized = model.normalization != "none"
+        assert model.name is not None
+        foreign = is_foreign(model.name)
+        asked = Architecture(
+            name=model.name,
             num_classes=len(dataset.classes),
             dummy_classes=self.dummy.kind != "off",
             channels=channels,
             mean=spec.mean if normalized else (0.0,) * channels,
             std=spec.std if normalized else (1.0,) * channels,
-            width=self.model.width,
-            stem_stride=2 if spec.shape[1] >= 64 else 1,
+            width=model.width,
+            stem_stride=2 if spec.shape[1] >= 64 and not foreign else 1,
+            options=model.options or {},
+            image_size=spec.shape[1] if foreign else None,
+        )
+        if not foreign:
+            return asked
+        return describe_foreign(
+            asked,
+            normalize=model.normalization == "auto",
+            fit_size=model.input_size,
+            pretrained=model.weights == "pretrained",
         )
 
     @property
@@ -274,7 +329,8 @@ class Config:
         """Name made from the settings, for example digits-small-pgd-at-recovery-aware-s0."""
         # The place of a stream is no name of a folder.
         data = re.sub(r"[^\w.-]+", "-", self.data.name)[-60:].strip("-.")
-        parts = [data, self.model.name or "default", self.method.name]
+        model = re.sub(r"[^\w.+-]+", "-", self.model.name or "default")
+        parts = [data, model, self.method.name]
         if self.dummy.kind != "off":
             parts.append(self.dummy.kind)
         return "-".join([*parts, f"s{self.train.seed}"])
@@ -286,12 +342,22 @@ class Config:
             return self.train.epochs
         return epoch_of(self.dummy.start_epoch, self.train.epochs, "dummy.start_epoch")
 
+    @property
+    def row(self) -> methods.Method:
+        """The method of the table, with the changes that the settings ask for."""
+        row, changes = methods.find(self.method.name), {"clip_start": self.method.clip_start}
+        if self.method.cross_entropy != "auto":
+            changes["target"] = self.method.cross_entropy
+        if self.train.batch_norm != "auto":
+            changes["forwards_apart"] = self.train.batch_norm == "separate"
+        return dataclasses.replace(row, **changes)
+
     def objective(self, epoch: int) -> methods.Objective:
         """Return what the given epoch, counted from 0, minimises."""
         weights = {each.name: getattr(self.dummy, each.name) for each in dataclasses.fields(TwoHot)}
         method = self.method
         return methods.objective(
-            method.name,
+            self.row,
             self.dummy.kind,
             epoch >= self.start_epoch,
             weight=method.weight,
@@ -337,8 +403,8 @@ def config_parser(**kwargs: Any) -> ArgumentParser:
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+        if isinstance(value, dict) and not prefix:
+            yield from _flat(value, f"{name}.")
         else:
             yield prefix + name, _plain(value)
 

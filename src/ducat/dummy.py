@@ -3,14 +3,23 @@
 With C real classes the network has 2C outputs: output c < C is real class c, output c + C is its dummy class.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ducat.models.heads import find_heads, forward, images_for
+from ducat.models.outputs import logits_of
 
 RECOVERIES = ("max", "logsumexp")
 INITIALISATIONS = ("copy", "random")
+REPLACED = "replaced_by_ducat"  # mark of a parameter that dummy classes have taken the place of
+CHANGE = 1e-5  # of a logit, relative to the largest: what float32 leaves open in a product with more rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +102,7 @@ class RecoveredClassifier(nn.Module):
     """The classifier that is deployed: a network with dummy classes behind runtime recovery.
 
     Args:
-        model: maps images (B, channels, H, W) to 2C logits.
+        model: maps images (B, channels, H, W) to 2C logits, as such or as `models.outputs.logits_of` finds them.
         how: "max" or "logsumexp", see `recover`.
 
     The module maps images to C logits, shape (B, C), so any attack or tool for plain classifiers can run on it.
@@ -107,73 +116,191 @@ class RecoveredClassifier(nn.Module):
         self.how = how
 
     def forward(self, x: Tensor) -> Tensor:
-        return recover(self.model(x), self.how)
+        return recover(logits_of(self.model(x)), self.how)
 
 
-class DummyLinear(nn.Linear):
-    """A classification head whose second half of outputs are dummy classes; the type is what tells it from a plain one.
+class DummyHead(nn.Module):
+    """Marks a classification head whose second half of outputs are dummy classes; `add_dummy_classes` makes one.
 
-    Args:
-        in_features: size of the feature vector.
+    Attributes:
         num_classes: C, the number of real classes; the layer has 2C outputs.
     """
 
-    def __init__(self, in_features: int, num_classes: int, *, bias: bool = True) -> None:
-        super().__init__(in_features, 2 * num_classes, bias=bias)
-        self.num_classes = num_classes
+    num_classes: int
+    weight: Tensor
+    bias: Any  # None without one
 
     @torch.no_grad()
     def copy_real_rows(self) -> None:
         """Make every dummy class equal to its real class, so that the recovered decision is the real half's own."""
         for parameter in self.parameters():
-            parameter[self.num_classes :] = parameter[: self.num_classes]
+            if parameter.ndim and len(parameter) == 2 * self.num_classes:
+                parameter[self.num_classes :] = parameter[: self.num_classes]
 
 
-def dummy_head(model: nn.Module) -> DummyLinear | None:
-    """Return the head with dummy classes of a model, or None if it has none."""
-    return next((module for module in model.modules() if isinstance(module, DummyLinear)), None)
+class DummyLinear(DummyHead, nn.Linear):
+    """A linear head with dummy classes."""
 
 
-def add_dummy_classes(model: nn.Module, init: str = "copy", *, generator: torch.Generator | None = None) -> nn.Module:
-    """Double the last linear layer of a C-class classifier, so that it has a dummy class for every class.
+class DummyConv2d(DummyHead, nn.Conv2d):
+    """A convolutional head with dummy classes, whose outputs are averaged over positions."""
+
+
+def dummy_heads(model: nn.Module) -> list[DummyHead]:
+    """Return the heads with dummy classes of a model: none, one, or several that it averages."""
+    return [module for module in model.modules() if isinstance(module, DummyHead)]
+
+
+def dummy_head(model: nn.Module) -> DummyHead | None:
+    """Return the first head with dummy classes of a model, or None if it has none."""
+    return next(iter(dummy_heads(model)), None)
+
+
+def add_dummy_classes(
+    model: nn.Module,
+    init: str = "copy",
+    head: str | Sequence[str] | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    images: Tensor | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> nn.Module:
+    """Double the layer whose output is the logits of a C-class classifier, so that every class has a dummy class.
+
+    Which layer that is, forward passes show (`models.heads.find_heads`), and one more shows at the end that there are
+    2C logits whose recovered prediction is what it was. The layer stays the same object, with its hooks; its parameters
+    become new ones. An optimiser made before refuses its next step, unless it is given here.
 
     Args:
-        model: a classifier with C outputs; its last `nn.Linear`, in the order of `model.modules()`, is replaced in
-            place. Optimisers made before the call hold the old layer's parameters.
+        model: a classifier with C outputs, from any library; its head is doubled in place: a linear layer or a
+            convolution, with or without bias or weight norm, or several that are averaged.
         init: "copy" starts each dummy row as a copy of its real row, which leaves the recovered prediction exactly as
-            it was; "random" draws the dummy rows as a new `nn.Linear` would.
+            it was; "random" draws the dummy rows as a new layer would.
+        head: name of the layer, or names of several, as in `model.named_modules()`; found by default.
         generator: source of the random rows; PyTorch's global one by default.
+        images: at least one image that the network takes, shape (B, channels, H, W), to look with; by default random
+            ones of the shape that the network describes, or that are found by trying.
+        optimizer: one made before the call, which then trains the new rows; its state, such as momentum, is doubled.
 
     Returns:
         The same model, with 2C outputs.
 
     Raises:
-        ValueError: if the model has no linear layer, already has dummy classes, or `init` is unknown.
+        ValueError: if no such layer is found, or doubling it does not double the logits, or the model already has
+            dummy classes, or `init` is unknown. The model is then as it was.
     """
     if init not in INITIALISATIONS:
         raise ValueError(f"init {init!r} is unknown: choose from {', '.join(INITIALISATIONS)}")
     if dummy_head(model) is not None:
         raise ValueError("the model already has dummy classes")
-    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise ValueError("the model has no nn.Linear layer to add dummy classes to")
-    name, old = linears[-1]
-    if not name:
-        raise ValueError("the model is a bare nn.Linear, which cannot be replaced in place: wrap it in nn.Sequential")
-    with torch.random.fork_rng(devices=[]):
-        head = DummyLinear(old.in_features, old.out_features, bias=old.bias is not None)
-    head.to(old.weight).train(old.training)
-    parent, _, child = name.rpartition(".")
-    with torch.no_grad():
-        head.weight[: old.out_features] = old.weight
-        if head.bias is not None:
-            head.bias[: old.out_features] = old.bias
-        if init == "copy":
-            head.copy_real_rows()
-        else:
-            bound = old.in_features**-0.5
-            for parameter in head.parameters():
-                rows = torch.empty_like(parameter[old.out_features :], device="cpu")
-                parameter[old.out_features :] = rows.uniform_(-bound, bound, generator=generator)
-    setattr(model.get_submodule(parent), child, head)
+    images = images_for(model) if images is None else images
+    layers = find_heads(model, images, head)
+    before = forward(model, images)
+    undo: list[Callable[[], object]] = []
+    replaced: dict[Tensor, Tensor] = {}
+    try:
+        for layer in layers.values():
+            replaced.update(_double(layer, before.shape[1], undo))
+        _check_doubled(model, images, before, ", ".join(layers))
+        if init == "random":
+            for layer in layers.values():
+                _draw_dummy_rows(layer, before.shape[1], generator)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    if optimizer is not None:
+        _hand_over(optimizer, replaced)
+    for parameter in replaced:
+        setattr(parameter, REPLACED, True)
+    _watch_optimizers()
     return model
+
+
+def _double(layer: nn.Linear | nn.Conv2d, num_classes: int, undo: list[Callable[[], object]]) -> dict[Tensor, Tensor]:
+    """Give a layer a second half of outputs, equal to the first, and return its new parameters by the old ones.
+
+    How to undo each step is added to `undo`.
+    """
+    replaced: dict[Tensor, Tensor] = {}
+    for module in layer.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            if old.ndim and len(old) == num_classes:
+                replaced[old] = nn.Parameter(_doubled(old.detach()), old.requires_grad)
+                setattr(module, name, replaced[old])
+                undo.append(partial(setattr, module, name, old))
+    kind, counts = type(layer), "out_features" if isinstance(layer, nn.Linear) else "out_channels"
+    static: dict[type, type] = {nn.Linear: DummyLinear, nn.Conv2d: DummyConv2d}
+    layer.__class__ = static.get(kind) or type(f"Dummy{kind.__name__}", (DummyHead, kind), {})
+    undo.append(partial(setattr, layer, "__class__", kind))
+    setattr(layer, counts, 2 * num_classes)
+    undo.append(partial(setattr, layer, counts, num_classes))
+    layer.num_classes = num_classes  # type: ignore[assignment]
+    undo.append(partial(delattr, layer, "num_classes"))
+    return replaced
+
+
+def _check_doubled(model: nn.Module, images: Tensor, before: Tensor, names: str) -> None:
+    batch, classes = before.shape
+    try:
+        after = forward(model, images)
+    except Exception as error:  # whatever comes after the head
+        raise ValueError(
+            f"the network does not work with twice as many outputs of {names} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:120]}): something in or after it counts the classes"
+        ) from error
+    if after.shape != (batch, 2 * classes):
+        raise ValueError(
+            f"with twice as many outputs of {names} the network gives shape {tuple(after.shape)} instead of "
+            f"{(batch, 2 * classes)}: something in or after it counts the classes"
+        )
+    tolerance = CHANGE * max(1.0, float(before.abs().max()))
+    close = torch.allclose(after, before.repeat(1, 2), rtol=0, atol=tolerance)
+    top = before.topk(min(2, classes), dim=1).values
+    clear = top[:, 0] - top[:, -1] > 2 * tolerance if classes > 1 else torch.ones(batch, dtype=torch.bool)
+    same = recover(after).argmax(1) == before.argmax(1)
+    if not close or not bool(same[clear.to(same.device)].all()):
+        raise ValueError(
+            f"doubling {names} changes the predictions, though the new rows are copies of the old: it computes with "
+            "all of its outputs, as spectral norm does; remove that first"
+        )
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.repeat(2, *[1] * (tensor.ndim - 1))
+
+
+def _hand_over(optimizer: torch.optim.Optimizer, replaced: Mapping[Tensor, Tensor]) -> None:
+    """Put doubled parameters in the place of the old ones in an optimiser, with their state."""
+    for group in optimizer.param_groups:
+        group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
+    for old, new in replaced.items():
+        if old in optimizer.state:
+            state = optimizer.state.pop(old)
+            optimizer.state[new] = {
+                name: _doubled(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+                for name, value in state.items()
+            }
+
+
+def _refuse_replaced(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    if any(hasattr(parameter, REPLACED) for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "this optimiser was made before the network got dummy classes and would train a head that is no longer in "
+            "it: make it afterwards, or give it to add_dummy_classes(..., optimizer=...)"
+        )
+
+
+@cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_refuse_replaced)
+
+
+@torch.no_grad()
+def _draw_dummy_rows(layer: nn.Linear | nn.Conv2d, num_classes: int, generator: torch.Generator | None) -> None:
+    if {name for name, _ in layer.named_parameters()} - {"weight", "bias"}:
+        raise ValueError('init="random" is for a head with plain weights: this one is parametrised, choose init="copy"')
+    bound = layer.weight[0].numel() ** -0.5
+    for parameter in layer.parameters():
+        rows = torch.empty_like(parameter[num_classes:], device="cpu")
+        parameter[num_classes:] = rows.uniform_(-bound, bound, generator=generator)

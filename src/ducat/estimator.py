@@ -1,5 +1,6 @@
 """The whole road as one scikit-learn estimator: arrays in, predictions out, and the ordinary training loop between."""
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ModelCon
 from ducat.data import DataSpec, Images, cache
 from ducat.data.images import fingerprint, hold_out, named_tensors
 from ducat.dummy import RecoveredClassifier
-from ducat.evaluation import Evaluation, evaluate
+from ducat.evaluation import Evaluation, SelectiveClassifier, evaluate
+from ducat.evaluation.rejection import calibrate, check_shares
 from ducat.runs import load
 from ducat.training import train
 
@@ -37,7 +39,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
     Args:
         dummy: "off", "published" or "recovery-aware", see `ducat.config.DummyConfig`.
         method: "pgd-at", "trades", "mart", "consistency" or "natural" (which needs dummy="off").
-        norm: of the attacker's ball, "linf" or "l2".
+        norm: of the attacker's ball, "linf", "l2" or "l1".
         eps: its radius, on images in [0, 1]; a number or a fraction such as "8/255".
         steps: attack steps in training.
         model: name of the network, a key of `ducat.models.MODELS`.
@@ -47,12 +49,15 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         image_shape: (channels, height, width), (height, width), or None.
         run_folder: where to leave the run folder, which must not exist; with None it is temporary. The images are kept
             beside it, in a folder of the same name and "-data", so that `ducat evaluate` works on it.
+        reject: share of correctly classified benign images that may be refused, in [0, 1), set on the images held out;
+            None refuses nothing. `accept` tells which images are not refused; `predict` gives a class to all.
         random_state: an integer makes `fit` repeatable.
 
     Attributes:
         classes_: the labels, in the order of the columns of `predict_proba`.
         network_: the trained network in evaluation mode: images (n, channels, height, width) to logits, 2C of them with
             dummy classes.
+        threshold_: the lowest log-odds of the recovered class that `accept` takes; minus infinity without `reject`.
         metrics_: the last line of the run's metrics.jsonl, among it "clean", "blind" and "robust" on the images held
             out, which a quick attack gives.
         n_features_in_: size of the second dimension of `X`.
@@ -69,6 +74,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
     learning_rate: Any
     image_shape: Any
     run_folder: Any
+    reject: Any
     random_state: Any
 
     @no_type_check  # scikit-learn sets parameters to anything, and expects to hear of it from `fit`
@@ -86,6 +92,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         learning_rate: float | int = 0.1,
         image_shape: Sequence[int] | None = None,
         run_folder: str | os.PathLike[str] | None = None,
+        reject: float | int | None = None,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.dummy = dummy
@@ -99,6 +106,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         self.learning_rate = learning_rate
         self.image_shape = image_shape
         self.run_folder = run_folder
+        self.reject = reject
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any) -> "RobustClassifier":  # noqa: N803 - scikit-learn's name
@@ -110,6 +118,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         """
         X, y = validate_data(self, X, y, dtype=np.float32, allow_nd=True, ensure_min_samples=2)  # noqa: N806
         check_classification_targets(y)
+        check_shares([] if self.reject is None else [self.reject])
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             only = self.classes_[:1].tolist()
@@ -124,11 +133,15 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
                 raise FileExistsError(f"run_folder: {path} exists, and a run is never overwritten")
             held_out = max(1, len(images) // 10)
             config = self._config(path, int(seed), len(images) - held_out)
-            self._prepare(images, torch.from_numpy(labels).long(), held_out, config.data)
+            unseen = self._prepare(images, torch.from_numpy(labels).long(), held_out, config.data)
             folder = train(config, path.parent)
             deployed, self.metrics_ = load(folder.path, "last"), folder.metrics[-1]
         self.network_ = deployed.model if isinstance(deployed, RecoveredClassifier) else deployed
         self.deployed_ = deployed
+        self.threshold_ = -math.inf
+        if self.reject is not None:
+            self.threshold_ = calibrate(deployed, unseen.floats(), unseen.labels, self.reject)
+        self._held_out = unseen.floats(), unseen.labels
         return self
 
     def predict(self, X: Any) -> np.ndarray:  # noqa: N803
@@ -141,10 +154,17 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         return self._logits(X).double().softmax(1).numpy()
 
+    def accept(self, X: Any) -> np.ndarray:  # noqa: N803
+        """Return which images are not refused, bool: whose recovered class is likely enough, see `reject`."""
+        check_is_fitted(self)
+        images, classifier = self._checked(X), SelectiveClassifier(self.deployed_, threshold=self.threshold_)
+        with torch.no_grad():
+            return torch.cat([classifier(chunk)[1] for chunk in images.split(CHUNK)]).numpy()
+
     def evaluate(self, X: Any, y: Any, suite: str = "standard", seed: int = 0) -> Evaluation:  # noqa: N803
         """Attack the classifier on images it was not trained on, blind and recovery-aware; see `ducat.evaluate`.
 
-        `score` is the clean accuracy only.
+        With `reject` it has a `rejection` too, at the threshold of `accept`. `score` is the clean accuracy only.
 
         Raises:
             ValueError: if a label is not among `classes_`, or as `ducat.evaluate`.
@@ -156,7 +176,18 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"y holds {unknown[0].item()!r}, which is not among the classes that fit saw")
         numbers = torch.from_numpy(np.searchsorted(self.classes_, labels)).long()
         threat = ThreatConfig(self.norm, self.eps, steps=self.steps).build(None)
-        return evaluate(self.network_, images, numbers, threat, suite, num_classes=len(self.classes_), seed=seed)
+        reject = () if self.reject is None else (self.reject,)
+        return evaluate(
+            self.network_,
+            images,
+            numbers,
+            threat,
+            suite,
+            num_classes=len(self.classes_),
+            seed=seed,
+            reject=reject,
+            held_out=self._held_out if reject else None,
+        )
 
     def _images(self, X: Any) -> Tensor:  # noqa: N803
         """Return images in [0, 1], shape (n, channels, height, width)."""
@@ -208,8 +239,8 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
             ),
         )
 
-    def _prepare(self, images: Tensor, labels: Tensor, count: int, settings: DataConfig) -> None:
-        """Write the images as a prepared data set, which is what training reads."""
+    def _prepare(self, images: Tensor, labels: Tensor, count: int, settings: DataConfig) -> Images:
+        """Write the images as a prepared data set, which is what training reads, and return those held out."""
         pixels = images.mul(255).round().to(torch.uint8)
         everything = Images(pixels, labels, torch.arange(len(labels)))
         training, held_out = hold_out(everything, count)
@@ -231,6 +262,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         tensors = named_tensors(training, held_out, test)
         header = cache.Header(spec, tuple(map(str, self.classes_)), fingerprint(tensors), "arrays", "")
         cache.write(cache.entry(settings.name, settings.root), tensors, header)
+        return held_out
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

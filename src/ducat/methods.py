@@ -41,7 +41,7 @@ class Phases(NamedTuple):
     active: Reading
 
 
-PHASES: dict[Kind, Phases] = {
+PHASES: dict[str, Phases] = {
     "off": Phases("all", "all"),
     "published": Phases("all", "all"),
     "recovery-aware": Phases("real", "recovered"),
@@ -72,12 +72,15 @@ class Method:
         objective: what the inner attack maximises, a blind row of `attacks.objectives.OBJECTIVES` or its name; None for
             no attack, so that the adversarial images are the benign ones.
         gaussian_start: begin PGD at x + 0.001 N(0, 1) instead of uniformly in the ball.
+        clip_start: whether that start is cut to the ball and to [0, 1]; in the code of the papers it is not.
         target: the half of the batch that the cross-entropy is on, without dummy classes; for "both" the weight is the
             share of the benign half, in [0, 1].
         regulariser: `(clean_logits, adversarial_logits, y, weight)` to one value per sample, added to the
             cross-entropy; None for none. The logits are read as the inner attack reads them.
         reads_benign: whether the regulariser looks at `clean_logits`; where nothing does, benign images are not
             forwarded and `clean_logits` is empty.
+        forwards_apart: whether the regulariser's benign and adversarial images are forwarded apart, each with
+            batch-norm statistics of its own, as its paper does, or all images as one batch.
         weight: the regulariser's default weight.
         weights: the least and the greatest weight.
         weight_is: what the weight is.
@@ -91,9 +94,11 @@ class Method:
     paper: Paper | None = None
     objective: str | objectives.Objective | None = "cross-entropy"
     gaussian_start: bool = False
+    clip_start: bool = True
     target: Literal["benign", "adversarial", "both"] = "adversarial"
     regulariser: Callable[[Tensor, Tensor, Tensor, float | int], Tensor] | None = None
     reads_benign: bool = False
+    forwards_apart: bool = False
     weight: float = 0.0
     weights: tuple[float, float] = (0.0, math.inf)
     weight_is: str = "what the regulariser is multiplied by"
@@ -107,7 +112,7 @@ class Method:
         if weight is not None and not low <= weight <= high:
             raise ValueError(f"method.weight={weight} is outside [{low:g}, {high:g}]: it is {self.weight_is}")
 
-    def check_dummy_classes(self, kind: Kind) -> None:
+    def check_dummy_classes(self, kind: str) -> None:
         """Raise ValueError if dummy classes of that kind do not fit the method."""
         if kind != "off" and self.no_dummy_classes:
             raise ValueError(f"dummy.kind={kind} does not fit this method, which {self.no_dummy_classes}")
@@ -156,6 +161,7 @@ METHODS: dict[str, Method] = {
         target="benign",
         regulariser=_trades,
         reads_benign=True,
+        forwards_apart=True,
         weight=6.0,
         weight_is="beta of its paper",
     ),
@@ -165,6 +171,7 @@ METHODS: dict[str, Method] = {
         gaussian_start=True,
         regulariser=_mart,
         reads_benign=True,
+        forwards_apart=True,
         weight=6.0,
         weight_is="beta of its paper",
     ),
@@ -290,7 +297,8 @@ class Objective:
         if self.method.gaussian_start and not self.inner.single_step:
             device = generator.device if generator is not None else x.device
             noise = torch.randn(x.shape, generator=generator, device=device).to(x)
-            start = threat.project(x + GAUSSIAN_START * noise, x)
+            start = x + GAUSSIAN_START * noise
+            start = threat.project(start, x) if self.method.clip_start else start
         else:
             start = self.inner.start(x, threat, generator)
         goal = objectives.find(self.method.objective)
@@ -303,12 +311,22 @@ class Objective:
         network = _RealHalf(model) if self.reading == "real" else model
         return self.inner.run(network, x, y, threat, goal, start)
 
-    def forwarded(self, x: Batch, adversarial: Batch) -> Float[Tensor, "rows channels height width"]:
-        """Return the images that the loss forwards: the adversarial ones, after the benign ones if it needs them."""
-        return torch.cat([x, adversarial]) if self.needs_benign else adversarial
+    def passes(self, x: Batch, adversarial: Batch) -> list[Tensor]:
+        """Return the batches that the loss forwards, one after the other.
+
+        Where a method forwards apart, the two-hot loss has a joint pass of both halves, as PGD-AT's, and the
+        regulariser one of the adversarial and one of the benign images. Else one pass holds all that is needed, the
+        benign images first.
+        """
+        if not self.needs_benign:
+            return [adversarial]
+        joint = [torch.cat([x, adversarial])]
+        if not (self.method.forwards_apart and self.method.reads_benign):
+            return joint
+        return [*([] if self.targets is None else joint), adversarial, x]
 
     def loss(self, model: nn.Module, x: Batch, adversarial: Batch, y: Labels) -> Float[Tensor, ""]:
-        """Return the outer loss, a mean over the batch, from one forward pass.
+        """Return the outer loss, a mean over the batch, from the forward passes of `passes`.
 
         Args:
             model: in training mode; maps images to logits.
@@ -316,8 +334,11 @@ class Objective:
             adversarial: what `attack` returned for them.
             y: labels of x.
         """
-        logits = model(self.forwarded(x, adversarial)).to(x.dtype)
-        clean_logits, adversarial_logits = logits[: -len(x)], logits[-len(x) :]
+        logits, *apart = [model(images).to(x.dtype) for images in self.passes(x, adversarial)]
+        if apart:
+            adversarial_logits, clean_logits = [logits, *apart][-2:]
+        else:
+            clean_logits, adversarial_logits = logits[: -len(x)], logits[-len(x) :]
         if self.targets is None:
             shares = {"benign": 1.0, "adversarial": 0.0, "both": self.weight}
             loss = self._cross_entropy(clean_logits, adversarial_logits, y, shares[self.method.target])
@@ -362,7 +383,7 @@ class Objective:
 
 def objective(
     method: str | Method = "pgd-at",
-    dummy: Kind = "recovery-aware",
+    dummy: str = "recovery-aware",
     active: bool = True,
     *,
     weight: float | int | None = None,

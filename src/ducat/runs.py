@@ -95,6 +95,10 @@ class RunFolder:
         return self.path / "evaluation.json"
 
     @property
+    def rejection_path(self) -> Path:
+        return self.path / "rejection.json"
+
+    @property
     def config(self) -> Config:
         return Config.from_yaml(self.config_path)
 
@@ -219,7 +223,11 @@ class RunFolder:
                 warnings.warn(notice, stacklevel=3)
             return tensors, state
         if not path.is_file():
-            why = "it is chosen by validation once dummy classes are in use, " if which == "best" else ""
+            why = ""
+            if which == "best":
+                held_out = self.manifest["data"]["validation"]
+                why = "it is chosen by validation once dummy classes are in use, "
+                why = why if held_out else "no images were held out to choose it by, "
             raise FileNotFoundError(
                 f"{self.path} has no checkpoint {which} ({why}status: {self.manifest['status']}): "
                 f"choose from {', '.join(self.checkpoints)}"

@@ -6,7 +6,7 @@ import ducat
 from ducat.attacks.adaptive import BUDGETS, TARGETED, Round, SilentDummies, with_dummy_classes
 from ducat.attacks.objectives import OBJECTIVES
 
-THREATS = [ducat.ThreatModel("linf", 0.1), ducat.ThreatModel("l2", 0.7)]
+THREATS = [ducat.ThreatModel("linf", 0.1), ducat.ThreatModel("l2", 0.7), ducat.ThreatModel("l1", 3.0)]
 
 
 def attack(
@@ -23,7 +23,7 @@ def test_every_objective_of_a_budget_knows_recovery(budget: str) -> None:
     assert all(0 < each.share <= 1 for each in BUDGETS[budget])
 
 
-@pytest.mark.parametrize("threat", THREATS, ids=["linf", "l2"])
+@pytest.mark.parametrize("threat", THREATS, ids=["linf", "l2", "l1"])
 def test_images_stay_in_the_ball_and_are_reproducible(
     network: nn.Module, images: torch.Tensor, labels: torch.Tensor, threat: ducat.ThreatModel
 ) -> None:
@@ -72,10 +72,33 @@ def test_it_gets_past_a_dummy_class_that_stops_a_blind_attack() -> None:
 
 
 def test_a_network_with_a_dummy_head_is_attacked_as_deployed() -> None:
+    x = torch.rand(2, 1, 4, 4)
     model = ducat.add_dummy_classes(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)))
-    assert with_dummy_classes(model) is model
-    assert with_dummy_classes(ducat.RecoveredClassifier(model)) is model
-    assert isinstance(with_dummy_classes(nn.Linear(4, 3)), SilentDummies)
+    assert with_dummy_classes(model, x) is model
+    assert with_dummy_classes(ducat.RecoveredClassifier(model), x) is model
+    assert isinstance(with_dummy_classes(nn.Linear(4, 3), x), SilentDummies)
+
+
+def test_what_hides_a_dummy_head_behind_a_forward_of_its_own_is_attacked_as_what_it_is() -> None:
+    x = torch.rand(2, 1, 4, 4)
+    model = ducat.add_dummy_classes(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)))
+
+    class Own(ducat.RecoveredClassifier):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return -super().forward(images)
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = model
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return ducat.recover(self.inside(images))
+
+    for wrapper in (Own(model), Hidden()):
+        view = with_dummy_classes(wrapper, x)
+        assert isinstance(view, SilentDummies)
+        assert torch.equal(ducat.recover(view(x)), wrapper(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -148,5 +171,5 @@ def test_an_unknown_budget_is_named(network: nn.Module, images: torch.Tensor, la
 
 @pytest.mark.parametrize("arguments", [("weighted-pair", 20, 1, 1.0, 9), ("targeted-pair", 20)])
 def test_a_round_says_one_thing(arguments: tuple) -> None:
-    with pytest.raises(ValueError, match="'targeted-pair' alone takes targets"):
+    with pytest.raises(ValueError, match="'targeted' ones alone take targets"):
         Round(*arguments)

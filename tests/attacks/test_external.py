@@ -11,12 +11,14 @@ from ducat.attacks import external
 ATTACKS = [
     (external.autoattack, "linf"),
     (external.autoattack, "l2"),
+    (external.autoattack, "l1"),
     (external.square, "linf"),
     (external.square, "l2"),
+    (external.square, "l1"),
     (external.carlini_wagner, "l2"),
     (external.ddn, "l2"),
 ]
-EPS = {"linf": 0.05, "l2": 0.4}
+EPS = {"linf": 0.05, "l2": 0.4, "l1": 2.0}
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,14 @@ def test_no_images_are_no_error(
     attack: Callable[..., torch.Tensor], norm: str, network: nn.Module, images: torch.Tensor, labels: torch.Tensor
 ) -> None:
     assert attack(network, images[:0], labels[:0], ducat.ThreatModel(norm, EPS[norm])).shape == (0, 3, 6, 6)
+
+
+def test_square_in_l1_says_that_it_needs_five_pixels(images: torch.Tensor, labels: torch.Tensor) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
+    threat = ducat.ThreatModel("l1", 2.0)
+    with pytest.raises(ValueError, match=r"at least 5 pixels a side, not \(4, 4\)"):
+        external.square(model, images[..., :4, :4], labels, threat)
+    assert threat.allows(external.autoattack(model, images[..., :4, :4], labels, threat), images[..., :4, :4]).all()
 
 
 @pytest.mark.parametrize("attack", [external.carlini_wagner, external.ddn])

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +11,11 @@ import ducat
 from ducat.attacks.objectives import OBJECTIVES
 from ducat.attacks.pgd import attackable
 
-THREATS = [ducat.ThreatModel("linf", 0.1, steps=4), ducat.ThreatModel("l2", 0.7, steps=4)]
+THREATS = [
+    ducat.ThreatModel("linf", 0.1, steps=4),
+    ducat.ThreatModel("l2", 0.7, steps=4),
+    ducat.ThreatModel("l1", 3.0, steps=4),
+]
 VARIANTS: list[dict] = [
     {},
     {"keep": "last"},
@@ -22,7 +27,7 @@ VARIANTS: list[dict] = [
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("threat", THREATS, ids=["linf", "l2"])
+@pytest.mark.parametrize("threat", THREATS, ids=["linf", "l2", "l1"])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_images_stay_in_the_ball_and_are_reproducible(
     network: nn.Module,
@@ -47,7 +52,7 @@ def test_images_stay_in_the_ball_and_are_reproducible(
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 5), st.integers(1, 5)),
     st.floats(0, 1),
-    st.sampled_from(["linf", "l2"]),
+    st.sampled_from(["linf", "l2", "l1"]),
     st.booleans(),
 )
 def test_any_shape_and_eps(shape: tuple[int, ...], eps: float, norm: str, adaptive: bool) -> None:
@@ -76,7 +81,7 @@ def test_the_worst_case_of_a_linear_model_is_found(norm: str, variant: dict) -> 
     model, weight = linear_model(classes=2)
     x = torch.full((5, 3, 3, 3), 0.5)
     y = torch.tensor([0, 1, 0, 1, 0])
-    threat = ducat.ThreatModel(norm, 0.05, steps=40)
+    threat = ducat.ThreatModel(norm, 0.05, 0.05 / 4, steps=40)
     adversarial = ducat.attacks.pgd(
         model, x, y, threat, "margin", generator=torch.Generator().manual_seed(0), **variant
     )
@@ -86,6 +91,33 @@ def test_the_worst_case_of_a_linear_model_is_found(norm: str, variant: dict) -> 
     logits = model(adversarial)
     reached = logits.gather(1, 1 - y[:, None]).squeeze(1) - logits.gather(1, y[:, None]).squeeze(1)
     torch.testing.assert_close(reached, worst, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("variant", [{}, {"keep": "last"}, {"adaptive_steps": True}], ids=str)
+@pytest.mark.parametrize("eps", [0.3, 1.6, 6.0])
+def test_the_worst_case_of_a_linear_model_in_l1_fills_its_largest_weights_up(eps: float, variant: dict) -> None:
+    model, weight = linear_model(classes=2, pixels=48)
+    x = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    y = torch.tensor([0, 1, 0, 1, 0])
+    threat = ducat.ThreatModel("l1", eps, steps=200)
+    adversarial = ducat.attacks.pgd(
+        model, x, y, threat, "margin", generator=torch.Generator().manual_seed(0), **variant
+    )
+    difference, logits = weight[1 - y] - weight[y], model(x)
+    gain = []
+    for slope, image in zip(difference.numpy(), x.flatten(1).numpy(), strict=True):
+        # What a unit of l1 buys is the weight's size, until the pixel arrives at 0 or 1.
+        left, won = eps, 0.0
+        for pixel in np.argsort(-np.abs(slope)):
+            moved = min(left, 1 - image[pixel] if slope[pixel] > 0 else image[pixel])
+            left, won = left - moved, won + moved * abs(slope[pixel])
+        gain.append(won)
+    worst = (logits.gather(1, 1 - y[:, None]) - logits.gather(1, y[:, None])).squeeze(1) + torch.tensor(gain)
+    logits = model(adversarial)
+    reached = (logits.gather(1, 1 - y[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+    assert (reached <= worst + 1e-3).all()
+    shortfall = (worst - reached) / torch.tensor(gain)
+    assert shortfall.max() < (0.01 if "adaptive_steps" in variant else 0.1)
 
 
 class Recorder(nn.Module):

@@ -57,7 +57,7 @@ class Linear:
         self.model[1].weight.copy_(torch.stack([-weight / 2, weight / 2]))
         offset = (margin + weight.sum() / 2) / 2
         self.model[1].bias.copy_(torch.stack([offset, -offset]))
-        self.length = float(weight.double().norm(p=1 if norm == "linf" else 2))
+        self.length = float(weight.double().norm(p={"linf": 1, "l2": 2, "l1": math.inf}[norm]))
         self.ascent = weight.double() / self.length  # in l2
         self.flip = margin / self.length
 
@@ -72,7 +72,9 @@ class Linear:
 @pytest.mark.parametrize(("attack", "norm"), list(rows()))
 def test_each_attack_finds_the_worst_case_of_a_linear_model(attack: Attack, norm: str) -> None:
     linear = Linear(norm)
-    assert linear.is_broken_by(attack, (1 + 1e-4) * linear.flip)
+    # In l1 AutoAttack ends with steps of a tenth of eps, and seldom meets the one pixel that counts exactly.
+    slack = 0.05 if (attack.strategy, norm) == ("autoattack", "l1") else 1e-4
+    assert linear.is_broken_by(attack, (1 + slack) * linear.flip)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_projected_steps_get_as_far_as_their_closed_form_says(attack: Attack, mo
     across = float((start - along * linear.ascent).norm())
     reached = along
     for _ in range(PROJECTED_STEPS[attack.strategy]):
-        along += 1 / 4  # of the radius, the default step
+        along += 15 / 128  # of the radius, the default step
         length = max(1.0, math.hypot(along, across))
         along, across = along / length, across / length
         reached = max(reached, along)

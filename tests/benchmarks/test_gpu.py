@@ -13,6 +13,8 @@ from PIL import Image
 
 from ducat.data.specs import SPECS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

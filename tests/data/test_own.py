@@ -91,7 +91,10 @@ def test_random_transforms_are_functions_of_the_seed() -> None:
         (TensorDataset(torch.from_numpy(PIXELS)), r"item 0 is not \(image, label\)"),
         (TensorDataset(torch.zeros(9, 6, 5, 3), torch.arange(9)), "have their channels last"),
         (TensorDataset(torch.zeros(0, 3, 6, 5), torch.arange(0)), "train is empty"),
-        (TensorDataset(torch.zeros(9, 3, 6, 6), torch.arange(9) % 2), "test: images are 3 x 6 x 5, those of train 3 x 6 x 6"),
+        (
+            TensorDataset(torch.zeros(9, 3, 6, 6), torch.arange(9) % 2),
+            "test: images are 3 x 6 x 5, those of train 3 x 6 x 6",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_named(train: Any, message: str) -> None:

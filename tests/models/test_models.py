@@ -20,6 +20,10 @@ PARAMETERS = {
     "preact-resnet18": 11_172_170,
     "wrn-28-10": 36_479_194,
     "wrn-34-10": 46_160_474,
+    # That of preact-resnet18 with three shortcuts of 3x3 instead of 1x1.
+    "preact-resnet18-silu": 11_172_170 + 8 * (64 * 128 + 128 * 256 + 256 * 512),
+    "wrn-28-10-silu": 36_479_194,
+    "wrn-70-16-silu": 266_796_506,
 }
 CPU_MODELS = ["small", "resnet8", "resnet20", "preact-resnet20"]
 

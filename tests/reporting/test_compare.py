@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ducat.cli import main
-from ducat.config import Config, DataConfig, ThreatConfig, TrainConfig
+from ducat.config import Config, DataConfig, DummyConfig, ThreatConfig, TrainConfig
 from ducat.reporting.compare import Comparison, Run, compare, to_csv, to_latex, to_markdown
 from ducat.runs import RunFolder
 
@@ -212,3 +212,15 @@ def test_a_damaged_evaluation_is_told(make: Make, capsys: pytest.CaptureFixture[
         (path / "evaluation.json").write_text(content)
         assert main(["compare", str(path)]) == 2
         assert f"evaluation.json {told}" in capsys.readouterr().err
+
+
+def test_training_time_stands_against_the_base_method_on_the_same_machine() -> None:
+    def timed(name: str, seconds: float, kind: Any = "off", seed: int = 0, device: str = "cpu") -> Run:
+        made = run(name, seed, replace(CONFIG, dummy=DummyConfig(kind)), device=device)
+        return replace(made, metrics=[{"epoch": 0, "seconds": seconds}, {"epoch": 1, "seconds": seconds}])
+
+    runs = [timed("base", 50), timed("two-s0", 52, "published"), timed("two-s1", 56, "published", 1)]
+    notes = compare([*runs, timed("elsewhere", 9, "recovery-aware", device="cuda")]).notes
+    told = [note for note in notes if "training time" in note]
+    assert told == ["training time against base: two 1.08 times (108 s against 100 s, without validation)"]
+    assert not any("training time" in note for note in compare([runs[0], run("untimed")]).notes)

@@ -254,7 +254,7 @@ def test_what_does_not_fit_is_named_in_one_line(
 
 def test_no_code_in_a_file_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "weights.pt", {"state_dict": bare(original()), "args": Unsafe()})
-    with pytest.raises(ValueError, match=r"weights\.pt is damaged, or holds more than tensors") as error:
+    with pytest.raises(ValueError, match=r"weights\.pt asks for print to be run when it is read") as error:
         adapt(path, TINY, tmp_path)
     assert isinstance(error.value.__cause__, pickle.UnpicklingError)
     assert capsys.readouterr().out == ""
@@ -268,6 +268,27 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: bytes) -> N
         adapt(tmp_path / file, TINY, tmp_path)
 
 
+def test_a_network_that_has_dummy_classes_keeps_them_and_is_trained_on(tmp_path: Path) -> None:
+    published = train(replace(TINY, name="published", dummy=DummyConfig("published", start_epoch=0)), tmp_path)
+    cured = adapt(published.path, replace(TINY, name="cured"), tmp_path)
+    assert cured.config.objective(0).reading == "recovered"
+    before, after = (dummy_head(folder.load("last")) for folder in (published, cured))
+    # At rate 0 they stay those of the published run, and are not made copies of the real ones.
+    assert torch.equal(before.weight, after.weight)
+    assert not torch.equal(*after.weight.chunk(2))
+
+
+def test_weights_of_another_network_name_the_one_that_they_fit(tmp_path: Path) -> None:
+    from ducat.models import build
+
+    source = write(tmp_path / "released.pt", bare(build("resnet18-bottleneck", 20, channels=1)))
+    asked = replace(TINY, model=ModelConfig("resnet18"))
+    with pytest.raises(
+        ValueError, match=r"does not fit resnet18 for 10 classes .*it fits model\.name=resnet18-bottleneck:"
+    ):
+        adapt(source, asked, tmp_path)
+
+
 def test_what_must_raise(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no\.pt does not exist: give a run folder, or a file of weights"):
         adapt(tmp_path / "no.pt", TINY, tmp_path)
@@ -276,9 +297,6 @@ def test_what_must_raise(tmp_path: Path) -> None:
     source = write(tmp_path / "weights.pt", bare(original()))
     with pytest.raises(ValueError, match=r"dummy\.kind=off leaves nothing to adapt"):
         adapt(source, replace(TINY, dummy=DummyConfig("off")), tmp_path)
-    twice = adapt(source, TINY, tmp_path)
-    with pytest.raises(ValueError, match="already has dummy classes"):
-        adapt(twice.path, replace(TINY, name="twice"), tmp_path)
     other = train(replace(TINY, name="other", dummy=DummyConfig("off")), tmp_path)
     with pytest.raises(ValueError, match=r"model\.name=resnet8, but .* holds a small"):
         adapt(other.path, replace(TINY, name="again", model=ModelConfig("resnet8")), tmp_path)

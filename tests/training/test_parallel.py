@@ -21,6 +21,8 @@ from ducat.training import Interrupted, resume, train
 from ducat.training.parallel import LocalRows
 from tests.support import Watcher
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     ["ducat.training", "accelerate", "filelock", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"]

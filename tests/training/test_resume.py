@@ -22,6 +22,8 @@ from ducat.runs import RunFolder
 from ducat.training import Interrupted, resume, train
 from tests.support import Watcher
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Config(
     name="run",
     data=DataConfig("digits", samples=200),

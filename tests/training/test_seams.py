@@ -1,7 +1,8 @@
-"""What `train` takes from outside: a network, an objective, a validation; none of our tables is touched."""
+"""What `train` takes from outside: a network, an objective, a validation, a suite; none of our tables is touched."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ducat
+from ducat.attacks.adaptive import BUDGETS, Round
 from ducat.attacks.objectives import OBJECTIVES
 from ducat.attacks.objectives import Objective as Goal
+from ducat.attacks.suites import SUITES, Attack, Suite
 from ducat.config import DummyConfig, MethodConfig
 from ducat.methods import ATTACKS, METHODS, InnerAttack, Method, Objective
 from ducat.models import MODELS
@@ -70,6 +73,33 @@ def test_a_method_an_attack_and_a_network_of_ones_own_train_and_no_table_changes
     assert tables == [dict(table) for table in (OBJECTIVES, METHODS, ATTACKS, MODELS)]
 
 
+def test_a_suite_and_an_attack_of_ones_own_measure_a_network_of_ones_own() -> None:
+    tables = dict(SUITES), dict(BUDGETS)
+    x, _ = ducat.data.load_test("digits", samples=20)
+    model = ducat.add_dummy_classes(Outsider(10)).eval()
+    y = model(x).argmax(1) % 10
+    calls: list[str] = []
+
+    def brighter(model: nn.Module, x: Tensor, y: Tensor, threat: ducat.ThreatModel, generator: Any) -> Tensor:
+        calls.append("brighter")
+        return threat.project(x + threat.radius, x)
+
+    def darker(model: nn.Module, x: Tensor, y: Tensor, threat: ducat.ThreatModel, generator: Any) -> Tensor:
+        calls.append("darker")
+        return threat.project(x - threat.radius, x)
+
+    suite = Suite((Attack("brighter", True, brighter),), audit=False, name="light and shade")
+    threat = ducat.ThreatModel(eps=0.3)
+    measured = ducat.evaluate(model, x, y, threat, suite, num_classes=10, attacks=[Attack("darker", True, darker)])
+    assert measured.suite == "light and shade"
+    assert {"brighter-recovered", "darker-recovered"} <= {attack.name for attack in measured.attacks}
+    assert set(calls) == {"brighter", "darker"}
+    rounds = [Round("weighted-pair", 2)]
+    found = ducat.attacks.adaptive(ducat.RecoveredClassifier(model), x, y, threat, rounds)
+    assert threat.allows(found, x).all()
+    assert (dict(SUITES), dict(BUDGETS)) == tables
+
+
 def test_a_network_that_is_given_is_what_is_trained(tmp_path: Path) -> None:
     given = ducat.models.build("small", 10, channels=1, mean=(0.5,), std=(0.5,))
     config = replace(TINY, train=replace(TINY.train, learning_rate=0.0, weight_decay=0.0))
@@ -105,7 +135,7 @@ def test_a_run_with_an_objective_of_its_own_goes_on_with_it_alone(tmp_path: Path
 def test_a_loop_that_is_not_ours_gets_what_the_settings_say(method: str, kind: str) -> None:
     if METHODS[method].no_dummy_classes and kind != "off":
         with pytest.raises(ValueError, match=rf"dummy\.kind={kind} does not fit this method"):
-            ducat.objective(method, kind)  # type: ignore[arg-type]
+            ducat.objective(method, kind)
         return
     config = replace(
         TINY,
@@ -113,7 +143,7 @@ def test_a_loop_that_is_not_ours_gets_what_the_settings_say(method: str, kind: s
         dummy=DummyConfig(kind, start_epoch=1, benign_share=0.3),  # type: ignore[arg-type]
     )
     for epoch in (0, 1):
-        ours, theirs = config.objective(epoch), ducat.objective(method, kind, epoch >= 1, benign_share=0.3)  # type: ignore[arg-type]
+        ours, theirs = config.objective(epoch), ducat.objective(method, kind, epoch >= 1, benign_share=0.3)
         assert ours == theirs
 
 

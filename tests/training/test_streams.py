@@ -109,7 +109,9 @@ def test_two_processes_on_a_stream_agree_with_one(root: Path) -> None:
 def test_own_data_train_in_the_same_loop(root: Path) -> None:
     prepared = data.load("decoded", root=root)
     spec = prepared.spec
-    parts = [(part.images.numpy(), part.labels.numpy()) for part in (prepared.train, prepared.test, prepared.validation)]
+    parts = [
+        (part.images.numpy(), part.labels.numpy()) for part in (prepared.train, prepared.test, prepared.validation)
+    ]
     own = data.own(*parts, classes=prepared.classes, crop_padding=spec.crop_padding, flip=spec.flip)
     settings = replace(config("decoded", root), data=DataConfig("decoded", root=root))
     decoded = train(settings, root / "runs", validate=unvalidated)

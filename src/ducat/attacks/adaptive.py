@@ -1,7 +1,7 @@
 """The recovery-aware ensemble: every attack aims at the classifier that is deployed, the worst case counts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,13 +22,14 @@ TARGETED = "targeted-pair"
 
 @dataclass(frozen=True)
 class Round:
-    """One attack of the ensemble.
+    """One attack of a tournament.
 
     Its candidates are the samples that withstood the rounds before or, with `targets`, the pairs of such a sample and
     one of the wrong classes nearest to it. It attacks the share of them that came closest to success so far.
 
     Attributes:
-        objective: a name in `objectives.OBJECTIVES` that knows recovery; with `targets`, `TARGETED`.
+        objective: a name that the tournament's `aim` knows; it begins with "targeted" where there are `targets`. Those
+            of `adaptive` are names in `objectives.OBJECTIVES` that know recovery and, with `targets`, `TARGETED`.
         steps: its steps.
         restarts: independent random starts.
         share: of the candidates that are attacked, in (0, 1]. Late rounds seldom break one that stayed far.
@@ -42,9 +43,9 @@ class Round:
     targets: int = 0
 
     def __post_init__(self) -> None:
-        if (self.targets > 0) != (self.objective == TARGETED):
+        if (self.targets > 0) != self.objective.startswith("targeted"):
             raise ValueError(
-                f"objective={self.objective!r} with targets={self.targets}: {TARGETED!r} alone takes targets"
+                f"objective={self.objective!r} with targets={self.targets}: 'targeted' ones alone take targets"
             )
 
 
@@ -80,9 +81,13 @@ class SilentDummies(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.model(x)
-        # Half of the lowest number: its exponential is 0, and differences with it stay finite.
-        return torch.cat([logits, torch.full_like(logits, torch.finfo(logits.dtype).min / 2)], dim=1)
+        return with_silent_dummies(self.model(x))
+
+
+def with_silent_dummies(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch outputs"]:
+    """Return C logits with those of C dummy classes that never fire."""
+    # Half of the lowest number: its exponential is 0, and differences with it stay finite.
+    return torch.cat([logits, torch.full_like(logits, torch.finfo(logits.dtype).min / 2)], dim=1)
 
 
 def is_recovered(model: nn.Module) -> bool:
@@ -98,6 +103,8 @@ def with_dummy_classes(model: nn.Module, x: Images) -> nn.Module:
     network made by `add_dummy_classes` is returned as it is, and any other classifier, one recovered by logsumexp
     included, counts as one without dummy classes. `x` are images to look at the outputs with.
     """
+    if isinstance(model, SilentDummies):
+        return model
     if isinstance(model, RecoveredClassifier) and is_recovered(model):
         return model.model if model.how == "max" else SilentDummies(model)
     head = dummy_head(model)
@@ -144,13 +151,65 @@ def adaptive(
         raise ValueError(f"budget {budget!r} is unknown: choose from {', '.join(BUDGETS)}")
     if not len(x):
         return x.clone()
-    network = with_dummy_classes(model, x)
-    search = _Search(network, x, y)
-    for attack in BUDGETS[budget] if isinstance(budget, str) else budget:
+    rounds = BUDGETS[budget] if isinstance(budget, str) else budget
+    return tournament(with_dummy_classes(model, x), x, y, threat, rounds, _lead, _aim, generator)
+
+
+def _lead(logits: Tensor, y: Tensor) -> Tensor:
+    """Return by how much each class is ahead of the label's, recovered."""
+    recovered = recover(logits)
+    return recovered - recovered.gather(1, y[:, None])
+
+
+def _aim(objective: str, target: Labels | None) -> Objective:
+    if target is None:
+        return find(objective)
+    return Objective(targeted_pair, knows_recovery=True, reference=lambda clean_logits, y: target)
+
+
+def tournament(
+    network: nn.Module,
+    x: Images,
+    y: Labels,
+    threat: ThreatModel,
+    rounds: Sequence[Round],
+    score: Callable[[Tensor, Tensor], Tensor],
+    aim: Callable[[str, Labels | None], Objective],
+    generator: torch.Generator | None = None,
+    starts: Sequence[Images] = (),
+) -> Images:
+    """Attack in rounds, each on the samples that are left or on the wrong classes that came closest.
+
+    Args:
+        network: maps images in [0, 1] to 2C logits.
+        x: benign images, shape (B, channels, H, W).
+        y: labels in [0, C), shape (B,).
+        threat: the ball; its steps and step size are not used.
+        rounds: the attacks, in their order.
+        score: `(logits, y)` to how near each sample came to falling to each class, shape (B, C); above 0 it fell. The
+            label's own column does not count.
+        aim: makes a round's objective of its name and, where it has targets, of the class to reach for each row.
+        generator: source of the random starts; PyTorch's global one by default.
+        starts: images in the ball, each of x's shape, that count as found, and that the first round begins at as well.
+
+    Returns:
+        For each sample the image that came nearest to any wrong class; of those that fell, the first that was found.
+    """
+    search = _Search(network, x, y, score)
+    for images in starts:
+        search.take(torch.arange(len(x), device=x.device), threat.project(images, x))
+    for number, attack in enumerate(rounds):
+        for images in starts if not number else ():
+            rows = (search.margin <= 0).nonzero().squeeze(1)
+            if len(rows):
+                ball, begin = replace(threat, steps=attack.steps), threat.project(images, x)[rows]
+                goal = aim(attack.objective, None)
+                found = pgd(network, x[rows], y[rows], ball, goal, start=begin, keep="first", adaptive_steps=True)
+                search.take(rows, found)
         rows, targets = search.candidates(attack)
         while len(rows):
             now, target = rows[: len(x)], targets[: len(x)]
-            goal = find(attack.objective) if not attack.targets else _towards(target)
+            goal = aim(attack.objective, target if attack.targets else None)
             ball = replace(threat, steps=attack.steps)
             found = pgd(network, x[now], y[now], ball, goal, 1, generator, keep="first", adaptive_steps=True)
             search.take(now, found)
@@ -160,18 +219,15 @@ def adaptive(
     return search.adversarial
 
 
-def _towards(target: Labels) -> Objective:
-    return Objective(targeted_pair, knows_recovery=True, reference=lambda clean_logits, y: target)
-
-
 class _Search:
     """What is known of each sample: how near it came to each wrong class, and the image that came nearest to any."""
 
-    def __init__(self, network: nn.Module, x: Images, y: Labels) -> None:
+    def __init__(self, network: nn.Module, x: Images, y: Labels, score: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.network = network
         self.y = y
+        self.score = score
         self.adversarial = x.clone()
-        self.reached = self._lead(x, y)  # per sample and class, the best so far
+        self.reached = self._score(x, y)  # per sample and class, the best so far
 
     @property
     def margin(self) -> Float[Tensor, " batch"]:
@@ -188,7 +244,7 @@ class _Search:
 
     def take(self, rows: Int[Tensor, " rows"], found: Float[Tensor, "rows channels height width"]) -> None:
         """Learn from images that were found for these samples, of which one may occur more than once."""
-        lead = self._lead(found, self.y[rows])
+        lead = self._score(found, self.y[rows])
         order = lead.amax(1).argsort(stable=True)
         ranks = torch.arange(len(rows), device=rows.device)
         place = torch.full_like(self.y, -1).scatter_reduce(0, rows[order], ranks, "amax")
@@ -197,9 +253,8 @@ class _Search:
         self.adversarial[closer] = found[best[closer]]
         self.reached = self.reached.scatter_reduce(0, rows[:, None].expand_as(lead), lead, "amax")
 
-    def _lead(self, x: Tensor, y: Tensor) -> Float[Tensor, "rows classes"]:
-        """Return by how much each class is ahead of the label's, recovered; minus infinity for the label's own."""
+    def _score(self, x: Tensor, y: Tensor) -> Float[Tensor, "rows classes"]:
+        """Return the score of each class; minus infinity for the label's own."""
         with attackable(self.network), torch.no_grad():
-            recovered = recover(self.network(x)).to(x.dtype)
-        own = y[:, None]
-        return (recovered - recovered.gather(1, own)).scatter(1, own, -torch.inf)
+            logits = self.network(x).to(x.dtype)
+            return self.score(logits, y).scatter(1, y[:, None], -torch.inf)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 Images = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
 
-TARGETS = 9  # AutoAttack's number of target classes, where there are that many wrong ones
 TARGETED_DLR = 4  # classes: the targeted loss of AutoAttack divides by a difference of the first, third and fourth
+SQUARE_L1 = 5  # pixels: in l1 Square begins with a grid of five tiles a side
 
 
 def autoattack(
@@ -38,7 +38,8 @@ def autoattack(
     """AutoAttack in its standard version (Croce & Hein 2020, arXiv 2003.01690), from `pyautoattack`.
 
     It runs APGD on cross-entropy, targeted APGD, targeted FAB and Square, each on the samples that withstood the ones
-    before. With fewer than 4 classes targeted APGD is left out, since its loss needs 4.
+    before. With fewer than 4 classes targeted APGD is left out, since its loss needs 4; in l1 and images of less than 5
+    pixels a side Square is, since it needs 5.
 
     Args:
         model: maps images in [0, 1], shape (B, channels, H, W), to logits, shape (B, K).
@@ -56,9 +57,12 @@ def autoattack(
         attack = _autoattack(model, x, threat, seed)
         with torch.no_grad():
             classes = model(x[:1]).shape[1]
-        attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(TARGETS, classes - 1)
+        for part in (attack.apgd_targeted, attack.fab):
+            part.n_target_classes = min(part.n_target_classes, classes - 1)
         if classes < TARGETED_DLR:
             attack.attacks_to_run.remove("apgd-t")
+        if threat.norm == "l1" and min(x.shape[-2:]) < SQUARE_L1:
+            attack.attacks_to_run.remove("square")
         found, _ = attack.run_standard_evaluation(x.float().contiguous(), y, batch_size=len(x))
     return threat.project(found.to(x), x)
 
@@ -76,7 +80,12 @@ def square(
 
     Where it does better than gradients, the gradients mislead. Arguments and result as for `autoattack`; `queries` is
     the number of passes through the model.
+
+    Raises:
+        ValueError: if the threat model is l1 and the images have less than 5 pixels a side.
     """
+    if threat.norm == "l1" and min(x.shape[-2:]) < SQUARE_L1:
+        raise ValueError(f"Square in l1 needs images of at least {SQUARE_L1} pixels a side, not {tuple(x.shape[-2:])}")
     if not len(x):
         return x.clone()
     with _guarded(model, generator) as seed:
@@ -134,7 +143,7 @@ def ddn(
 def _autoattack(model: nn.Module, x: Tensor, threat: ThreatModel, seed: int) -> "AutoAttack":
     from pyautoattack import AutoAttack
 
-    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+    norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[threat.norm]
     attack = AutoAttack(model, norm=norm, eps=threat.radius, seed=seed, device=x.device)
     # What AutoAttack has to say about the model, `ducat.evaluate` says in its own warnings.
     silent = logging.Logger("autoattack", level=logging.CRITICAL + 1)

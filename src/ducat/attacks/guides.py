@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -311,15 +311,26 @@ class Softened(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return self.model(x)
-        with _Softening(self.smooth), _custom_functions_pass():
+        with _Softening(self.smooth):
             logits = self.model(x)
         assert isinstance(logits, Tensor)
+        _let_pass(logits)
         return logits
 
 
-def _through(hard: Tensor, soft: Tensor) -> Tensor:
-    """Return the value of the first with the gradient of the second."""
-    return soft + (hard.to(soft.dtype) - soft).detach()
+class _Through(torch.autograd.Function):
+    """The value of the first with the gradient of the second."""
+
+    @staticmethod
+    def forward(ctx: Any, hard: Tensor, soft: Tensor) -> Tensor:
+        return hard.to(soft.dtype).clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+_through: Callable[[Tensor, Tensor], Tensor] = _Through.apply
 
 
 def _names(*names: str) -> set[Any]:
@@ -353,10 +364,23 @@ _OFF = _names("relu", "relu_", "threshold")
 _SATURATED = _names("sigmoid", "tanh", "softmax", "erf", "softsign", "hardsigmoid", "sigmoid_", "tanh_")
 _SHIFTED_RIGHT = _names("__rshift__", "bitwise_right_shift")
 _SHIFTED_LEFT = _names("__lshift__", "bitwise_left_shift")
-_MASKED = _names("__and__", "bitwise_and", "__or__", "bitwise_or", "__xor__")
 _GRADIENTS = {torch._C._set_grad_enabled}
 _DIVIDED = _names("floor_divide", "__floordiv__", "remainder", "fmod", "__mod__")
-_SAME_SHAPE = _names("sort", "median", "mode")
+
+
+_BEST = _names("max")
+_PLACED = _names("bucketize", "searchsorted")
+_LOGIC: dict[Any, Callable[..., Tensor]] = {
+    **dict.fromkeys(_names("__and__", "bitwise_and", "logical_and"), lambda a, b: a * b),
+    **dict.fromkeys(_names("__or__", "bitwise_or", "logical_or"), lambda a, b: a + b - a * b),
+    **dict.fromkeys(_names("__invert__", "bitwise_not", "logical_not"), lambda a: 1 - a),
+    **dict.fromkeys(_names("any"), lambda a, *rest: a.amax(*rest)),
+    **dict.fromkeys(_names("all"), lambda a, *rest: a.amin(*rest)),
+}
+
+
+def _flat(arguments: Sequence[Any]) -> list[Any]:
+    return [part for one in arguments for part in (one if isinstance(one, list | tuple) else [one])]
 
 
 class _Softening(TorchFunctionMode):
@@ -378,7 +402,7 @@ class _Softening(TorchFunctionMode):
         if function in _DETACHED:
             return first
         if not isinstance(first, Tensor):
-            return function(*self._hardened(arguments), **keywords)
+            return self._other(function, arguments, keywords)
         if function in _ROUNDED and first.requires_grad:
             in_place = getattr(function, "__name__", "").endswith("_")
             hard = function(first.detach().clone(), *arguments[1:], **keywords)
@@ -392,19 +416,27 @@ class _Softening(TorchFunctionMode):
             dim = keywords.get("dim", arguments[1] if len(arguments) > 1 else None)
             self.chosen[id(index)] = index, first, dim
             return index
-        if function in _ONE_HOT | _TAKEN | _SCATTERED:
+        if function in _ONE_HOT | _TAKEN | _SCATTERED and self._choice(arguments, keywords) is not None:
             return self._picked(function, first, arguments, keywords)
         if function in _CHOSEN and id(first) in self.soft and len(arguments) == 3:
-            share = self._known(first)
-            return share * arguments[1] + (1 - share) * arguments[2]
+            return _through(
+                function(*arguments), self._known(first) * arguments[1] + (1 - self._known(first)) * arguments[2]
+            )
         if function in _FILLED and len(arguments) == 3 and id(arguments[1]) in self.soft:
             share = self._known(arguments[1])
-            return (1 - share) * first + share * arguments[2]
-        if function in _SHIFTED_RIGHT | _SHIFTED_LEFT | _MASKED and id(first) in self.soft:
+            hard = first.detach().clone().masked_fill(arguments[1], arguments[2])
+            return _through(
+                hard, (1 - share) * first + share * torch.nan_to_num(torch.as_tensor(arguments[2]), 0, 1e3, -1e3)
+            )
+        if function in _SHIFTED_RIGHT | _SHIFTED_LEFT and id(first) in self.soft:
             result = function(*arguments, **keywords)
             bits = arguments[1] if isinstance(arguments[1], int) else 0
-            factor = 2.0**-bits if function in _SHIFTED_RIGHT else 2.0**bits if function in _SHIFTED_LEFT else 1.0
-            return self._stands(result, self.soft[id(first)][1] * factor)
+            return self._stands(result, self.soft[id(first)][1] * 2.0 ** (bits if function in _SHIFTED_LEFT else -bits))
+        if function in _BEST and isinstance(result := function(*arguments, **keywords), tuple):
+            self.chosen[id(result[1])] = result[1], first, None
+            return result
+        if function in _PLACED:
+            return self._stands(function(*arguments, **keywords), first)
         if function in _DIVIDED and (first.requires_grad or id(first) in self.soft):
             real = self._known(first)
             hard = function(first.detach(), *arguments[1:], **keywords)
@@ -412,7 +444,23 @@ class _Softening(TorchFunctionMode):
             return _through(hard, soft) if hard.is_floating_point() else self._stands(hard, soft)
         if self.smooth and first.requires_grad and function in _CUT | _OFF | _SATURATED:
             return self._smoothed(function, first, arguments, keywords)
-        return function(*self._hardened(arguments), **keywords)
+        return self._other(function, arguments, keywords)
+
+    def _other(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Do anything else: what can have no gradient goes on standing for something, the rest gets a gradient."""
+        if not any(isinstance(one, Tensor) and id(one) in self.soft for one in _flat(arguments)):
+            return function(*arguments, **keywords)
+        result = function(*arguments, **keywords)
+        if not isinstance(result, Tensor):
+            return result
+        try:
+            if result.is_floating_point():
+                return function(*self._hardened(arguments), **keywords)
+            parts = [self.soft[id(one)][1] if id(one) in self.soft else one for one in arguments]
+            soft = _LOGIC[function](*parts) if function in _LOGIC else function(*parts, **keywords)
+        except (RuntimeError, TypeError):  # no arithmetic of real numbers
+            return result
+        return self._stands(result, soft) if isinstance(soft, Tensor) and soft.shape == result.shape else result
 
     def _stands(self, hard: Tensor, soft: Tensor) -> Tensor:
         self.soft[id(hard)] = hard, soft
@@ -457,14 +505,17 @@ class _Softening(TorchFunctionMode):
             return _through(result, soft.to(result.dtype)) if known else result
         return self._stands(result, soft)
 
+    def _choice(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
+        """Return the scores that an index among the arguments is the best of."""
+        tensors = [one for one in (*_flat(arguments), *keywords.values()) if isinstance(one, Tensor)]
+        return next((self.chosen[id(one)][1] for one in tensors if id(one) in self.chosen), None)
+
     def _picked(self, function: Any, first: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Follow the index of the best score: into a one-hot row, a row of a table, or a place that is set."""
-        tensors = [one for one in (*arguments, *keywords.values()) if isinstance(one, Tensor)]
-        index = next((one for one in tensors if id(one) in self.chosen), None)
-        result = function(*self._hardened(arguments), **keywords)
-        if index is None or not isinstance(result, Tensor):
+        result = function(*arguments, **keywords)
+        scores = self._choice(arguments, keywords)
+        if scores is None or not isinstance(result, Tensor):
             return result
-        scores = self.chosen[id(index)][1]
         if scores.ndim != 2 or not scores.requires_grad:
             return result
         spread = (scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True)).detach().clamp_min(1e-12)
@@ -490,24 +541,22 @@ class _Softening(TorchFunctionMode):
         return _through(hard, width * function(first / width, *arguments[1:], **keywords))
 
 
-@contextmanager
-def _custom_functions_pass() -> Iterator[None]:
-    """Let every custom autograd function pass its output's gradient to its first input of the same shape."""
-    own = torch.autograd.Function.__dict__["apply"]
-    base = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+def _let_pass(logits: Tensor) -> None:
+    """Let every custom autograd function pass its output's gradient to its first input, where the shapes agree."""
+    seen: set[Any] = set()
+    waiting = [logits.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+        if isinstance(node, BackwardCFunction) and not isinstance(node, _Through._backward_cls):
+            node.register_hook(_passed)
 
-    def apply(cls: Any, *arguments: Any, **keywords: Any) -> Any:
-        result = base(cls, *arguments, **keywords)
-        inputs = [one for one in arguments if isinstance(one, Tensor) and one.requires_grad]
-        if isinstance(result, Tensor) and inputs and inputs[0].shape == result.shape:
-            return _through(result, inputs[0])
-        return result
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del torch.autograd.Function.apply
-        else:
-            torch.autograd.Function.apply = own  # type: ignore[method-assign]
+def _passed(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...] | None:
+    first, given = inputs[0], outputs[0]
+    if first is None or given is None or first.shape != given.shape:
+        return None
+    return (given, *inputs[1:])

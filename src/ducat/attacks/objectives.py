@@ -32,6 +32,8 @@ class Objective:
         reference: `(clean_logits, y)` to a tensor with a row per sample that stays fixed during the attack, for
             objectives that compare with the benign image; None for the others.
         targeted: whether y holds the classes that the attacker wants, instead of the true labels.
+        success: `(logits, y)` to whether the attacker has what he wants of each sample, where that is not simply a
+            wrong prediction; None for that.
         recovered: the recovery-aware counterpart of a blind objective, if it has one.
     """
 
@@ -39,12 +41,16 @@ class Objective:
     knows_recovery: bool = False
     reference: Callable[[Tensor, Tensor], Tensor] | None = None
     targeted: bool = False
+    success: Callable[[Tensor, Tensor], Tensor] | None = None
     recovered: "Objective | None" = None
 
     def fooled(self, logits: Logits, y: Labels) -> Bool[Tensor, " batch"]:
         """Tell which samples this attacker believes to be misclassified; when `targeted`, classified as y."""
+        if self.success is not None:
+            return self.success(logits, y)
         prediction = (recover(logits) if self.knows_recovery else logits).argmax(1)
-        return prediction == y if self.targeted else prediction != y
+        finite = logits.isfinite().all(1)  # what is not finite is no prediction
+        return finite & (prediction == y) if self.targeted else ~finite | (prediction != y)
 
 
 def dlr(logits: Logits, y: Labels) -> PerSample:

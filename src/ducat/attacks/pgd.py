@@ -58,9 +58,9 @@ def pgd(
 ) -> Images:
     """Projected gradient ascent (Madry et al. 2018, arXiv 1706.06083).
 
-    Each image moves `threat.steps` times by `threat.step_size` along the steepest ascent direction of the norm, and is
-    projected back into the ball and into [0, 1]. Only the gradient of the input is computed. The model is attacked in
-    evaluation mode; the mode of each of its modules is restored.
+    Each image moves `threat.steps` times by `threat.step_size` in the steepest direction of the norm
+    (`ThreatModel.ascend`), and is projected back into the ball and into [0, 1]. Only the gradient of the input is
+    computed. The model is attacked in evaluation mode; the mode of each of its modules is restored.
 
     Args:
         model: maps images in [0, 1], shape (B, channels, H, W), to logits, shape (B, K).
@@ -148,7 +148,7 @@ def _gradient(
         if not value.requires_grad:  # the model passes no gradient
             return logits, value, torch.zeros_like(adversarial)
         (gradient,) = torch.autograd.grad(value.sum(), adversarial)
-    return logits.detach(), value.detach(), gradient
+    return logits.detach(), value.detach(), gradient.nan_to_num()
 
 
 def _last_iterate(
@@ -164,7 +164,7 @@ def _last_iterate(
     adversarial = start
     for stride in strides:
         _, _, gradient = _gradient(model, adversarial, y, goal, reference)
-        adversarial = threat.project(adversarial + stride * threat.direction(gradient), x)
+        adversarial = threat.project(threat.ascend(adversarial, gradient, stride), x)
     return adversarial
 
 
@@ -278,7 +278,7 @@ def _best_iterate(
             gradient = torch.where(columns, search.best_gradient, gradient)
             search.checkpoint_value, search.halved = search.best_value.clone(), stalled
             search.rises, last_checkpoint = torch.zeros_like(search.rises), step
-        ahead = threat.project(search.now + _columns(search.stride, x) * threat.direction(gradient), search.x)
+        ahead = threat.project(threat.ascend(search.now, gradient, _columns(search.stride, x)), search.x)
         if adaptive and step:
             drift = search.now - search.before
             ahead = search.now + MOMENTUM * (ahead - search.now) + (1 - MOMENTUM) * drift

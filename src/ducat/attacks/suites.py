@@ -201,6 +201,7 @@ SUITES: dict[str, Suite] = {
                 Attack(strategy, knows_recovery, run, norms)
                 for knows_recovery in (False, True)
                 for strategy, run, norms in (
+                    ("pgd-100", _pgd(100), NORMS),
                     ("pgd-100x5", _pgd(100, restarts=5), NORMS),
                     ("ddn", _external(external.ddn, steps=200), ("l2",)),
                     ("ensemble-full", ensemble("full"), NORMS),

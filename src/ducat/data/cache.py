@@ -231,9 +231,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def _header(name: str, fields: dict[str, Any]) -> Header:
-    stored: dict[str, Any] = {
-        key: _tuples(value) for key, value in fields.pop("spec").items()
-    }
+    stored: dict[str, Any] = {key: _tuples(value) for key, value in fields.pop("spec").items()}
     # The settings of a row may have been improved since; the title says what the file holds.
     spec = dataclasses.replace(SPECS[name], title=stored["title"]) if name in SPECS else DataSpec(**stored)
     if fields.get("stream"):

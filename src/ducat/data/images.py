@@ -157,6 +157,32 @@ class Lazy(Source):
         return Images(there, self.labels.to(device), self.ids.to(device))
 
 
+class _Joined:
+    """The rows of two sources, one after the other."""
+
+    def __init__(self, first: Source, second: Source) -> None:
+        self.first, self.second, self.shape = first, second, first.shape
+        self.decodes = any(isinstance(source, Lazy) and source.pixels.decodes for source in (first, second))
+
+    def read(self, rows: Int64[Tensor, m]) -> UInt8[Tensor, "m channels height width"]:
+        """Fetch these rows."""
+        fetched = torch.empty((len(rows), *self.shape), dtype=torch.uint8)
+        late = rows >= len(self.first)
+        fetched[~late] = self.first.select(rows[~late]).images
+        fetched[late] = self.second.select(rows[late] - len(self.first)).images
+        return fetched
+
+
+def join(first: Source, second: Source) -> Source:
+    """Return the images of two sources of one shape, one after the other."""
+    labels, ids = torch.cat([first.labels, second.labels]), torch.cat([first.ids, second.ids])
+    if isinstance(first, Images) and isinstance(second, Images):
+        return Images(torch.cat([first.images, second.images]), labels, ids)
+    if isinstance(first, Lazy) and isinstance(second, Lazy) and first.pixels is second.pixels:
+        return Lazy(first.pixels, labels, ids, torch.cat([first.rows, second.rows]))
+    return Lazy(_Joined(first, second), labels, ids)
+
+
 def floats(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return images as float32 in [0, 1]: the value / 255, correctly rounded."""
     # GPUs multiply by 1 / 255 when the divisor is a number; a tensor they divide by.

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ducat.data import cache, streams
-from ducat.data.images import Dataset, Lazy, Source, fingerprint, named_tensors, stratified_subset
+from ducat.data.images import Dataset, Lazy, Source, fingerprint, hold_out, join, named_tensors, stratified_subset
 from ducat.data.prepare import prepare
 from ducat.data.readers import CORRUPTIONS, read_digits
 from ducat.data.specs import SPECS
@@ -19,28 +19,48 @@ from ducat.data.stored import Stored
 PARTS = ("train", "validation", "test")
 
 
-def load(name: str, *, samples: int | None = None, root: Path | str | None = None) -> Dataset:
+def load(
+    name: str, *, samples: int | None = None, root: Path | str | None = None, held_out: float | int | None = None
+) -> Dataset:
     """Load a prepared data set, whole or with a fixed stratified subset of its training images.
 
     Args:
         name: a row of `ducat data list`, or a stream: "wds:SHARDS", "hf:NAME" or "folder:PATH".
         samples: how many training images to keep; validation and test images stay as they are.
         root: the cache folder; None is `DUCAT_DATA`, or the user's cache folder.
+        held_out: how many training images to hold out for validation, a number or a share below 1, a fixed stratified
+            part; 0 holds none out. None is as they were prepared.
 
     Raises:
         FileNotFoundError: the data set is not prepared; the message says how to prepare it.
-        ValueError: its file is damaged, or it has fewer training images than `samples`.
+        ValueError: its file is damaged, or it has fewer training images than `samples` or `held_out`.
     """
-    dataset = _load(name, root, verify=samples is None)
-    if samples is None:
+    dataset = _load(name, root, verify=samples is None and held_out is None)
+    if samples is None and held_out is None:
         return dataset
-    train = stratified_subset(dataset.train, samples)
+    train, validation = dataset.train, dataset.validation
+    if held_out is not None:
+        train, validation = _held_out_anew(train, validation, held_out)
+    if samples is not None:
+        train = stratified_subset(train, samples)
     if isinstance(train, Lazy) and train.pixels.decodes:
-        # Which images these are follows from all there are and their number.
-        measured = f"sha256:{hashlib.sha256(f'{dataset.fingerprint} {samples}'.encode()).hexdigest()}"
+        # Which images these are follows from all there are and these numbers.
+        exact = f"{dataset.fingerprint} {samples}" + ("" if held_out is None else f" {held_out}")
+        measured = f"sha256:{hashlib.sha256(exact.encode()).hexdigest()}"
     else:
-        measured = fingerprint(named_tensors(train, dataset.validation, dataset.test))
-    return replace(dataset, train=train, fingerprint=measured)
+        measured = fingerprint(named_tensors(train, validation, dataset.test))
+    return replace(dataset, train=train, validation=validation, fingerprint=measured)
+
+
+def _held_out_anew(train: Source, validation: Source, held_out: float | int) -> tuple[Source, Source]:
+    together = join(train, validation)
+    together = together.subset(together.ids.argsort(stable=True))
+    count = held_out * len(together) if held_out < 1 else held_out
+    if held_out >= 1 and count != int(count):
+        raise ValueError(f"data.held_out={held_out} is neither a number of images nor a share below 1")
+    if not 0 <= count < len(together):
+        raise ValueError(f"data.held_out={held_out} is outside [0, {len(together) - 1}], of the training images")
+    return hold_out(together, round(count)) if round(count) else (together, together.subset(torch.arange(0)))
 
 
 def load_test(

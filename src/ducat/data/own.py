@@ -82,7 +82,9 @@ def own(
         if images.shape != shape:
             raise ValueError(f"{part}: images are {_by(images.shape)}, those of train {_by(shape)}")
         if int(images.labels.min()) < 0 or top >= len(names):
-            raise ValueError(f"{part}: labels run from {int(images.labels.min())} to {top}, outside the {len(names)} classes")
+            raise ValueError(
+                f"{part}: labels run from {int(images.labels.min())} to {top}, outside the {len(names)} classes"
+            )
     if len(names) < 2:
         raise ValueError("train holds 1 class: at least 2 are needed")
     unknown = (0.0,) * shape[0]
@@ -148,7 +150,9 @@ def _source(given: Given, where: str) -> Source:
         check_channels(images.shape, f"{where}: images")
         if images.ndim != 4 or not len(images):
             raise ValueError(f"{where}: images of shape {images.shape} are not (n, channels, height, width)")
-        return Images(torch.from_numpy(_bytes(images, where)), _labels(labels, len(images), where), torch.arange(len(images)))
+        return Images(
+            torch.from_numpy(_bytes(images, where)), _labels(labels, len(images), where), torch.arange(len(images))
+        )
     if not isinstance(given, MapStyle) or isinstance(given, tuple | list | dict | np.ndarray | Tensor):
         raise ValueError(f"{where}: give (images, labels) or a map-style dataset, not a {type(given).__name__}")
     if not len(given):

@@ -153,7 +153,9 @@ class FileRows:
         """Index an image folder; its digest is of every image."""
         root = os.path.abspath(source)
         if not os.path.isdir(root):
-            raise ValueError(f"{source} is not a folder: an archive is prepared without folder:, or as shards with wds:")
+            raise ValueError(
+                f"{source} is not a folder: an archive is prepared without folder:, or as shards with wds:"
+            )
         with open_files(Path(root)) as files:
             digest = hashlib.sha256()
             splits = read_folder(files, spec, size, digest.update)
@@ -228,7 +230,9 @@ class ShardRows:
         rows = cls(tuple(map(str, shards)), torch.tensor([p for part in places.values() for p in part]).view(-1, 3))
         top = max((label for part in labels.values() for label in part), default=-1)
         classes = _class_names(shards[0].parent / "classes.txt", spec, top)
-        notices = [f"left out of shards: {', '.join(f'{n:,} .{kind}' for kind, n in left_out.items())}"] if left_out else []
+        notices = (
+            [f"left out of shards: {', '.join(f'{n:,} .{kind}' for kind, n in left_out.items())}"] if left_out else []
+        )
         found = survey(rows.read, rows.name, range(len(rows.places)), None if spec is None else spec.shape, size)
         counts = [len(part) for part in labels.values()]
         splits = _splits(rows, counts, [y for part in labels.values() for y in part], classes, notices, found)
@@ -298,10 +302,14 @@ class TableRows:
             raise ValueError(f"{source} has {len(classes)} classes, {spec.title} {len(spec.classes or ())}")
         bad = next((label for label in labels if not 0 <= label < len(classes)), None)
         if bad is not None:
-            raise ValueError(f"{source}: label {bad} is outside [0, {len(classes) - 1}]: this part has no public labels")
+            raise ValueError(
+                f"{source}: label {bad} is outside [0, {len(classes) - 1}]: this part has no public labels"
+            )
         rows = cls(source, torch.tensor([place for part in numbers.values() for place in part]).view(-1, 2))
         digest = hashlib.sha256()
-        found = survey(rows.read, rows.name, range(len(labels)), None if spec is None else spec.shape, size, digest.update)
+        found = survey(
+            rows.read, rows.name, range(len(labels)), None if spec is None else spec.shape, size, digest.update
+        )
         counts = [len(part) for part in numbers.values()]
         names_of = spec.classes if spec is not None and spec.classes is not None else classes
         splits = _splits(rows, counts, labels, names_of, [], found)
@@ -369,7 +377,9 @@ def _samples(path: Path, left_out: Counter[str]) -> Iterator[tuple[int, int, int
 
     def sample() -> tuple[int, int, int]:
         if image is None or label is None:
-            raise ValueError(f"{path}: sample {shown(key)} has no {'image' if image is None else '.cls with its label'}")
+            raise ValueError(
+                f"{path}: sample {shown(key)} has no {'image' if image is None else '.cls with its label'}"
+            )
         return label, *image
 
     try:
@@ -397,7 +407,9 @@ def _samples(path: Path, left_out: Counter[str]) -> Iterator[tuple[int, int, int
         if key:
             yield sample()
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole tar file ({' '.join(str(error).split())}): shards are plain .tar") from error
+        raise ValueError(
+            f"{path} is not a whole tar file ({' '.join(str(error).split())}): shards are plain .tar"
+        ) from error
 
 
 def _class_names(path: Path, spec: DataSpec | None, top: int) -> tuple[str, ...]:
@@ -425,7 +437,10 @@ def _tables(source: str) -> list[tuple[str, Any]]:
     except Exception as error:  # what that library raises is its own
         raise ValueError(f"hf:{source} cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     tables = found.items() if isinstance(found, dict) else [("train", found)]
-    return [(name, table.cast_column(_column(table, "Image", source), datasets.Image(decode=False))) for name, table in tables]
+    return [
+        (name, table.cast_column(_column(table, "Image", source), datasets.Image(decode=False)))
+        for name, table in tables
+    ]
 
 
 def _column(table: Any, kind: str, source: str, *names: str) -> str:

@@ -148,6 +148,8 @@ def clean(audit: Audit) -> bool:
 def causes(evaluation: Evaluation) -> list[str]:
     """Return why the robust accuracy is an upper bound only, in a few words each; nothing where it is a measurement."""
     scrutiny, audit = evaluation.scrutiny, evaluation.audit
+    if not evaluation.robust.any():
+        return []
     found = [f"the network is {name}" for name in scrutiny.nature]
     if scrutiny.opinion is not None and scrutiny.opinion.broken:
         found.append("a plain attack broke what the suite had left")

@@ -17,8 +17,9 @@ from ducat.attacks.guides import Replaced
 from ducat.attacks.pgd import attackable
 from ducat.attacks.suites import Attack, Run, Suite, find_suite, through
 from ducat.dummy import RecoveredClassifier
-from ducat.evaluation import second_opinion
+from ducat.evaluation import rejection, second_opinion
 from ducat.evaluation.audit import AUDITED, causes, find_warnings, measure_signs, suspicious
+from ducat.evaluation.rejection import check_shares
 from ducat.evaluation.result import ROW, AttackResult, Evaluation, Opinion, Scrutiny, named, read_rows
 from ducat.evaluation.second_round import Scene, guides, second_round
 from ducat.evaluation.subject import (
@@ -60,6 +61,8 @@ def evaluate(
     draws: int = 1,
     replacements: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     second_round_seconds: float | None = None,
+    reject: Sequence[float] = (),
+    held_out: tuple[Any, Any] | None = None,
 ) -> Evaluation:
     """Attack a classifier with every attack of a suite, blind and recovery-aware.
 
@@ -92,6 +95,9 @@ def evaluate(
             gradient in its stead (BPDA).
         second_round_seconds: the longest that the second round may take, which begins when something hides the
             gradients; None for no limit.
+        reject: shares of the correctly classified benign images that may be refused, each in [0, 1): for each of them
+            the classifier is measured as one that may refuse, see `evaluation.rejection.measure`.
+        held_out: images and labels that its thresholds are set on; by default x and y themselves.
 
     Raises:
         ValueError: if the suite is unknown, there are no samples, images or labels are out of range, the model fails on
@@ -101,6 +107,9 @@ def evaluate(
     chosen = find_suite(suite)
     with _plainly():
         x, y = images_and_labels(x, y, num_classes)
+        check_shares(reject)
+        if held_out is not None:
+            held_out = images_and_labels(*held_out, num_classes)
         subject = _Subject.of(model, x, num_classes, batch_size, replacements)
         others = [classifier(other, x, batch_size) for other in surrogates]
         with attackable(subject.network), attackable(nn.ModuleList(others)):
@@ -109,14 +118,49 @@ def evaluate(
             for _ in range(RUNS):
                 nature = replace(nature, draws=max(nature.draws, draws if nature.random else 1))
                 rows = [*chosen.attacks, *_own(attacks, subject), *_transfers(others, subject)]
-                job = _Job.of(subject, nature, threat, rows, seed, x, fold)
+                job = _Job.of(subject, nature, threat, rows, seed, x, fold, watched=bool(reject))
                 outcome = _Outcome.of(job, x, y, batch_size, progress, parts, chosen.name)
                 seen = examine(subject.network, x, outcome.adversarial, threat, seeded(seed, "nature"), nature)
                 agreed = job.agrees(x, outcome.adversarial)
                 if agreed and (seen.names, seen.remembers) == (nature.names, nature.remembers):
                     break
                 nature, fold = seen, fold and agreed
-            return _conclude(job, outcome, chosen, x, y, num_classes, progress, data, batch_size, second_round_seconds)
+            evaluation = _conclude(
+                job, outcome, chosen, x, y, num_classes, progress, data, batch_size, second_round_seconds
+            )
+            return _with_rejection(evaluation, job, outcome, x, y, reject, held_out, progress) if reject else evaluation
+
+
+def _with_rejection(
+    evaluation: Evaluation,
+    job: "_Job",
+    outcome: "_Outcome",
+    x: Tensor,
+    y: Tensor,
+    shares: Sequence[float],
+    held_out: tuple[Tensor, Tensor] | None,
+    progress: Callable[[str], None],
+) -> Evaluation:
+    if job.nature.names:
+        kind = " and ".join(job.nature.names)
+        refusal = f"reject: a network that is {kind} gives an image no one signal, so refusing was not measured"
+        return replace(evaluation, warnings=[*evaluation.warnings, refusal])
+    view, led = (RecoveredClassifier(job.subject.aware(one)) for one in (job.subject.network, job.attacked[0]))
+    found = [evaluation.adversarial, *outcome.accepted]
+    measured = rejection.measure(
+        view,
+        x,
+        y,
+        job.threat,
+        shares,
+        held_out=held_out,
+        found=found,
+        attacked=led,
+        seed=job.seed,
+        batch_size=evaluation.batch_size,
+        progress=progress,
+    )
+    return replace(evaluation, rejection=measured, warnings=[*evaluation.warnings, *measured.warnings])
 
 
 @dataclass(frozen=True)
@@ -198,6 +242,7 @@ class _Part:
     clean: Tensor  # how often the benign image is classified correctly
     adversarial: Tensor
     attacks: Sequence[AttackResult]
+    accepted: Tensor  # for each signal the images that it accepts highest with a wrong class; none unless watched
 
 
 @dataclass(frozen=True)
@@ -212,6 +257,7 @@ class _Job:
     threat: ThreatModel
     attacks: Sequence[Attack]
     seed: int
+    watched: bool = False  # whether images are kept that a classifier that may refuse would accept
 
     @classmethod
     def of(
@@ -223,6 +269,7 @@ class _Job:
         seed: int,
         x: Tensor,
         fold: bool,
+        watched: bool = False,
     ) -> "_Job":
         network = subject.network
         folded = None
@@ -237,7 +284,7 @@ class _Job:
             attacked = judges
         if nature.random:
             attacked = [Averaged(one, nature.draws) for one in attacked]
-        return cls(subject, nature, judges, attacked, folded, threat, attacks, seed)
+        return cls(subject, nature, judges, attacked, folded, threat, attacks, seed, watched and not nature.names)
 
     @property
     def repeats(self) -> int:
@@ -252,6 +299,8 @@ class _Job:
 
         The worst way in which an image may meet the network counts. Outputs that are not finite are no prediction.
         """
+        if not len(y):
+            return y.new_zeros(0, dtype=torch.float32), y.new_zeros(0, dtype=torch.float32)
         repeats = repeats or self.repeats
         share, lead = y.new_ones(len(y), dtype=torch.float32), None
         for judge in self.judges:
@@ -299,6 +348,7 @@ class _Job:
         rows = (clean > 0.5).nonzero().squeeze(1)
         adversarial, least = x.clone(), clean.clone()
         results: dict[str, AttackResult] = {}
+        seen = self.seen(x, y) if self.watched else None
         for attack in self.attacks:
             if self.threat.norm not in attack.norms:
                 continue
@@ -317,6 +367,8 @@ class _Job:
                 found = x.clone()
                 found[rows] = attack.run(network, x[rows], y[rows], self.threat, noise).detach().to(x)
                 right, reached = self.judge(found, y)
+                if seen is not None:
+                    seen.look(found)
                 inside = self.threat.allows(found, x)
                 right = torch.where(inside, right, clean)
                 share = torch.minimum(share, right)
@@ -325,7 +377,13 @@ class _Job:
                 adversarial[better], margin[better] = found[better], reached[better]
                 least = torch.minimum(least, share)
             results[attack.name] = self.result(attack, share.cpu(), time.perf_counter() - began)
-        return _Part(clean.cpu(), adversarial.cpu(), list(results.values()))
+        accepted = torch.stack([*seen.nearest.values()]) if seen is not None else x.new_empty((0, *x.shape))
+        return _Part(clean.cpu(), adversarial.cpu(), list(results.values()), accepted.cpu())
+
+    def seen(self, x: Tensor, y: Tensor) -> rejection.Seen:
+        view = RecoveredClassifier(self.subject.aware(self.subject.network))
+        signals = {name: rejection.SIGNALS[name] for name in rejection.signals_of(view)}
+        return rejection.Seen(rejection.opened(view), x, y, self.threat, signals)
 
     def result(self, attack: Attack, share: Tensor, seconds: float) -> AttackResult:
         shares = share if self.nature.random else None
@@ -352,6 +410,7 @@ class _Outcome:
     clean: Tensor
     adversarial: Tensor
     attacks: Sequence[AttackResult]
+    accepted: Tensor
 
     @classmethod
     def of(
@@ -370,11 +429,12 @@ class _Outcome:
             _digest(x, y),
             *map(str, (job.threat, suite, job.seed, batch_size, job.subject.how, job.nature.names)),
             str([attack.name for attack in job.attacks]),
+            str(job.watched),
         ]
         done = _shared(job, chunks, identity, progress, Path(parts) if parts is not None else None)
         clean, adversarial = (torch.cat([getattr(part, name) for part in done]) for name in ("clean", "adversarial"))
         rows = [_joined(rows) for rows in zip(*(part.attacks for part in done), strict=True)]
-        return cls(clean, adversarial, rows)
+        return cls(clean, adversarial, rows, torch.cat([part.accepted for part in done], dim=1))
 
     @property
     def standing(self) -> Tensor:
@@ -457,8 +517,9 @@ def _conclude(
         if suspicious(audit, attacks, nature):
             progress("second round")
             rows = (least > 0 if nature.random else standing).nonzero().squeeze(1)
-            second, found = second_round(scene(rows), not nature.names, progress)
-            join(SECOND_ROUND, rows, found, second.seconds)
+            if len(rows):
+                second, found = second_round(scene(rows), not nature.names, progress)
+                join(SECOND_ROUND, rows, found, second.seconds)
     if suite.audit and searched and standing.any():
         progress("second opinion")
         rows = standing.nonzero().squeeze(1)[: second_opinion.SAMPLES]
@@ -544,7 +605,7 @@ def _shared(
 
 def _write_part(file: Path, identity: list[str], part: _Part) -> None:
     rows = [{name: getattr(attack, name) for name in ROW} for attack in part.attacks]
-    tensors = {"clean": part.clean, "adversarial": part.adversarial, **named(part.attacks)}
+    tensors = {"clean": part.clean, "adversarial": part.adversarial, "accepted": part.accepted, **named(part.attacks)}
     checkpoint.save(file, tensors, {"identity": identity, "attacks": rows})
 
 
@@ -555,7 +616,8 @@ def _read_part(file: Path, identity: list[str]) -> _Part | None:
     tensors, state = checkpoint.read(file)
     if state["identity"] != identity:
         return None
-    return _Part(tensors["clean"], tensors["adversarial"], read_rows(state["attacks"], tensors))
+    rows = read_rows(state["attacks"], tensors)
+    return _Part(tensors["clean"], tensors["adversarial"], rows, tensors["accepted"])
 
 
 def _digest(*tensors: Tensor) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ducat import checkpoint
 from ducat.attacks.suites import attack_name
+from ducat.evaluation.rejection import Rejection
 from ducat.evaluation.statistics import mcnemar, wilson
 from ducat.runs import RunFolder
 from ducat.threat import ThreatModel
@@ -188,6 +189,7 @@ class Evaluation:
         scrutiny: how the network behaved.
         warnings: what a reader must know before quoting a number; a failure of ours comes first.
         causes: why `robust` is an upper bound only; empty where it is a measurement.
+        rejection: what the classifier achieves that may refuse; None if it was not asked for.
         checkpoint: which checkpoint of a run was measured, "best" or "last"; None for a network from elsewhere.
     """
 
@@ -210,6 +212,7 @@ class Evaluation:
     scrutiny: Scrutiny = Scrutiny()
     warnings: Sequence[str] = ()
     causes: Sequence[str] = ()
+    rejection: Rejection | None = None
     checkpoint: str | None = None
 
     @property
@@ -281,6 +284,7 @@ class Evaluation:
             "dummy_classes": self.dummy_classes,
             "audit": self.audit.to_dict() if self.audit else None,
             "scrutiny": self.scrutiny.to_dict(),
+            "rejection": self.rejection.to_dict() if self.rejection else None,
             "warnings": list(self.warnings),
         }
 
@@ -298,7 +302,7 @@ class Evaluation:
         tensors = {name: getattr(self, name) for name in TENSORS}
         shares = {name: getattr(self, name) for name in SHARES if getattr(self, name) is not None}
         content = self.to_dict()
-        tensors |= {**shares, **named(self.attacks)}
+        tensors |= {**shares, **named(self.attacks), **(self.rejection.tensors if self.rejection else {})}
         checkpoint.save(path.with_suffix(".safetensors"), tensors, {"evaluation": content})
         checkpoint.write_text(path, json.dumps(content, indent=2) + "\n")
 
@@ -323,9 +327,11 @@ class Evaluation:
         rows = read_rows(content["attacks"], tensors)
         # Evaluations of earlier versions do not say what comes with `get`.
         dummies = any(row.knows_recovery and row.same_as is None for row in rows)
+        threat, refused = ThreatModel(**content["threat"]), content.get("rejection")
         return cls(
             **{**scalars, **flags, **shares},
-            threat=ThreatModel(**content["threat"]),
+            threat=threat,
+            rejection=Rejection.restored(refused, tensors, threat, flags["labels"]) if refused else None,
             attacks=rows,
             audit=Audit.from_dict(measured) if measured else None,
             scrutiny=Scrutiny.from_dict(content["scrutiny"]) if "scrutiny" in content else Scrutiny(),

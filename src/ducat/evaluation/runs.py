@@ -1,18 +1,19 @@
 """Evaluate a run or a checkpoint on its test images, and write down what came of it."""
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ducat import weights
+from ducat import checkpoint, weights
 from ducat.config import Config
 from ducat.data import load, load_test
-from ducat.dummy import dummy_head
 from ducat.evaluation.engine import evaluate
+from ducat.evaluation.rejection import calibrate
 from ducat.runs import RunFolder, Which
 from ducat.threat import ThreatModel
 
@@ -25,6 +26,7 @@ def evaluate_run(
     seed: int = 0,
     which: Which = "best",
     threat: ThreatModel | None = None,
+    reject: Sequence[float] = (),
     batch_size: int = 500,
     device: str = "auto",
     progress: Callable[[str], None] | None = None,
@@ -41,6 +43,8 @@ def evaluate_run(
         seed: of the attacks.
         which: "best" or "last" checkpoint.
         threat: the ball; by default the one that the run was trained in.
+        reject: shares of benign images that may be refused, see `ducat.evaluate`; the thresholds are set on validation
+            images.
         batch_size: samples attacked at a time.
         device: "auto", "cpu" or "cuda".
         progress: told of each attack and chunk as it starts.
@@ -55,8 +59,10 @@ def evaluate_run(
         device,
         which,
         suite=suite,
-        num_classes=_num_classes(model),
+        num_classes=folder.read(which)[1]["model"]["num_classes"],
         seed=seed,
+        reject=reject,
+        held_out=_held_out(config) if reject else None,
         batch_size=batch_size,
         data=folder.manifest["data"]["title"],
         progress=progress or (lambda attack: None),
@@ -72,6 +78,7 @@ def evaluate_checkpoint(
     samples: int | None = None,
     seed: int = 0,
     path: Path | None = None,
+    reject: Sequence[float] = (),
     batch_size: int = 500,
     device: str = "auto",
     progress: Callable[[str], None] | None = None,
@@ -87,6 +94,8 @@ def evaluate_checkpoint(
         samples: how many test images, a fixed stratified subset; all by default.
         seed: of the attacks.
         path: the .json file to write, with a .safetensors beside it; nothing is written by default.
+        reject: shares of benign images that may be refused, see `ducat.evaluate`; the thresholds are set on validation
+            images.
         batch_size: samples attacked at a time.
         device: "auto", "cpu" or "cuda".
         progress: told of each attack and chunk as it starts.
@@ -111,10 +120,55 @@ def evaluate_checkpoint(
         suite=suite,
         num_classes=classes,
         seed=seed,
+        reject=reject,
+        held_out=_held_out(config) if reject else None,
         batch_size=batch_size,
         data=dataset.spec.title,
         progress=progress or (lambda attack: None),
     )
+
+
+def calibrate_run(
+    folder: RunFolder, share: float, signal: str = "confidence", *, which: Which = "best"
+) -> dict[str, Any]:
+    """Set the threshold of a run on its validation images, write rejection.json, and return what was written.
+
+    What was written before is replaced. `ducat serve` and `ducat export` go by it.
+
+    Args:
+        folder: the run.
+        share: of the correctly classified benign images, how many may be refused, in [0, 1).
+        signal: a name in `evaluation.rejection.SIGNALS`.
+        which: "best" or "last" checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such run or checkpoint, or the data are gone.
+        ValueError: if share or signal do not fit.
+    """
+    x, y = _held_out(folder.config)
+    content = {
+        "schema": 1,
+        "signal": signal,
+        "threshold": calibrate(folder.load(which), x, y, share, signal),
+        "reject": share,
+        "checkpoint": which,
+        "images": len(y),
+    }
+    checkpoint.write_text(folder.rejection_path, json.dumps(content, indent=2) + "\n")
+    return content
+
+
+def read_calibration(folder: RunFolder, which: Which) -> dict[str, Any] | None:
+    """Return what `calibrate_run` wrote for a checkpoint, or None if there is nothing."""
+    if not folder.rejection_path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(folder.rejection_path.read_text(encoding="utf-8"))
+    return content if content["checkpoint"] == which else None
+
+
+def _held_out(config: Config) -> tuple[Tensor, Tensor]:
+    validation = load(config.data.name, root=config.data.root).validation
+    return validation.floats(), validation.labels
 
 
 def _evaluate_and_save(
@@ -139,11 +193,3 @@ def _evaluate_and_save(
         evaluation.save(path)
         shutil.rmtree(parts)
     return evaluation.to_dict()
-
-
-def _num_classes(model: nn.Module) -> int:
-    """Return C of a network of ours."""
-    head = dummy_head(model)
-    if head is not None:
-        return head.num_classes
-    return [module.out_features for module in model.modules() if isinstance(module, nn.Linear)][-1]

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ducat import checkpoint, data
+from ducat.attacks.adaptive import with_silent_dummies
 from ducat.dummy import recover
+from ducat.evaluation.rejection import accepted, check_signal
+from ducat.evaluation.runs import read_calibration
 from ducat.models.architecture import Architecture
 from ducat.reporting import compare as comparing
 from ducat.runs import RunFolder, Which
@@ -20,7 +23,7 @@ COMPARED = 64  # images that a written file is compared on
 
 Batch = Float[Tensor, "batch channels height width"]
 Logits = Float[Tensor, "batch classes"]
-Outputs = Logits | tuple[Logits, Float[Tensor, " batch"]]
+Outputs = Logits | tuple[Logits | Float[Tensor, " batch"] | Bool[Tensor, " batch"], ...]
 
 
 class Classifier(
@@ -34,35 +37,54 @@ class Classifier(
     Maps images in [0, 1], shape (B, channels, H, W), to C logits, shape (B, C). With `detector` it returns a second
     tensor, shape (B,): the probability that the image is adversarial, by the within-pair classifier that dummy classes
     train on the side, s = p_{y+C} / (p_y + p_{y+C}) for the predicted class y. It was trained on the attacks that
-    training met; whoever knows of it can attack it too.
+    training met; whoever knows of it can attack it too. With a `threshold` the last output, bool of shape (B,), says
+    whether the prediction is accepted or only a hint, see `ducat.SelectiveClassifier`.
 
     Args:
         architecture: of the network.
         classes: the names of the C classes, in the order of the logits.
         detector: whether to return the probability as well.
+        signal: what acceptance goes by, a name in `ducat.evaluation.rejection.SIGNALS`.
+        threshold: its lowest value that is accepted; None for a classifier that never refuses.
 
     Raises:
-        ValueError: if a detector is asked of a network without dummy classes.
+        ValueError: if a detector, or a signal that needs them, is asked of a network without dummy classes.
     """
 
-    def __init__(self, architecture: Architecture, classes: Sequence[str], detector: bool = False) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        classes: Sequence[str],
+        detector: bool = False,
+        signal: str = "confidence",
+        threshold: float | None = None,
+    ) -> None:
         super().__init__()
         if detector and not architecture.dummy_classes:
             raise ValueError("detector: the network has no dummy classes, so nothing in it tells adversarial images")
         self.architecture, self.classes, self.detector = architecture, tuple(classes), detector
         with torch.random.fork_rng(devices=[]):
             self.model = architecture.build()
+        self.signal, self.threshold = signal, threshold
+        check_signal(signal, dummy_classes=architecture.dummy_classes)
 
     def forward(self, images: Batch) -> Outputs:
         logits = self.model(images)
-        if not self.architecture.dummy_classes:
-            return logits
-        recovered = recover(logits)
-        if not self.detector:
-            return recovered
-        real, dummy = logits.chunk(2, dim=1)
-        predicted = recovered.argmax(1, keepdim=True)
-        return recovered, torch.sigmoid((dummy - real).gather(1, predicted)).squeeze(1)
+        recovered = recover(logits) if self.architecture.dummy_classes else logits
+        outputs: list[Tensor] = [recovered]
+        if self.detector:
+            real, dummy = logits.chunk(2, dim=1)
+            predicted = recovered.argmax(1, keepdim=True)
+            outputs.append(torch.sigmoid((dummy - real).gather(1, predicted)).squeeze(1))
+        if self.threshold is not None:
+            full = logits if self.architecture.dummy_classes else with_silent_dummies(logits)
+            outputs.append(accepted(full, self.signal, self.threshold))
+        return tuple(outputs) if len(outputs) > 1 else recovered
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the outputs."""
+        return ["logits", *["adversarial"] * self.detector, *["accepted"] * (self.threshold is not None)]
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **kwargs: Any) -> "Classifier":
@@ -91,8 +113,10 @@ class Deployed:
     images_name: str
 
     @classmethod
-    def read(cls, run: Path | str, which: Which = "best", *, detector: bool = False) -> "Deployed":
-        """Read a run.
+    def read(
+        cls, run: Path | str, which: Which = "best", *, detector: bool = False, selective: bool = True
+    ) -> "Deployed":
+        """Read a run, and with `selective` the threshold that `ducat calibrate` set for it, where it has.
 
         Raises:
             FileNotFoundError: if there is no such run or checkpoint.
@@ -112,7 +136,9 @@ class Deployed:
             shape = COMPARED, architecture.channels, side, side
             images, name = torch.rand(shape, generator=torch.Generator().manual_seed(0)), "random images"
             classes = tuple(map(str, range(architecture.num_classes)))
-        classifier = Classifier(architecture, classes, detector)
+        calibrated = read_calibration(folder, which) if selective else None
+        choice = {key: calibrated[key] for key in ("signal", "threshold")} if calibrated else {}
+        classifier = Classifier(architecture, classes, detector, **choice)
         classifier.model.load_state_dict(checkpoint.part("model", tensors))
         return cls(folder, which, classifier.eval(), _evaluated(folder, which), images, name)
 
@@ -134,6 +160,8 @@ def save(source: Deployed, path: Path) -> None:
         "model": asdict(classifier.architecture),
         "classes": classifier.classes,
         "detector": classifier.detector,
+        "signal": classifier.signal,
+        "threshold": classifier.threshold,
     }
     checkpoint.save(path, checkpoint.named("model", classifier.model.state_dict()), state)
 
@@ -148,7 +176,9 @@ def load(path: Path | str) -> Classifier:
     tensors, state = checkpoint.read(Path(path))
     if "classes" not in state:
         raise ValueError(f"{path} is a checkpoint of a run: ducat.load takes the run folder")
-    classifier = Classifier(Architecture(**state["model"]), state["classes"], state["detector"])
+    # Files of earlier versions have no threshold.
+    choice = {key: state[key] for key in ("signal", "threshold") if key in state}
+    classifier = Classifier(Architecture(**state["model"]), state["classes"], state["detector"], **choice)
     classifier.model.load_state_dict(checkpoint.part("model", tensors))
     return classifier.eval()
 

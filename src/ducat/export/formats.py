@@ -24,6 +24,7 @@ from ducat.export import hub, robustbench
 from ducat.export.classifier import Classifier, Deployed, load, save
 from ducat.runs import Which
 
+FLIPPED = 0.05  # of the images
 TOLERANCE = 1e-4  # of logits: other libraries add in another order
 
 
@@ -60,7 +61,8 @@ def export(run: Path | str, format: str, out: Path | str, *, which: Which = "bes
         format: a row of `FORMATS`: "onnx", "safetensors" and "torch-export" are files, "hub" and "robustbench" folders.
         out: the file or folder to make.
         which: the checkpoint, "best" or "last".
-        detector: whether there is a second output, see `Classifier`.
+        detector: whether there is a second output, see `Classifier`. A run that `ducat calibrate` has given a threshold
+            has one more output, last, except for RobustBench, which takes one output.
 
     Raises:
         FileNotFoundError: if there is no such run or checkpoint.
@@ -76,7 +78,7 @@ def export(run: Path | str, format: str, out: Path | str, *, which: Which = "bes
         raise FileExistsError(f"out: {out} exists, and nothing is overwritten")
     if detector and format == "robustbench":
         raise ValueError("detector: RobustBench takes classifiers with one output")
-    source = Deployed.read(run, which, detector=detector)
+    source = Deployed.read(run, which, detector=detector, selective=format != "robustbench")
     with _making(out) as part:
         FORMATS[format].write(source, part)
         difference = _compare(source.classifier, FORMATS[format].read(part), source.images)
@@ -104,6 +106,11 @@ def _compare(classifier: Classifier, other: Callable[[Tensor], Any], images: Ten
         with torch.no_grad():
             pairs = zip(_outputs(classifier(batch)), _outputs(other(batch)), strict=True)
         for number, (ours, theirs) in enumerate(pairs):
+            if ours.dtype == np.bool_:
+                # At the threshold itself rounding decides.
+                if ours.shape != theirs.shape or np.mean(ours != theirs) > FLIPPED:
+                    raise RuntimeError("the exported model accepts other images than the network: this is a defect")
+                continue
             if ours.shape != theirs.shape or (number == 0 and not np.array_equal(ours.argmax(1), theirs.argmax(1))):
                 raise RuntimeError("the exported model predicts other classes than the network: this is a defect")
             difference = max(difference, float(np.abs(ours - theirs).max()))
@@ -138,13 +145,16 @@ def _need(extra: str, *modules: str) -> None:
 
 def _write_onnx(source: Deployed, path: Path) -> None:
     _need("onnx", "onnx", "onnxscript", "onnxruntime")
-    names = ["logits", "adversarial"] if source.classifier.detector else ["logits"]
+    names = source.classifier.names
     with _quiet("torch.onnx"):
         program = torch.onnx.export(
             source.program, (), dynamo=True, verbose=False, input_names=["images"], output_names=names
         )
     assert program is not None
-    program.model.metadata_props["classes"] = json.dumps(source.classifier.classes)
+    described: dict[str, Any] = {"classes": source.classifier.classes}
+    if source.classifier.threshold is not None:
+        described |= {"signal": source.classifier.signal, "threshold": source.classifier.threshold}
+    program.model.metadata_props.update({name: json.dumps(value) for name, value in described.items()})
     program.save(str(path))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ducat import checkpoint
+from ducat.evaluation.rejection import SIGNALS
 from ducat.export.classifier import Classifier, Deployed
 from ducat.reporting import compare as comparing
 
@@ -36,6 +37,8 @@ def _card(source: Deployed) -> str:
     call = "logits = model(images)  # images in [0, 1], (batch, channels, height, width), to (batch, classes)"
     if classifier.detector:
         call = "logits, adversarial = model(images)  # and the probability that each image is adversarial, (batch,)"
+    if classifier.threshold is not None:
+        call = f"{', '.join(classifier.names)} = model(images)  # accepted: whether each prediction is more than a hint"
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
@@ -62,8 +65,25 @@ def _card(source: Deployed) -> str:
         "## Accuracy",
         "",
         *_accuracy(source),
+        *_refusing(source),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _refusing(source: Deployed) -> list[str]:
+    classifier = source.classifier
+    if classifier.threshold is None:
+        return []
+    lines = [
+        "",
+        "## Refusing",
+        "",
+        f"A prediction is accepted where `{classifier.signal}` ({SIGNALS[classifier.signal].about}) is at least "
+        f"{classifier.threshold:.4g}; otherwise the class is only a hint.",
+    ]
+    if source.evaluation is None or not source.evaluation.get("rejection"):
+        lines += ["", "**Not attacked.** What refusing withstands has not been measured: `ducat evaluate --reject`."]
+    return lines
 
 
 def _has_dummies(source: Deployed) -> bool:

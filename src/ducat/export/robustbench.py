@@ -76,7 +76,7 @@ def _claim(source: Deployed) -> str:
     if evaluation is None:
         norm, eps, clean, robust, method = "", "", NOT_MEASURED, NOT_MEASURED, f"{NOT_MEASURED}: run `ducat evaluate`"
     else:
-        norm, eps = evaluation["threat"]["norm"].replace("linf", "Linf").replace("l2", "L2"), _eps(evaluation)
+        norm, eps = evaluation["threat"]["norm"].capitalize(), _eps(evaluation)
         clean, robust = _percent(evaluation["clean"]["accuracy"]), _percent(evaluation["robust"])
         method = (
             f"per-sample worst case over {len(evaluation['attacks'])} attacks, blind and recovery-aware, on "
@@ -116,6 +116,14 @@ def _claim(source: Deployed) -> str:
         }
         lines += ["| measured | accuracy (%) |", "| --- | --- |"]
         lines += [f"| {name} | {_percent(share)} |" for name, share in rows.items()]
+        refused = evaluation.get("rejection") or {"signals": []}
+        lines += [
+            f"| not in the claim, which never refuses: robust with {row['reject']:.0%} refused by {each['signal']} "
+            f"({100 * row['clean_refused']['share']:.2f} % of the benign images refused) | "
+            f"{_percent(row['robust']['share'])} |"
+            for each in refused["signals"]
+            for row in each["rows"]
+        ]
         lines += [""]
     lines += [
         "# Model Zoo:",

@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ducat.models.doors import allow_code
+from ducat.models.gowal import gowal_resnet
 from ducat.models.resnet import BasicBlock, Bottleneck, preact_resnet, resnet
 from ducat.models.small import small_cnn
 from ducat.models.wide_resnet import wide_resnet
 
-__all__ = ["MODELS", "Normalize", "build"]
+__all__ = ["MODELS", "Normalize", "allow_code", "build"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "small": small_cnn,
@@ -27,6 +29,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "preact-resnet18": partial(preact_resnet, depths=(2, 2, 2, 2), width=64),
     "wrn-28-10": partial(wide_resnet, depth=28, width=160),
     "wrn-34-10": partial(wide_resnet, depth=34, width=160),
+    "preact-resnet18-silu": partial(gowal_resnet, depths=(2, 2, 2, 2), width=64, wide=False),
+    "wrn-28-10-silu": partial(gowal_resnet, depths=(4, 4, 4), width=160, wide=True),
+    "wrn-70-16-silu": partial(gowal_resnet, depths=(11, 11, 11), width=256, wide=True),
 }
 """Every network by name. A row is called as `builder(num_outputs, channels=, stem_stride=)`, and with `width=`, the
 channels of its first stage, when the default of the row is overridden."""
@@ -80,10 +85,11 @@ def build(
     std: Sequence[float] | None = None,
     width: int | None = None,
     stem_stride: int = 1,
+    init: str = "he",
 ) -> nn.Module:
     """Build a network with fresh weights, drawn from torch's global generator as `torch.nn` draws them.
 
-    Convolutions get He's normal initialisation over the fan out; the other layers keep torch's. The last `nn.Linear`
+    The last `nn.Linear`
     in module order is the classification head. Every network ends in global average pooling, so it takes images of
     any size.
 
@@ -95,6 +101,8 @@ def build(
         std: per-channel standard deviation for it; None for 1.
         width: channels of the first stage, which later stages double; None for the network's own.
         stem_stride: stride of the first convolution; 2 brings 64x64 images to the cost of 32x32 ones.
+        init: "he" gives convolutions He's normal initialisation over the fan out (He et al. 2015, arXiv 1502.01852);
+            "torch" leaves them, as all other layers, with torch's own.
 
     Returns:
         A module from images in [0, 1], (batch, channels, height, width), to logits, (batch, num_outputs).
@@ -105,7 +113,10 @@ def build(
     if name not in MODELS:
         close = get_close_matches(name.lower(), MODELS, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"model name {name!r} is unknown: {hint}known names are {', '.join(MODELS)}")
+        raise ValueError(
+            f"model name {name!r} is unknown: {hint}known names are {', '.join(MODELS)}; timm/NAME, hf:REPO and "
+            "file.py:function are networks of others"
+        )
     sizes = {"num_outputs": num_outputs, "channels": channels, "stem_stride": stem_stride}
     if width is not None:
         sizes["width"] = width
@@ -114,6 +125,6 @@ def build(
             raise ValueError(f"{option}={value} is not possible: it must be at least 1")
     network = MODELS[name](**sizes)
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and init == "he":
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(OrderedDict(normalize=Normalize(channels, mean, std), network=network))

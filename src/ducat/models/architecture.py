@@ -1,12 +1,21 @@
 """A network's description, which travels with its weights so that a checkpoint can be loaded by itself."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
 from torch import nn
 
 from ducat.dummy import add_dummy_classes
-from ducat.models import build
+from ducat.models import Normalize, build
+from ducat.models.doors import Fit, door, is_foreign
+from ducat.models.heads import describe, forward
+
+OURS = 8  # pixels a side that each of our networks takes
 
 
 @dataclass(frozen=True)
@@ -14,7 +23,7 @@ class Architecture:
     """Everything needed to build a network again.
 
     Attributes:
-        name: a row of `models.MODELS`.
+        name: a row of `models.MODELS`, or somebody else's network as `models.doors` names them.
         num_classes: C, the number of real classes.
         dummy_classes: whether the head has 2C outputs.
         channels: of the images.
@@ -22,6 +31,11 @@ class Architecture:
         std: per channel, likewise.
         width: channels of the first stage; None for the network's own.
         stem_stride: stride of the first convolution; 2 for 64 x 64 images.
+        options: what else somebody else's network is made with.
+        record: what has to be the same for somebody else's network: versions, its configuration, a file's SHA-256.
+        image_size: pixels a side of the images, for somebody else's network.
+        fit_size: pixels a side that images are resized to inside of the model; None leaves them.
+        fit_channels: channels that grey images are repeated to inside of the model; None leaves them.
     """
 
     name: str
@@ -32,10 +46,34 @@ class Architecture:
     std: Sequence[float]
     width: int | None = None
     stem_stride: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    image_size: int | None = None
+    fit_size: int | None = None
+    fit_channels: int | None = None
 
-    def build(self) -> nn.Module:
-        """Return the network with new random weights, from PyTorch's global generator; dummy rows are random too."""
-        model = build(
+    def build(self, *, pretrained: bool = False, init: str = "he") -> nn.Module:
+        """Return the network with new random weights, from PyTorch's global generator; dummy rows are random too.
+
+        Args:
+            pretrained: take the weights that the network's publisher trained instead, which may need network access;
+                a head for another number of classes is new.
+            init: how the convolutions of our networks begin, as for `models.build`; others have their own way.
+
+        Raises:
+            ValueError: if it cannot be built; the message says why.
+        """
+        model = self._foreign(pretrained) if is_foreign(self.name) else self._ours(pretrained, init)
+        size = self.image_size or OURS
+        images = torch.zeros(1, self.channels, size, size)
+        return add_dummy_classes(model, init="random", images=images) if self.dummy_classes else model
+
+    def _ours(self, pretrained: bool, init: str) -> nn.Module:
+        if pretrained:
+            raise ValueError(f"model.weights=pretrained: nobody has published weights of {self.name}; give a file")
+        if self.options:
+            raise ValueError(f"model.options: {self.name} takes none besides model.width")
+        return build(
             self.name,
             self.num_classes,
             channels=self.channels,
@@ -43,5 +81,77 @@ class Architecture:
             std=self.std,
             width=self.width,
             stem_stride=self.stem_stride,
+            init=init,
         )
-        return add_dummy_classes(model, init="random") if self.dummy_classes else model
+
+    def _foreign(self, pretrained: bool) -> nn.Module:
+        row, name = door(self.name)
+        make = row.pretrained if pretrained else row.build
+        if make is None:
+            raise ValueError(f"model.weights=pretrained: {self.name} has none; give a file")
+        channels = self.fit_channels or self.channels
+        network = make(name, self.num_classes, channels, self.options, self.record)
+        parts = OrderedDict[str, nn.Module](normalize=Normalize(self.channels, self.mean, self.std))
+        if self.fit_size is not None or self.fit_channels is not None:
+            parts["fit"] = Fit(self.fit_size, self.fit_channels)
+        parts["network"] = network
+        return nn.Sequential(parts)
+
+
+def describe_foreign(
+    architecture: Architecture, *, normalize: bool, fit_size: int | None = None, pretrained: bool = False
+) -> Architecture:
+    """Fill in what somebody else's network says of itself: what to record, its normalisation, and the size it takes.
+
+    Images are given to it as they are if it takes them, else resized to the size of its own description.
+
+    Args:
+        architecture: with name, options and what the data are like.
+        normalize: whether the publisher's normalisation, if there is one for as many channels, takes the place of the
+            architecture's.
+        fit_size: pixels a side to resize images to; None as said above.
+        pretrained: whether the publisher's weights will be loaded: the network then keeps its number of channels.
+
+    Raises:
+        ValueError: if there is no such network, or it takes no such images.
+    """
+    row, name = door(architecture.name)
+    record = row.record(name, architecture.channels, architecture.options, pretrained)
+    found = replace(architecture, record=record, fit_size=fit_size)
+    taken = record.get("config", {}).get("num_channels", architecture.channels)
+    if taken != architecture.channels:
+        if architecture.channels != 1:
+            raise ValueError(f"{architecture.name} takes {taken} channels, and the images have {architecture.channels}")
+        found = replace(found, fit_channels=taken)
+    normalisation = row.normalisation(name, record) if normalize else None
+    if normalisation is not None and len(normalisation[0]) == architecture.channels:
+        mean, std = normalisation
+        found = replace(found, mean=tuple(mean), std=tuple(std))
+    with torch.random.fork_rng(devices=[]):
+        model = replace(found, dummy_classes=False).build()
+    size = architecture.image_size or OURS
+    images = torch.zeros(2, architecture.channels, size, size)
+    reason = _refusal(model, images, architecture)
+    own = describe(model).get("shape", (None, None))[1]
+    if reason is not None and fit_size is None and own is not None:
+        found = replace(found, fit_size=own)
+        with torch.random.fork_rng(devices=[]):
+            model = replace(found, dummy_classes=False).build()
+        reason = _refusal(model, images, architecture)
+    if reason is not None:
+        raise ValueError(
+            f"{architecture.name} does not take images of {size} x {size} ({reason}): choose model.input_size, or "
+            "model.options for that size"
+        )
+    return found
+
+
+def _refusal(model: nn.Module, images: torch.Tensor, architecture: Architecture) -> str | None:
+    """Return why a model cannot be used, or None."""
+    try:
+        logits = forward(model, images)
+    except Exception as error:  # other people's code fails in any way there is
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if logits.shape != (len(images), architecture.num_classes):
+        return f"outputs of shape {tuple(logits.shape)} for {architecture.num_classes} classes"
+    return None

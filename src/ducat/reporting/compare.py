@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ducat.evaluation import behaviour
 from ducat.evaluation.result import SCHEMA, Evaluation
@@ -95,6 +95,11 @@ class Group:
     def seeds(self) -> list[int]:
         return sorted(run.seed for run in self.runs)
 
+    @property
+    def seconds(self) -> float:
+        """Mean over seeds of the wall time that training took, without validation; 0 where none was noted."""
+        return statistics.fmean(sum(row.get("seconds", 0) for row in run.metrics) for run in self.runs)
+
     def mean(self, quantity: str) -> float:
         return statistics.fmean(run.share(quantity) for run in self.runs)
 
@@ -172,7 +177,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
     for alike in _partition(runs, _measured):
         groups = _groups(alike)
         sections.append(Section(setting(alike[0].evaluation), groups, _pairs(alike)))
-    return Comparison(sections, [*_differences(runs), *_seed_notes(sections), *_state_notes(runs)])
+    notes = [*_differences(runs), *_seed_notes(sections), *_state_notes(runs), *_time_notes(sections)]
+    return Comparison(sections, notes)
 
 
 def setting(evaluation: Mapping[str, Any]) -> str:
@@ -278,6 +284,30 @@ def _state_notes(runs: Sequence[Run]) -> list[str]:
     return notes + ([f"made with uncommitted changes to the code: {', '.join(changed)}"] if changed else [])
 
 
+def _time_notes(sections: Sequence[Section]) -> list[str]:
+    """Say how long training with dummy classes took, against the same method without them on the same machine."""
+    groups = [group for section in sections for group in section.groups if group.seconds]
+    bases = {_base(group): group for group in groups if group.runs[0].settings["dummy.kind"] == "off"}
+    return [
+        f"training time against {base.name}: {group.name} {group.seconds / base.seconds:.2f} times "
+        f"({group.seconds:.0f} s against {base.seconds:.0f} s, without validation)"
+        for group in groups
+        if group.runs[0].settings["dummy.kind"] != "off" and (base := bases.get(_base(group))) is not None
+    ]
+
+
+def _base(group: Group) -> str:
+    """Return everything that a run with dummy classes and its base method have in common."""
+    run = group.runs[0]
+    settings = {
+        name: value for name, value in run.settings.items() if name not in IRRELEVANT and not name.startswith("dummy.")
+    }
+    machine = {
+        name: run.manifest.get(name) for name in ("initial", "data", "platform", "device", "threads", "processes")
+    }
+    return json.dumps([settings, machine], sort_keys=True, default=str)
+
+
 def _listed(kinds: Sequence[Sequence[Run]]) -> str:
     return " / ".join(", ".join(run.name for run in runs) for runs in kinds)
 
@@ -319,13 +349,53 @@ def _cell(group: Group, quantity: str) -> str:
     return f"{mean} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+class Table(NamedTuple):
+    """A table as text."""
+
+    caption: str
+    headers: Sequence[str]
+    cells: Sequence[Sequence[str]]
+
+
+def tables(section: Section) -> list[Table]:
+    """Return the tables of a section: accuracies and, where refusing was measured, what a reject option achieves."""
+    accuracies = Table(f"{section.title}. {caption(section)}", headers(section), cells(section))
+    refusals = [
+        (run.name, *_refusal(each["signal"], row))
+        for run in section.runs
+        for each in (run.evaluation.get("rejection") or {"signals": []})["signals"]
+        for row in each["rows"]
+    ]
+    return [accuracies, *([Table(REFUSING, REFUSALS, refusals)] if refusals else [])]
+
+
+REFUSING = (
+    "A classifier that may refuse, in % of the test images, with 95 % intervals. Refused, right, wrong: benign images that "
+    "are refused, or accepted with the right or a wrong class. Robust: no image in the ball was found that is accepted "
+    "with a wrong class. Served: robust, and the benign image accepted with the right class. Denied: an attacker can get "
+    "the image refused or wrong, within a quarter of eps, a half of it, and all of it. Share: of the correctly "
+    "classified held-out images, how many the threshold may refuse. Threshold: lowest log-odds that are accepted."
+)
+REFUSALS = ("run", "signal", "share", "threshold", "refused", "right", "wrong", "robust", "served", "denied")
+
+
+def _refusal(signal: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    plain = (f"{100 * row[f'clean_{outcome}']['share']:.1f}" for outcome in ("refused", "right", "wrong"))
+    sure = (
+        f"{100 * row[name]['share']:.1f} [{100 * row[name]['ci95'][0]:.1f}, {100 * row[name]['ci95'][1]:.1f}]"
+        for name in ("robust", "served")
+    )
+    denied = " / ".join(f"{100 * denial['share']:.1f}" for denial in row["denial"])
+    return signal, f"{100 * row['reject']:g}", f"{row['threshold']:.2f}", *plain, *sure, denied
+
+
 def to_markdown(comparison: Comparison) -> str:
     """Return the tables as Markdown."""
     parts = []
-    for section in comparison.sections:
-        lines = [headers(section), ("---",) * len(headers(section)), *cells(section)]
-        table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-        parts.append(f"{section.title}. {caption(section)}\n\n{table}\n")
+    for table in (table for section in comparison.sections for table in tables(section)):
+        lines = [table.headers, ("---",) * len(table.headers), *table.cells]
+        text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+        parts.append(f"{table.caption}\n\n{text}\n")
     parts += ["".join(f"- {note}\n" for note in comparison.notes)] if comparison.notes else []
     return "\n".join(parts)
 
@@ -342,16 +412,15 @@ def to_latex(comparison: Comparison) -> str:
         return " & ".join("".join(LATEX.get(character, character) for character in text) for text in texts) + r" \\"
 
     parts = [r"% needs \usepackage{booktabs}", *(f"% {note}" for note in comparison.notes)]
-    for section in comparison.sections:
-        head = headers(section)
+    for table in (table for section in comparison.sections for table in tables(section)):
         parts += [
             r"\begin{table}",
-            rf"\caption{{{line([f'{section.title}. {caption(section)}'])[:-3]}}}",
-            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+            rf"\caption{{{line([table.caption])[:-3]}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(table.headers) - 1)}}}",
             r"\toprule",
-            line(head),
+            line(table.headers),
             r"\midrule",
-            *map(line, cells(section)),
+            *map(line, table.cells),
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",
@@ -373,12 +442,26 @@ def to_csv(comparison: Comparison) -> str:
                 for quantity in QUANTITIES[:-1]:
                     low, high = run.ci95(quantity)
                     row |= {quantity: run.share(quantity), f"{quantity}_low": low, f"{quantity}_high": high}
-                rows.append(row | {"sink_gap": run.share("sink gap"), "warnings": "; ".join(evaluation["warnings"])})
+                row |= {"sink_gap": run.share("sink gap"), "warnings": "; ".join(evaluation["warnings"])}
+                rows.append(row | _refusal_columns(evaluation))
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _refusal_columns(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    for each in (evaluation.get("rejection") or {"signals": []})["signals"]:
+        for row in each["rows"]:
+            name = f"{each['signal']}_{row['reject']:g}"
+            columns[f"{name}_threshold"] = row["threshold"]
+            for quantity in ("clean_refused", "clean_right", "clean_wrong", "robust", "served"):
+                columns[f"{name}_{quantity}"] = row[quantity]["share"]
+            columns |= {f"{name}_denied_{denial['eps']:g}": denial["share"] for denial in row["denial"]}
+    return columns
 
 
 def _ball(evaluation: Mapping[str, Any]) -> dict[str, Any]:

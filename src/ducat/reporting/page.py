@@ -65,6 +65,9 @@ def _figures(comparison: Comparison) -> dict[str, str]:
             figures[f"mass-{number}"] = plots.inline(plots.mass(seen["mass"]), f"mass-{number}")
         if seen.get("signal"):
             figures[f"signal-{number}"] = plots.inline(plots.reliability(seen["signal"]), f"signal-{number}")
+        if run.evaluation.get("rejection"):
+            name = f"refusing-{number}"
+            figures[name] = plots.inline(plots.refusing(run.evaluation["rejection"]["signals"]), name)
     return figures
 
 
@@ -92,6 +95,13 @@ def _describe(run: Run) -> dict[str, str]:
             f"{100 * row['signal']:.0f} % and {100 * row['adversarial']:.0f} %" for row in seen["signal"]["bins"]
         )
         texts["signal"] = f"Signal and share of adversarial images, by bin: {pairs}."
+    if run.evaluation.get("rejection"):
+        parts = (
+            f"{each['signal']} "
+            + ", ".join(f"{100 * row['robust']['share']:.1f} % at {100 * row['reject']:g} %" for row in each["rows"])
+            for each in run.evaluation["rejection"]["signals"]
+        )
+        texts["refusing"] = f"Robust with rejection by share of benign images refused. {'; '.join(parts)}."
     return texts
 
 
@@ -113,10 +123,13 @@ def reproduce(run: Run) -> list[str]:
     evaluation = run.evaluation
     options = {name: evaluation[name] for name in ("suite", "samples", "seed")}
     options["which"] = evaluation.get("checkpoint") or "best"
+    refused = evaluation.get("rejection") or {"signals": []}
+    shares = [f"{row['reject']:g}" for each in refused["signals"][:1] for row in each["rows"]]
     ball = evaluation["threat"]
     if (ball["norm"], ball["eps"]) != (run.settings["threat.norm"], run.settings["threat.eps"]):
         options |= {"norm": ball["norm"], "eps": ball["eps"]}
     flags = [part for option, value in options.items() for part in (f"--{option}", str(value))]
+    flags += ["--reject", *shares] if shares else []
     return [train, shlex.join(["ducat", "evaluate", str(target), *flags])]
 
 

@@ -90,6 +90,29 @@ def fronts(lines: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     return figure
 
 
+def refusing(signals: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw robust accuracy with rejection by the share of correctly classified benign images refused, a line a signal.
+
+    Args:
+        signals: "signals" of the "rejection" of an evaluation.json.
+    """
+    figure, axes = _figure(height=3.6)
+    for index, each in enumerate(signals):
+        colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
+        places = [(100 * point["right_refused"], 100 * point["robust"]) for point in each["curve"]]
+        axes.plot(*zip(*places, strict=True), color=colour, linewidth=1.2, zorder=1)
+        marked = [
+            (100 * row["right_refused"]["share"], 100 * row["robust"]["share"])
+            for row in each["rows"]
+            if row["right_refused"]
+        ]
+        axes.plot(*zip(*marked, strict=True), mark, color=colour, markersize=6, label=each["signal"])
+    axes.set_xlabel("correctly classified benign images refused (%)")
+    axes.set_ylabel("robust with rejection (%)")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
+    return figure
+
+
 def training_curves(metrics: Sequence[Mapping[str, Any]], start_epoch: int | None) -> Figure:
     """Draw the loss, and the validation accuracies, over the epochs.
 

@@ -27,10 +27,16 @@ function bar(real, dummy) {
   return make("div", { className: "bar" }, ...parts);
 }
 
+function outcome(seen) {
+  if (seen.accepted === null) return seen.label;
+  return seen.accepted ? `${seen.label}, accepted` : `${seen.label}?, flagged`;
+}
+
 function show(answer) {
   for (const kind of ["benign", "adversarial"]) {
     element(`${kind}-image`).src = answer[kind].image;
-    element(`${kind}-label`).textContent = answer[kind].label;
+    element(`${kind}-label`).textContent = outcome(answer[kind]);
+    element(`${kind}-label`).classList.toggle("flagged", answer[kind].accepted === false);
   }
   element("perturbation").src = answer.perturbation;
   element("distance").textContent = answer.distance.toFixed(4);
@@ -48,9 +54,10 @@ function show(answer) {
   });
   element("bars").replaceChildren(...rows);
   element("result").hidden = false;
-  say(answer.fooled
-    ? `The attack succeeds: ${answer.benign.label} has become ${answer.adversarial.label}.`
-    : `The attack fails: the image is still ${answer.benign.label}.`);
+  const flagged = answer.adversarial.accepted === false ? " The image is flagged: its class is only a hint." : "";
+  say((answer.fooled
+    ? `The attack ${flagged ? "changes the class" : "succeeds"}: ${answer.benign.label} has become ${answer.adversarial.label}.`
+    : `The attack fails: the image is still ${answer.benign.label}.`) + flagged);
 }
 
 async function attack() {
@@ -97,6 +104,11 @@ async function start() {
   element("attack").append(...about.attacks.map((name) => make("option", { value: name, textContent: name })));
   Object.assign(element("eps"), { max: 3 * about.eps, step: about.eps / 20, value: about.eps });
   element("eps-value").textContent = about.eps.toFixed(4);
+  element("refusal").hidden = about.threshold === null;
+  if (about.threshold !== null) {
+    element("refusal").textContent = `Predictions whose ${about.signal} is below ${about.threshold.toFixed(2)} (log-odds) `
+      + "are flagged: the class is then only a hint. These attacks seek a wrong class, not one that is accepted.";
+  }
   element("knowledge").hidden = !about.dummies;
   element("examples").append(...about.examples.map((uri, number) => {
     const picture = make("img", { src: uri, alt: `Example ${number + 1}` });

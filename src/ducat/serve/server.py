@@ -23,6 +23,7 @@ from ducat.data.decode import array, decode, fit
 from ducat.data.images import floats
 from ducat.dummy import recover
 from ducat.evaluation.behaviour import png
+from ducat.evaluation.rejection import accepted
 from ducat.export import Deployed
 from ducat.runs import Which
 from ducat.seeding import generator
@@ -76,6 +77,8 @@ class Playground:
             "run": source.folder.name,
             "norm": self.threat.norm,
             "eps": self.threat.radius,
+            "threshold": source.classifier.threshold,
+            "signal": source.classifier.signal,
             "dummies": source.classifier.architecture.dummy_classes,
             "attacks": list(STRATEGIES),
             "classes": list(source.classifier.classes),
@@ -134,6 +137,7 @@ class Playground:
         """Return what the page shows of an image: its pixels, the probability of each output, and the decision."""
         with attackable(self.network), torch.no_grad():
             logits = self.network(x)
+        classifier, threshold = self.source.classifier, self.source.classifier.threshold
         predicted = int(recover(logits).argmax(1))
         real, dummy = logits.softmax(1)[0].chunk(2)
         return {
@@ -141,7 +145,9 @@ class Playground:
             "real": real.tolist(),
             "dummy": dummy.tolist(),
             "class": predicted,
-            "label": self.source.classifier.classes[predicted],
+            "label": classifier.classes[predicted],
+            # None where the run never refuses.
+            "accepted": threshold if threshold is None else bool(accepted(logits, classifier.signal, threshold)),
         }
 
 

@@ -47,7 +47,7 @@ def settings(source: Path) -> Config:
     method, threat = config.method, config.threat
     if method.weight == methods.find(method.name).weight:
         method = replace(method, weight=None)
-    if threat.step_size == threat.build(None).radius / 4:
+    if threat.step_size == replace(threat, step_size=None).build(None).stride:
         threat = replace(threat, step_size=None)
     dummy = DummyConfig("recovery-aware", start_epoch=0.0)
     return replace(config, name=None, method=method, dummy=dummy, threat=threat, train=tail)
@@ -62,6 +62,9 @@ def adapt(
     validate: Validate | None = None,
 ) -> RunFolder:
     """Give a trained network dummy classes, train it on with them, and leave a run folder.
+
+    A network that has dummy classes already, as a run of kind published or a checkpoint of the released code, keeps
+    them: trained on recovery-aware, it becomes robust against attackers who know recovery.
 
     Args:
         source: a run folder, of which the best checkpoint is taken, or a file: one of our checkpoints, or a state_dict
@@ -102,10 +105,10 @@ def adapt(
 
 
 def _doubled(found: Weights, architecture: Architecture) -> tuple[Architecture, nn.Module]:
-    """Return the network with dummy classes, each a copy of its real class, and its description."""
+    """Return the network with dummy classes, and its description; new ones are copies of their real classes."""
     ours, model = found.network(replace(architecture, dummy_classes=False))
     if ours.dummy_classes:
-        raise ValueError(f"{found.file} already has dummy classes: adapt takes a network without them")
+        return ours, model
     return replace(ours, dummy_classes=True), add_dummy_classes(model, init="copy")
 
 

@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -138,7 +138,7 @@ def train(
     if model is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.train.seed)
-            network = architecture.build()
+            network = architecture.build(init=config.model.init)
     else:
         initial = model if isinstance(model, Initial) else Initial.of(model)
         architecture, network = initial.build(architecture)
@@ -204,7 +204,8 @@ def resume(
 def _dataset(config: Config, given: datasets.Dataset | None) -> datasets.Dataset:
     if given is not None:
         return given
-    return datasets.load(config.data.name, samples=config.data.samples, root=config.data.root)
+    wanted = config.data
+    return datasets.load(wanted.name, samples=wanted.samples, root=wanted.root, held_out=wanted.held_out)
 
 
 class _Loop:
@@ -226,6 +227,9 @@ class _Loop:
         settings = config.train
         tracking.check(settings.tracker)
         self.folder = RunFolder(path)
+        spec = dataset.spec
+        if config.data.crop_padding is not None:
+            spec = replace(spec, crop_padding=config.data.crop_padding)
         example = dataset.train.select(torch.arange(2)).floats()
         self.step = Step(config, model, example, objective=objective, notice=listener.warning)
         self.accelerator, self.model = self.step.accelerator, model
@@ -233,9 +237,10 @@ class _Loop:
             dataset.train,
             settings.batch_size,
             seed=settings.seed,
-            augment=AUGMENTATIONS[config.data.augmentation](dataset.spec),
+            augment=AUGMENTATIONS[config.data.augmentation](spec),
             device=self.accelerator.device,
             views=self.step.views,
+            drop_last=settings.drop_last,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             workers=config.data.workers,
@@ -389,7 +394,8 @@ class _Loop:
             "images_per_s": round(at.step * settings.batch_size / at.seconds, 1) if at.seconds else None,
         }
         improved = False
-        if (at.epoch + 1) % settings.validate_every == 0 or at.epoch + 1 == settings.epochs:
+        due = (at.epoch + 1) % settings.validate_every == 0 or at.epoch + 1 == settings.epochs
+        if due and len(self.dataset.validation):
             row.update(self._validated())
             settled = self.config.dummy.kind == "off" or at.epoch >= self.config.start_epoch
             improved = settled and row["robust"] > at.best

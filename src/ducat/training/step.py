@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ducat import methods
 from ducat.attacks.pgd import attackable
 from ducat.config import Config, TrainConfig
-from ducat.dummy import dummy_head
+from ducat.dummy import dummy_heads
 from ducat.models.folded import fold_batch_norm
 from ducat.schedules import epoch_of, learning_rate
 from ducat.seeding import generator
@@ -95,7 +95,7 @@ class Step:
         self.attacked: nn.Module = self.model if self.folded is None else self.folded
         if settings.compile:
             self.wrapped, self.attacked = self._compiled(example, notice)
-        self.head = dummy_head(self.model)
+        self.heads = dummy_heads(self.model)
         self.awp_start = epoch_of(settings.awp_start_epoch, settings.epochs)
         self.averaging_start = epoch_of(settings.averaging_start_epoch, settings.epochs)
         self.average: WeightAverage | None = None
@@ -127,9 +127,9 @@ class Step:
             self.accelerator.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if objective.reading == "real" and self.head is not None:
+        for head in self.heads if objective.reading == "real" else ():
             # Until the switch the dummy half follows the real one, so that what is saved deploys the base method.
-            self.head.copy_real_rows()
+            head.copy_real_rows()
         if self.average is not None and self.config.train.averaging == "ema" and epoch >= self.averaging_start:
             self.average.update(self.model)
         return loss.detach()
@@ -170,7 +170,7 @@ class Step:
         """Yield images as this epoch's steps forwarded them."""
         for step, (x, y) in enumerate(batches):
             adversarial = self.attack(x, y, epoch, step, "batch-norm")
-            yield self.objective(epoch).forwarded(x, adversarial)
+            yield from self.objective(epoch).passes(x, adversarial)
 
     def _compiled(self, example: Tensor, notice: Callable[[str], None]) -> Sequence[nn.Module]:
         """Return the networks compiled, or as they are with a notice where the compiler fails on a forward pass."""

@@ -1,0 +1,1 @@
+"""The question of refusing: `python -m benchmarks.rejection --help`."""

@@ -1,0 +1,722 @@
+"""A classifier that may refuse: its signals, its threshold, and attacks that know both.
+
+An image has one of three outcomes: accepted with the right class, accepted with a wrong one, or refused. An attacker
+wants the second (*wrong and accepted*) or, to deny the service, anything but the first.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from ducat.attacks.adaptive import Round, SilentDummies, is_recovered, tournament
+from ducat.attacks.objectives import Objective
+from ducat.attacks.pgd import attackable, pgd
+from ducat.dummy import RecoveredClassifier, dummy_head, recover
+from ducat.evaluation.statistics import mcnemar, wilson
+from ducat.seeding import generator as seeded
+from ducat.threat import ThreatModel
+
+Images = Float[Tensor, "samples channels height width"]
+Labels = Int[Tensor, " samples"]
+Flags = Bool[Tensor, " samples"]
+Logits = Float[Tensor, "batch outputs"]
+PerClass = Float[Tensor, "batch classes"]
+PerSample = Float[Tensor, " samples"]
+
+RADII = (0.25, 0.5, 1.0)  # of eps: where denial is measured
+CURVE = 21  # points of the curve over thresholds
+PER_SAMPLE = ("prediction", "acceptance", "wrong", "right")
+SURE = 0.05  # a p-value below it is no accident
+
+
+def log_odds(logits: Logits) -> Logits:
+    """Return log p_k / (1 - p_k) of each class k, p = softmax(logits): finite also where p_k rounds to 1."""
+    total, top = logits.logsumexp(1, keepdim=True), logits.argmax(1, keepdim=True)
+    others = logits.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)
+    # The clamp changes nothing, since only the top class has more than a half; it keeps log1p's gradient finite there.
+    rest = total + torch.log1p(-(logits - total).exp().clamp_max(0.5))
+    is_top = torch.zeros_like(logits, dtype=torch.bool).scatter(1, top, True)
+    return logits - torch.where(is_top, others, rest)
+
+
+def _confidence(logits: Tensor) -> Tensor:
+    return log_odds(recover(logits, "logsumexp"))
+
+
+def _real(logits: Tensor) -> Tensor:
+    return log_odds(logits).chunk(2, dim=1)[0]
+
+
+def _pair(logits: Tensor) -> Tensor:
+    real, dummy = logits.chunk(2, dim=1)
+    return real - dummy
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What says how far a prediction is to be trusted: a row of the table.
+
+    Attributes:
+        about: what it is.
+        acceptance: 2C logits, shape (B, 2C), to how acceptable each class would be as the prediction, shape (B, C), in
+            logits (nats of log-odds).
+        needs_dummy_classes: whether it says nothing without them.
+        decision: 2C logits to the C whose largest is the prediction.
+    """
+
+    about: str
+    acceptance: Callable[[Tensor], Tensor]
+    needs_dummy_classes: bool = True
+    decision: Callable[[Tensor], Tensor] = recover
+
+
+SIGNALS: dict[str, Signal] = {
+    "confidence": Signal("log-odds of the recovered class, log q_c / (1 - q_c)", _confidence, False),
+    "real": Signal("log-odds of the real class among all 2C outputs, log p_c / (1 - p_c)", _real),
+    "pair": Signal("real less dummy logit of the class, z_c - z_{c+C}", _pair),
+}
+
+
+def find(signal: str) -> Signal:
+    """Return the signal of that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if signal not in SIGNALS:
+        raise ValueError(f"signal {signal!r} is unknown: choose from {', '.join(SIGNALS)}")
+    return SIGNALS[signal]
+
+
+def opened(model: nn.Module) -> nn.Module:
+    """Return a classifier, as `SelectiveClassifier` takes it, with its 2C logits."""
+    if isinstance(model, RecoveredClassifier) and is_recovered(model) and model.how == "max":
+        return model.model
+    if isinstance(model, SilentDummies) or (dummy_head(model) is not None and not is_recovered(model)):
+        return model
+    return SilentDummies(model)
+
+
+def signals_of(model: nn.Module) -> list[str]:
+    """Return the names of the signals that a classifier has: all of them with dummy classes, else `confidence`."""
+    paired = not isinstance(opened(model), SilentDummies)
+    return [name for name, signal in SIGNALS.items() if paired or not signal.needs_dummy_classes]
+
+
+class SelectiveClassifier(nn.Module):
+    """A classifier with three outcomes: a class that is accepted, or one that is only a hint because it is refused.
+
+    Args:
+        model: a network with dummy classes made by `add_dummy_classes`, a `RecoveredClassifier`, or a classifier
+            without dummy classes. One recovered by logsumexp counts as one without.
+        signal: a name in `SIGNALS`: "confidence", for any classifier; "real" or "pair", for networks with dummy
+            classes.
+        threshold: the lowest value of the signal that is accepted, in nats of log-odds; `calibrate` finds it. Minus
+            infinity accepts everything.
+
+    The module maps images in [0, 1], shape (B, channels, H, W), to the recovered logits, shape (B, C), whose largest is
+    the prediction, and to whether it is accepted, bool, shape (B,).
+
+    Raises:
+        ValueError: if the signal is unknown or the model has not got it, or the threshold is not a number.
+    """
+
+    def __init__(self, model: nn.Module, signal: str = "confidence", threshold: float | int = -math.inf) -> None:
+        super().__init__()
+        self.model = opened(model)
+        check_signal(signal, dummy_classes=not isinstance(self.model, SilentDummies))
+        if math.isnan(threshold):
+            raise ValueError(f"threshold={threshold} is not a number")
+        self.signal = signal
+        self.threshold = float(threshold)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model(x)
+        return find(self.signal).decision(logits), accepted(logits, self.signal, self.threshold)
+
+
+def accepted(logits: Logits, signal: str, threshold: float) -> Bool[Tensor, " batch"]:
+    """Tell from 2C logits which predictions a selective classifier accepts."""
+    row = find(signal)
+    return _of(row.decision(logits).argmax(1), row.acceptance(logits)) >= threshold
+
+
+def check_signal(signal: str, *, dummy_classes: bool) -> None:
+    """Check that a classifier has a signal.
+
+    Raises:
+        ValueError: if the signal is unknown, or needs dummy classes and there are none.
+    """
+    if find(signal).needs_dummy_classes and not dummy_classes:
+        raise ValueError(f"signal={signal!r} needs dummy classes, which this model has none of: use 'confidence'")
+
+
+def _of(classes: Tensor, values: Tensor) -> Tensor:
+    return values.gather(1, classes[:, None]).squeeze(1)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a selective classifier makes of images, per sample and on their device."""
+
+    prediction: Tensor
+    acceptance: Tensor  # of the predicted class
+
+    def wrong(self, y: Tensor) -> Tensor:
+        """Return the highest threshold at which the image is wrong and accepted; minus infinity if it is right."""
+        return self.acceptance.masked_fill(self.prediction == y, -torch.inf)
+
+    def right(self, y: Tensor) -> Tensor:
+        """Return the highest threshold at which the image is right and accepted; minus infinity if it is wrong."""
+        return self.acceptance.masked_fill(self.prediction != y, -torch.inf)
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
+def _read(network: nn.Module, x: Tensor, signal: Signal, batch_size: int = 500) -> _Read:
+    """Return what the network makes of images, on their device."""
+    predictions, acceptances = [], []
+    with attackable(network), torch.no_grad():
+        for chunk in x.split(batch_size):
+            logits = network(chunk.to(_device(network))).float()
+            prediction = signal.decision(logits).argmax(1)
+            predictions.append(prediction.to(x.device))
+            acceptances.append(_of(prediction, signal.acceptance(logits)).to(x.device))
+    return _Read(torch.cat(predictions), torch.cat(acceptances))
+
+
+def calibrate(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    share: float | int,
+    signal: str = "confidence",
+    *,
+    batch_size: int = 500,
+) -> float:
+    """Return the threshold at which a share of the correctly classified benign images is refused, and no more.
+
+    Args:
+        model: as `SelectiveClassifier` takes it.
+        x: benign images that were not trained on, in [0, 1].
+        y: their labels.
+        share: of the correctly classified ones, how many may be refused, in [0, 1); with 0 none of these is.
+        signal: a name in `SIGNALS`.
+        batch_size: images in one pass.
+
+    Raises:
+        ValueError: if the share is out of range, no image is classified correctly, or the signal does not fit.
+    """
+    check_shares([share])
+    network = SelectiveClassifier(model, signal).model
+    return _threshold(_read(network, x, find(signal), batch_size).right(y), share)
+
+
+def check_shares(shares: Sequence[float | int]) -> None:
+    """Check shares of benign images that may be refused.
+
+    Raises:
+        ValueError: if one is outside [0, 1).
+    """
+    for share in shares:
+        if not 0 <= share < 1:
+            raise ValueError(f"reject={share} is outside [0, 1): it is a share of the benign images, for example 0.05")
+
+
+def _threshold(right: Tensor, share: float | int) -> float:
+    ordered = right[right > -torch.inf].sort().values
+    if not len(ordered):
+        raise ValueError("no image is classified correctly: there is nothing to calibrate a threshold on")
+    return float(ordered[math.floor(share * len(ordered))])
+
+
+def lead(decision: PerClass) -> PerClass:
+    """Return by how much each class is ahead of the best of the others: above 0 for the prediction alone."""
+    best = decision.topk(2, dim=1)
+    is_top = torch.zeros_like(decision, dtype=torch.bool).scatter(1, best.indices[:, :1], True)
+    return decision - torch.where(is_top, best.values[:, 1:], best.values[:, :1])
+
+
+def _both(first: Tensor, second: Tensor, smooth: bool) -> Tensor:
+    """Return the lesser of two values, or a smooth lower bound of it that sends gradient to both."""
+    return -torch.logaddexp(-first, -second) if smooth else torch.minimum(first, second)
+
+
+def nearness(logits: Logits, signal: Signal, threshold: float, *, smooth: bool = False) -> PerClass:
+    """Return min(lead of k, acceptance of k - threshold) for each class k: above 0 if k is predicted and accepted.
+
+    Args:
+        logits: shape (B, 2C).
+        signal: whose acceptance counts.
+        threshold: in the units of the signal.
+        smooth: soften both minimum and lead, so that the gradient reaches every logit that matters.
+    """
+    decision = signal.decision(logits)
+    ahead = log_odds(decision) if smooth else lead(decision)
+    return _both(ahead, signal.acceptance(logits) - threshold, smooth)
+
+
+# Of the wrong classes the nearest are tried one by one, first all samples, then ever more on ever fewer.
+WRONG_BUDGETS: dict[str, tuple[Round, ...]] = {
+    "quick": (Round("smooth", 20), Round("targeted-smooth", 20, targets=3)),
+    "standard": (
+        Round("smooth", 30),
+        Round("exact", 30),
+        Round("targeted-exact", 30, targets=9),
+        Round("targeted-smooth", 50, restarts=2, share=0.3, targets=9),
+        Round("targeted-exact", 100, restarts=4, share=0.05, targets=9),
+    ),
+}
+DENIAL_STEPS: dict[str, tuple[int, int]] = {"quick": (20, 1), "standard": (40, 3)}  # steps and restarts
+
+
+def wrong_and_accepted(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    threat: ThreatModel,
+    signal: str | Signal,
+    threshold: float,
+    budget: str = "standard",
+    generator: torch.Generator | None = None,
+    starts: Sequence[Images] = (),
+) -> Images:
+    """Look for images that are accepted with a wrong class: the attacker knows the signal and the threshold.
+
+    It maximises, over images and wrong classes k, min(lead of k, acceptance of k - threshold): exactly, and smoothed so
+    that neither of the two starves the other of gradient; for all classes at once, and for the nearest one by one.
+
+    Args:
+        model: as `SelectiveClassifier` takes it.
+        x: benign images in [0, 1], shape (B, channels, H, W).
+        y: labels in [0, C), shape (B,).
+        threat: the ball; the budget sets the steps.
+        signal: a name in `SIGNALS`, or a signal.
+        threshold: in the units of the signal.
+        budget: a row of `WRONG_BUDGETS`.
+        generator: source of the random starts; PyTorch's global one by default.
+        starts: images of the ball that other attacks found; they count, and are begun at.
+
+    Returns:
+        Images in the ball: wrong and accepted where one was found, else the image that came nearest to it.
+    """
+    chosen = find(signal) if isinstance(signal, str) else signal
+    if budget not in WRONG_BUDGETS:
+        raise ValueError(f"budget {budget!r} is unknown: choose from {', '.join(WRONG_BUDGETS)}")
+
+    def score(logits: Tensor, labels: Tensor) -> Tensor:
+        return nearness(logits, chosen, threshold)
+
+    def success(logits: Tensor, labels: Tensor) -> Tensor:
+        prediction = chosen.decision(logits).argmax(1)
+        return (prediction != labels) & (_of(prediction, chosen.acceptance(logits)) >= threshold)
+
+    def aim(objective: str, target: Tensor | None) -> Objective:
+        smooth = objective.endswith("smooth")
+
+        def value(logits: Tensor, labels: Tensor, wanted: Tensor | None) -> Tensor:
+            near = nearness(logits, chosen, threshold, smooth=smooth)
+            if wanted is not None:
+                return _of(wanted, near)
+            near = near.scatter(1, labels[:, None], -torch.inf)
+            return near.logsumexp(1) if smooth else near.amax(1)
+
+        fixed = None if target is None else lambda clean_logits, labels: target
+        return Objective(value, knows_recovery=True, reference=fixed, success=success)
+
+    rounds = WRONG_BUDGETS[budget]
+    return tournament(opened(model), x, y, threat, rounds, score, aim, generator, starts)
+
+
+def denied(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    threat: ThreatModel,
+    signal: str | Signal,
+    threshold: float,
+    budget: str = "standard",
+    generator: torch.Generator | None = None,
+) -> Images:
+    """Look for images that are not both right and accepted: the attacker wants to be refused, or to be wrong.
+
+    Arguments and result as for `wrong_and_accepted`.
+    """
+    chosen = find(signal) if isinstance(signal, str) else signal
+    steps, restarts = DENIAL_STEPS[budget]
+    network = opened(model)
+
+    def success(logits: Tensor, labels: Tensor) -> Tensor:
+        prediction = chosen.decision(logits).argmax(1)
+        return (prediction != labels) | (_of(prediction, chosen.acceptance(logits)) < threshold)
+
+    def objective(smooth: bool) -> Objective:
+        return Objective(
+            lambda logits, labels, reference: -_of(labels, nearness(logits, chosen, threshold, smooth=smooth)),
+            knows_recovery=True,
+            success=success,
+        )
+
+    found = x.clone()
+    ball, standing = replace(threat, steps=steps), torch.ones_like(y, dtype=torch.bool)
+    for smooth in (True, False):
+        rows = standing.nonzero().squeeze(1)
+        if not len(rows):
+            break
+        goal = objective(smooth)
+        found[rows] = pgd(network, x[rows], y[rows], ball, goal, restarts, generator, keep="first", adaptive_steps=True)
+        read = _read(network, found[rows], chosen)
+        standing[rows] = read.right(y[rows]) >= threshold
+    return found
+
+
+@dataclass(frozen=True)
+class SignalResult:
+    """What a signal achieves on each sample, as thresholds: whatever the threshold is, the outcome follows.
+
+    Attributes:
+        signal: its name.
+        thresholds: by the share of correctly classified benign images that may be refused.
+        prediction: recovered prediction of the benign image, shape (samples,).
+        acceptance: the signal on the benign image.
+        wrong: the highest threshold at which some image in the ball was found wrong and accepted, the benign image
+            included; minus infinity for none.
+        right: for each of `RADII` the highest threshold at which every image found in that ball is right and accepted;
+            minus infinity if one was wrong. Shape (radii, samples).
+    """
+
+    signal: str
+    thresholds: Mapping[float, float]
+    prediction: Labels
+    acceptance: PerSample
+    wrong: PerSample
+    right: Float[Tensor, "radii samples"]
+
+    def robust(self, threshold: float) -> Flags:
+        """Tell of which samples no image in the ball was found wrong and accepted."""
+        return self.wrong < threshold
+
+    def served(self, threshold: float, y: Labels) -> Flags:
+        """Tell which samples are robust and, as they are, right and accepted: what Tramèr (2022) counts."""
+        return self.robust(threshold) & (self.prediction == y) & (self.acceptance >= threshold)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """What `measure` found out about a classifier that may refuse. All tensors are on the CPU.
+
+    Attributes:
+        threat: the ball.
+        labels: of the samples, shape (samples,).
+        calibrated: how many images the thresholds were set on.
+        held_out: whether those are other images than the evaluated ones.
+        half: whether the sample's prediction withstands attacks in the ball of half the radius, without refusing.
+        signals: a result per signal.
+    """
+
+    threat: ThreatModel
+    labels: Labels
+    calibrated: int
+    held_out: bool
+    half: Flags
+    signals: Sequence[SignalResult]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything per sample, by the names under which it is kept."""
+        found = {"rejection.half": self.half}
+        for result in self.signals:
+            for name in PER_SAMPLE:
+                found[f"rejection.{result.signal}.{name}"] = getattr(result, name)
+        return found
+
+    @classmethod
+    def restored(
+        cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor], threat: ThreatModel, labels: Tensor
+    ) -> "Rejection":
+        """Undo `to_dict` and `tensors`."""
+        signals = [
+            SignalResult(
+                each["signal"],
+                {row["reject"]: row["threshold"] for row in each["rows"]},
+                **{name: tensors[f"rejection.{each['signal']}.{name}"] for name in PER_SAMPLE},
+            )
+            for each in content["signals"]
+        ]
+        half = tensors["rejection.half"]
+        return cls(threat, labels, content["calibrated"], content["held_out"], half, signals)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader must know before quoting a number."""
+        found = []
+        for result in self.signals:
+            for share, threshold in result.thresholds.items():
+                served = result.served(threshold, self.labels)
+                more, fewer = int((served & ~self.half).sum()), int((self.half & ~served).sum())
+                if more > fewer and mcnemar(more, fewer) < SURE:
+                    found.append(
+                        f"with {share:.0%} refused by {result.signal}, {_percent(served)} are served and robust at eps "
+                        f"{self.threat.radius:.4g}, more than the {_percent(self.half)} that are robust at half of it "
+                        "without refusing. A detector that good would make a better classifier at eps/2 (Tramèr 2022): "
+                        "suspect the attack before you believe the number"
+                    )
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of "rejection" in evaluation.json."""
+        return {
+            "calibrated": self.calibrated,
+            "held_out": self.held_out,
+            "robust_at_half_eps": share_of(self.half),
+            "signals": [self._signal(result) for result in self.signals],
+            "warnings": self.warnings,
+        }
+
+    def _signal(self, result: SignalResult) -> dict[str, Any]:
+        return {
+            "signal": result.signal,
+            "rows": [self._row(result, share, threshold) for share, threshold in result.thresholds.items()],
+            "curve": self._curve(result),
+        }
+
+    def _row(self, result: SignalResult, share: float, threshold: float) -> dict[str, Any]:
+        y, accepted = self.labels, result.acceptance >= threshold
+        correct = result.prediction == y
+        return {
+            "reject": share,
+            "threshold": threshold,
+            "clean_refused": share_of(~accepted),
+            "clean_right": share_of(accepted & correct),
+            "clean_wrong": share_of(accepted & ~correct),
+            "right_refused": share_of(~accepted[correct]) if correct.any() else None,
+            "robust": share_of(result.robust(threshold)),
+            "served": share_of(result.served(threshold, y)),
+            "denial": [
+                {"eps": round(radius * self.threat.radius, 6), **share_of(right < threshold)}
+                for radius, right in zip(RADII, result.right, strict=True)
+            ],
+        }
+
+    def _curve(self, result: SignalResult) -> list[dict[str, float]]:
+        """Return shares at thresholds that refuse evenly more of the correctly classified benign images, up to a fifth.
+
+        Between the thresholds that were attacked the images found for others count, so that the curve is an upper bound
+        there.
+        """
+        correct = result.prediction == self.labels
+        if not correct.any():
+            return []
+        points = []
+        for number in range(CURVE):
+            threshold = _threshold(result.acceptance[correct], 0.2 * number / (CURVE - 1))
+            points.append(
+                {
+                    "right_refused": _rounded(result.acceptance[correct] < threshold),
+                    "robust": _rounded(result.robust(threshold)),
+                    "served": _rounded(result.served(threshold, self.labels)),
+                }
+            )
+        return points
+
+
+def share_of(flags: Bool[Tensor, " some"]) -> dict[str, Any]:
+    """Return the share of a set of flags that is true, with its 95 % interval."""
+    count = int(flags.sum())
+    return {"share": _rounded(flags), "ci95": [round(end, 6) for end in wilson(count, len(flags))]}
+
+
+def _rounded(flags: Tensor) -> float:
+    return round(int(flags.sum()) / len(flags), 6)
+
+
+def _percent(flags: Tensor) -> str:
+    return f"{100 * _rounded(flags):.1f} %"
+
+
+def measure(
+    model: nn.Module,
+    x: Images,
+    y: Labels,
+    threat: ThreatModel,
+    shares: Sequence[float | int],
+    *,
+    held_out: tuple[Images, Labels] | None = None,
+    found: Sequence[Images] = (),
+    attacked: nn.Module | None = None,
+    signals: Mapping[str, Signal] | None = None,
+    budget: str = "standard",
+    seed: int = 0,
+    batch_size: int = 500,
+    progress: Callable[[str], None] = lambda attack: None,
+) -> Rejection:
+    """Attack a classifier that may refuse, with every signal that it has and at every share of refusals.
+
+    Whatever image was found for one signal and threshold counts for all of them.
+
+    Args:
+        model: as `SelectiveClassifier` takes it.
+        x: benign images in [0, 1], shape (samples, channels, H, W), on any device.
+        y: labels, shape (samples,).
+        threat: the ball.
+        shares: of the correctly classified benign images, how many may be refused, each in [0, 1).
+        held_out: images and labels that the thresholds are set on; by default x and y themselves.
+        found: images that other attacks found, each of x's shape; what is outside the ball does not count.
+        attacked: the model in the form that is fastest to attack; the model itself by default.
+        signals: the signals by their names; by default all in `SIGNALS` that the model has.
+        budget: "quick" or "standard".
+        seed: of the random starts.
+        batch_size: samples attacked at a time.
+        progress: told of each attack as it starts.
+
+    Raises:
+        ValueError: if a share or the budget is out of range, or nothing is classified correctly.
+    """
+    if budget not in WRONG_BUDGETS:
+        raise ValueError(f"budget {budget!r} is unknown: choose from {', '.join(WRONG_BUDGETS)}")
+    check_shares(shares)
+    table = {name: SIGNALS[name] for name in signals_of(model)} if signals is None else signals
+    network = opened(model)
+    led = network if attacked is None else opened(attacked)
+    thresholds: dict[str, dict[float, float]] = {}
+    calibration = (x, y) if held_out is None else held_out
+    for name, signal in table.items():
+        right = _read(network, calibration[0], signal, batch_size).right(calibration[1].to(calibration[0].device))
+        thresholds[name] = {float(share): _threshold(right, share) for share in sorted(shares)}
+    parts = []
+    for number, rows in enumerate(torch.arange(len(x)).split(batch_size)):
+        place = f", samples {int(rows[0]) + 1} to {int(rows[-1]) + 1}" if len(x) > batch_size else ""
+        few = [each[rows.to(each.device)].to(_device(network)) for each in (x, y, *found)]
+        part = _Part(network, led, few[0], few[1], threat, table, thresholds, budget, (seed, number))
+        part.run(few[2:], partial(_placed, progress, place))
+        parts.append(part)
+    results = [
+        SignalResult(
+            name,
+            thresholds[name],
+            torch.cat([part.benign[name].prediction for part in parts]).cpu(),
+            torch.cat([part.benign[name].acceptance for part in parts]).cpu(),
+            torch.cat([part.wrong[name] for part in parts]).cpu(),
+            torch.cat([part.right[name] for part in parts], dim=1).cpu(),
+        )
+        for name in table
+    ]
+    half = torch.cat([part.half for part in parts]).cpu()
+    return Rejection(threat, y.cpu(), len(calibration[1]), held_out is not None, half, results)
+
+
+def _placed(progress: Callable[[str], None], place: str, attack: str) -> None:
+    progress(attack + place)
+
+
+class Seen:
+    """What images have shown of some samples, for every signal.
+
+    Args:
+        network: images to 2C logits.
+        x: benign images, on the network's device.
+        y: their labels.
+        threat: the ball.
+        signals: the signals by name.
+    """
+
+    def __init__(
+        self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, signals: Mapping[str, Signal]
+    ) -> None:
+        self.network, self.x, self.y, self.threat, self.signals = network, x, y, threat, signals
+        self.balls = [replace(threat, eps=radius * threat.radius, step_size=None) for radius in RADII]
+        self.benign = {name: _read(network, x, signal) for name, signal in signals.items()}
+        self.wrong = {name: read.wrong(y) for name, read in self.benign.items()}
+        self.right = {name: read.right(y).repeat(len(RADII), 1) for name, read in self.benign.items()}
+        # For each signal the images that were accepted highest with a wrong class: where its next attacks begin.
+        self.nearest = {name: x.clone() for name in signals}
+        self.half = next(iter(self.benign.values())).prediction == y
+
+    def look(self, images: Tensor) -> None:
+        """Learn from images, for every signal and radius; those outside the ball are not counted."""
+        inside = self.threat.allows(images, self.x)
+        within = [ball.allows(images, self.x) for ball in self.balls]
+        for name, signal in self.signals.items():
+            read = _read(self.network, images, signal)
+            wrong, right = read.wrong(self.y), read.right(self.y)
+            higher = inside & (wrong > self.wrong[name])
+            self.wrong[name] = torch.where(higher, wrong, self.wrong[name])
+            self.nearest[name][higher] = images[higher]
+            for number, allowed in enumerate(within):
+                lower = torch.minimum(self.right[name][number], right)
+                self.right[name][number] = torch.where(allowed, lower, self.right[name][number])
+            self.half &= (read.prediction == self.y) | ~within[1]
+
+
+class _Part(Seen):
+    """One chunk under attack."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        led: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        signals: Mapping[str, Signal],
+        thresholds: Mapping[str, Mapping[float, float]],
+        budget: str,
+        key: tuple[int, int],
+    ) -> None:
+        super().__init__(network, x, y, threat, signals)
+        self.led, self.thresholds, self.budget, self.key = led, thresholds, budget, key
+
+    def run(self, found: Sequence[Tensor], progress: Callable[[str], None]) -> None:
+        for images in found:
+            self.look(images)
+        progress("robust at eps/2")
+        name = next(iter(self.signals))
+        self.look(self.attacked(self.half, wrong_and_accepted, self.balls[1], name, -math.inf, "half"))
+        for name in self.signals:
+            self.look_for_wrong(name, progress)
+        for name in self.signals:
+            self.look_for_denial(name, progress)
+
+    def noise(self, *key: str | float | int) -> torch.Generator:
+        return seeded(*self.key, "reject", *(str(each) for each in key))
+
+    def attacked(
+        self,
+        standing: Tensor,
+        attack: Callable[..., Tensor],
+        ball: ThreatModel,
+        name: str,
+        threshold: float,
+        *key: str | float | int,
+        starts: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Return what an attack makes of the samples that stand, and the benign images of the others."""
+        images, rows = self.x.clone(), standing.nonzero().squeeze(1)
+        if len(rows):
+            given = self.led, self.x[rows], self.y[rows], ball, self.signals[name], threshold, self.budget
+            begin = {"starts": [each[rows] for each in starts]} if starts else {}
+            images[rows] = attack(*given, self.noise(*key, name, threshold), **begin)
+        return images
+
+    def look_for_wrong(self, name: str, progress: Callable[[str], None]) -> None:
+        # From the strictest threshold down: what is accepted there is accepted everywhere.
+        for share, threshold in sorted(self.thresholds[name].items(), reverse=True):
+            progress(f"wrong and accepted by {name}, {share:.0%} refused")
+            standing, starts = self.wrong[name] < threshold, [self.nearest[name]]
+            self.look(self.attacked(standing, wrong_and_accepted, self.threat, name, threshold, "wrong", starts=starts))
+
+    def look_for_denial(self, name: str, progress: Callable[[str], None]) -> None:
+        # From the smallest ball and the most lenient threshold up: what is denied there is denied everywhere.
+        for number, ball in enumerate(self.balls):
+            for share, threshold in sorted(self.thresholds[name].items()):
+                progress(f"denied by {name}, {share:.0%} refused, eps {ball.radius:.4g}")
+                standing = self.right[name][number] >= threshold
+                self.look(self.attacked(standing, denied, ball, name, threshold, "denied", number))
