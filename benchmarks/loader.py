@@ -122,7 +122,7 @@ class PlainFiles(Dataset[tuple[Tensor, int]]):
 
 
 def spent(work: Callable[[], Any]) -> tuple[float, float]:
-    """Return the seconds by the clock, and of processors in this process and those that it began and that have ended."""
+    """Return the seconds by the clock, and of processors in this process and in those that it began and that ended."""
 
     def processors() -> float:
         times = os.times()

@@ -100,3 +100,12 @@ def test_random_transforms_are_functions_of_the_seed() -> None:
 def test_what_cannot_be_used_is_named(train: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         data.own(train, (PIXELS, np.zeros(60, int) if "1 class" in message else LABELS))
+
+
+def test_the_estimator_notices_channels_that_are_last() -> None:
+    from ducat import RobustClassifier
+
+    with pytest.raises(ValueError, match=r"X: images of shape \(60, 6, 5, 3\) have their channels last"):
+        RobustClassifier().fit(PIXELS.transpose(0, 2, 3, 1) / 255, LABELS)
+    with pytest.raises(ValueError, match="have their channels last"):
+        RobustClassifier(image_shape=(6, 5, 3)).fit(PIXELS.reshape(60, -1) / 255, LABELS)

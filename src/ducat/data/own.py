@@ -106,7 +106,7 @@ def own(
 
 def check_channels(shape: Sequence[int], what: str) -> None:
     """Raise ValueError for images (n, height, width, channels), which would train as if rows were channels."""
-    if len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3):
+    if len(shape) == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3) and shape[2] > 3:
         raise ValueError(
             f"{what} of shape {tuple(shape)} have their channels last: give (n, channels, height, width), "
             "for example by transpose(0, 3, 1, 2)"
@@ -170,7 +170,7 @@ def _source(given: Given, where: str) -> Source:
 def _labels(labels: np.ndarray, count: int, where: str) -> Int64[Tensor, n]:
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise ValueError(
-            f"{where}: labels of shape {labels.shape} and type {labels.dtype} are not {count} whole numbers, one an image"
+            f"{where}: labels of shape {labels.shape} and type {labels.dtype} are not {count} whole numbers, one each"
         )
     return torch.from_numpy(labels.astype(np.int64))
 
