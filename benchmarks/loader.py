@@ -165,13 +165,16 @@ def stream(count: int, size: int, batch: int, rounds: int) -> None:
         loaders: dict[str, Callable[[], Any]] = {
             "bare: decode, crop, resize": lambda: [plain.cropped(index) for index in range(len(plain))],
         }
+
+        def one_by_one(workers: int) -> None:
+            consume(iter(DataLoader(plain, batch, shuffle=True, num_workers=workers)))
+
+        def ours(workers: int) -> None:
+            consume(Batches(source, batch, seed=0, augment=augment, workers=workers, drop_last=False).epoch(0))
+
         for workers in (1, 2):
-            loaders[f"one image at a time, DataLoader, {workers} workers"] = lambda workers=workers: consume(
-                iter(DataLoader(plain, batch, shuffle=True, num_workers=workers))
-            )
-            loaders[f"ducat, shards, {workers} workers"] = lambda workers=workers: consume(
-                Batches(source, batch, seed=0, augment=augment, workers=workers, drop_last=False).epoch(0)
-            )
+            loaders[f"one image at a time, DataLoader, {workers} workers"] = partial(one_by_one, workers)
+            loaders[f"ducat, shards, {workers} workers"] = partial(ours, workers)
         measured: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
         for _ in range(rounds):
             for name, loader in loaders.items():

@@ -264,7 +264,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         tensors = named_tensors(training, held_out, test)
         header = cache.Header(spec, tuple(map(str, self.classes_)), fingerprint(tensors), "arrays", "")
         cache.write(cache.entry(settings.name, settings.root), tensors, header)
-        return held_out
+        return test
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

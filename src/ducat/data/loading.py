@@ -134,10 +134,11 @@ def _load(name: str, root: Path | str | None, verify: bool = False) -> Dataset:
     tensors, header = cache.read(name, root, verify=verify)
     if header.stream is not None:
         header.stream.check()
-        packed = {key.removeprefix("rows."): tensors.pop(key) for key in list(tensors) if key.startswith("rows.")}
+        index = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        packed = {key.removeprefix("rows."): tensor for key, tensor in index.items()}
         pixels = streams.pixels(streams.STREAMS[header.stream.kind].unpack(header.stream, packed), header.spec)
         train, validation, test = (
-            Lazy(pixels, *[tensors[f"{part}.{item}"] for item in ("labels", "ids", "rows")]) for part in PARTS
+            Lazy(pixels, *[index[f"{part}.{item}"] for item in ("labels", "ids", "rows")]) for part in PARTS
         )
         return Dataset(header.spec, header.classes, train, validation, test, header.fingerprint)
     train, validation, test = (

@@ -163,8 +163,8 @@ def _source(given: Given, where: str) -> Source:
     known = next((getattr(given, name) for name in ("targets", "labels") if hasattr(given, name)), None)
     if known is None or len(known) != len(given):
         known = [_item(given, row, where)[1] for row in range(len(given))]
-    labels = _labels(np.asarray(known), len(given), where)
-    return Lazy(Items(given, (channels, height, width), where), labels, torch.arange(len(given)))
+    items = Items(given, (channels, height, width), where)
+    return Lazy(items, _labels(np.asarray(known), len(given), where), torch.arange(len(given)))
 
 
 def _labels(labels: np.ndarray, count: int, where: str) -> Int64[Tensor, n]:

@@ -117,7 +117,7 @@ def prepare(
     if name == "digits" or (source is None and entry.is_file()):
         return _status(name, root)
     if stream is not None:
-        tensors, header = _stream(name, spec, stream, size, test_images and Path(test_images))
+        tensors, header = _stream(name, spec, stream, size, None if test_images is None else Path(test_images))
         cache.write(entry, tensors, header, replace=replace)
         return _status(name, root)
     if spec is None and source is None:
