@@ -499,7 +499,7 @@ def _conclude(
         given, labels = job.to_device(x[rows], y[rows])
         began = time.perf_counter()
         found = second_opinion.plain_pgd(
-            subject.network, given, labels, job.threat.norm, job.threat.radius, subject.how, job.seed
+            subject.network, given, labels, job.threat.norm, job.threat.eps, subject.how, job.seed
         )
         opinion = Opinion(len(rows), join(SECOND_OPINION, rows, found, time.perf_counter() - began))
     if suite.audit and searched:
