@@ -74,6 +74,7 @@ def run(folder: Path, grid: dict[str, list[str]] | None = None) -> sweep.Swept:
         )
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str | None] = []
     plain = training.train
@@ -101,6 +102,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         run(tmp_path / "sweep", {"train.seed": ["0"]})
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = training.train
 
@@ -117,6 +119,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypa
         run(tmp_path / "none", {"train.learning_rate": ["1"]})
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "base.yaml"
     config.write_text(replace(BASE, name="mine").to_yaml())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
@@ -21,9 +21,9 @@ from ducat import checkpoint, data, models, training
 from ducat import demo as demo_room
 from ducat.attacks.suites import SUITES
 from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, config_parser
-from ducat.evaluation import behaviour, studies
 from ducat.evaluation.rejection import SIGNALS
 from ducat.evaluation.runs import calibrate_run, evaluate_checkpoint, evaluate_run
+from ducat.evaluation.studies import STUDIES
 from ducat.progress import Live
 from ducat.reporting import compare as comparing
 from ducat.reporting import page, plots
@@ -40,11 +40,13 @@ USER_ERRORS = (ArgumentError, ValueError, OSError, FloatingPointError)
 ARGUMENT_ERRORS = {
     r"Does not validate against any of the Union subtypes.*?(Expected an? .*?)\n.*Given value: ": r"\1. Got value: ",
     r"Expected an? <class '(\w+)'>": r"expected \1",
+    r"^argument ([\w-]+): invalid choice: '?(.*?)'? \(choose from (.*)\)$": r"\1: choose from \3. Got value: \2",
     r"Expected a typing\.Literal\[([^\]]+)\]": r"choose from \1",
 }
 
 NORMALIZATION = "of a checkpoint: whether its network takes images normalised by the data's mean and deviation"
 EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
+SOURCE = "local archive or folder instead of a download; wds:SHARDS, hf:NAME, folder:PATH are decoded as they come"
 REJECT = "measure refusing too: shares of correctly classified benign images that may be refused, such as 0.02 0.05"
 CALIBRATE = "share of correctly classified benign validation images that may be refused, in [0, 1), such as 0.05"
 EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption and targeted the best"
@@ -156,8 +158,9 @@ def _sweep_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 
 def _run_data(arguments: Namespace, console: Console) -> None:
-    if arguments.action != "prepare" and (arguments["from"] or arguments.size):
-        raise ValueError(f"ducat data {arguments.action}: --from and --size are for prepare")
+    for option in ("from", "size", "replace", "test-images"):
+        if arguments.action != "prepare" and arguments[option.replace("-", "_")]:
+            raise ValueError(f"ducat data {arguments.action}: --{option} is for prepare")
     if arguments.action == "list":
         if arguments.name is not None:
             raise ValueError(f"ducat data list: it lists all data sets; `ducat data verify {arguments.name}` shows one")
@@ -165,14 +168,15 @@ def _run_data(arguments: Namespace, console: Console) -> None:
     elif arguments.name is None:
         raise ValueError(f"ducat data {arguments.action}: name a data set; `ducat data list` shows them")
     elif arguments.action == "prepare":
-        with console.status(f"preparing {arguments.name}"):
-            statuses = [data.prepare(arguments.name, arguments["from"], size=arguments.size, root=arguments.root)]
+        options = {name: arguments[name] for name in ("size", "replace", "test_images", "root")}
+        statuses = [data.prepare(arguments.name, arguments["from"], **options)]
     else:
         statuses = [data.verify(arguments.name, arguments.root)]
-    table = Table("name", "title", "images", box=None)
+    table = Table("name", "title", "classes", "images", box=None)
     for status in statuses:
         sizes = ", ".join(f"{part} {count:,}" for part, count in list(status.sizes.items())[:3])
-        table.add_row(status.name, status.title, sizes if status.prepared else "not prepared")
+        classes = f"{status.classes:,}" if status.prepared else ""
+        table.add_row(status.name, status.title, classes, sizes if status.prepared else "not prepared")
     console.print(table)
     for status in statuses:
         if status.notice:
@@ -185,8 +189,10 @@ def _data_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = _parser("ducat data")
     parser.add_argument("action", type=Literal["list", "prepare", "verify"], help="list, prepare or verify")
     parser.add_argument("name", type=str | None, nargs="?", help="data set, or a new name for an image folder")
-    parser.add_argument("--from", type=Path | None, help="local archive or folder instead of a download")
+    parser.add_argument("--from", type=str | None, help=SOURCE)
     parser.add_argument("--size", type=int | None, help="for an image folder: scale images to this many pixels a side")
+    parser.add_argument("--replace", action="store_true", help="replace a set of that name that holds other images")
+    parser.add_argument("--test-images", type=Path | None, help="of a stream: file that names the test images to keep")
     parser.add_argument("--root", type=Path | None, help="cache folder; default: DUCAT_DATA, or the user's cache")
     return parser
 
@@ -221,7 +227,6 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
         )
     if arguments.json is not None:
         checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
-    behaviour.measure_run(folder)
     comparison = comparing.compare([Run.read(folder.path)])
     report = folder.path / "report.html"
     page.page(report, folder.name, comparison)
@@ -391,98 +396,18 @@ def _run_analyze(arguments: Namespace, console: Console) -> None:
     _check_new(json=arguments.json, figure=arguments.figure)
     if arguments.figure is not None and arguments.figure.suffix not in (".svg", ".png"):
         raise ValueError(f"--figure: {arguments.figure} must end in .svg or .png")
-    study = STUDIES[arguments.study]
+    measure = STUDIES[arguments.study]
     with Live(console) as live:
-        measured = study.measure(arguments, live.attacks(arguments.study)).to_dict()
-    console.print(study.table(measured), markup=False, highlight=False)
+        found = measure(arguments.runs, arguments.which, arguments.samples, live.attacks(arguments.study))
+    sheet = found.sheet()
+    table = Table(*sheet.columns, title=sheet.title, title_justify="left")
+    for row in sheet.rows:
+        table.add_row(*row)
+    console.print(table, markup=False, highlight=False)
     if arguments.json is not None:
-        checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
+        checkpoint.write_text(arguments.json, json.dumps(found.to_dict(), indent=2) + "\n")
     if arguments.figure is not None:
-        plots.save(study.draw(measured), arguments.figure)
-
-
-class Study(NamedTuple):
-    """A row of the table of analyses: how to measure it, its table on the terminal, and its figure."""
-
-    measure: Callable[[Namespace, Callable[[str], None]], Any]
-    table: Callable[[dict[str, Any]], Table]
-    draw: Callable[[dict[str, Any]], Any]
-
-
-def _always_failed_table(study: dict[str, Any]) -> Table:
-    title = (
-        f"{study['failed_on_every']} of {study['samples']} test images fail on every model, each under its own attack: "
-        f"{100 * study['share_of_samples']:.1f} % of the test images, "
-        f"{100 * study['share_of_failures']:.1f} % of those that fail on some model"
-    )
-    table = Table("class", "images", "fail on some", "fail on every", title=title, title_justify="left")
-    for name, row in study["classes"].items():
-        table.add_row(name, *(str(row[key]) for key in ("samples", "failed_on_some", "failed_on_every")))
-    return table
-
-
-def _transfer_table(study: dict[str, Any]) -> Table:
-    title = (
-        "Of the images that the target (column) classifies correctly, the share in % that the source's (row) "
-        "adversarial images make it lose: all / effective on the source / ineffective on it"
-    )
-    numbers = [str(number) for number in range(1, len(study["runs"]) + 1)]
-    table = Table("", "source", *(f"on {number}" for number in numbers), title=title, title_justify="left")
-    layers = [study[name] for name in ("success", "effective", "ineffective")]
-    for row, name in enumerate(study["runs"]):
-        columns = ([layer[row][column] for layer in layers] for column in range(len(study["runs"])))
-        texts = (" / ".join("-" if cell is None else f"{100 * cell:.1f}" for cell in cells) for cells in columns)
-        table.add_row(numbers[row], name, *texts)
-    return table
-
-
-def _corruption_table(study: dict[str, Any]) -> Table:
-    title = f"Accuracy in % by severity; mean error {100 * study['mean_error']:.1f} %"
-    table = Table("corruption", *"12345", title=title, title_justify="left")
-    for name, accuracy in study["accuracy"].items():
-        table.add_row(name, *(f"{100 * value:.1f}" for value in accuracy))
-    return table
-
-
-def _targeted_table(study: dict[str, Any]) -> Table:
-    title = (
-        f"PGD-{study['steps']} towards a class that is drawn for each of {study['samples']} test images, in %: "
-        "withstood is where that class does not win, correct where the true one still does"
-    )
-    table = Table("attacker", "withstood", "correct", title=title, title_justify="left")
-    for attacker, share in study["withstood"].items():
-        table.add_row(attacker, f"{100 * share:.1f}", f"{100 * study['correct'][attacker]:.1f}")
-    return table
-
-
-def _only(given: Namespace) -> Path:
-    if len(given.runs) != 1:
-        raise ValueError(f"ducat analyze {given.study}: give one run")
-    return given.runs[0]
-
-
-STUDIES: dict[str, Study] = {
-    "always-failed": Study(
-        lambda given, progress: studies.always_failed(given.runs), _always_failed_table, plots.always_failed
-    ),
-    "transfer": Study(
-        lambda given, progress: studies.transfer(given.runs, given.which, progress), _transfer_table, plots.transfer
-    ),
-    "corruption": Study(
-        lambda given, progress: studies.corruption(
-            _only(given), samples=given.samples, which=given.which or "best", progress=progress
-        ),
-        _corruption_table,
-        plots.corruption,
-    ),
-    "targeted": Study(
-        lambda given, progress: studies.targeted(
-            _only(given), samples=given.samples, which=given.which or "best", progress=progress
-        ),
-        _targeted_table,
-        plots.targeted,
-    ),
-}
+        plots.save(plots.FIGURES[arguments.study](found.to_dict()), arguments.figure)
 
 
 def _analyze_parser(arguments: Sequence[str]) -> ArgumentParser:
@@ -497,7 +422,7 @@ def _analyze_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command("the whole road on digits, offline, in minutes", _demo_parser, _run_demo),
+    "demo": Command("train, attack and compare four networks on digits, offline, in minutes", _demo_parser, _run_demo),
     "train": Command("train a network and leave a run folder", _train_parser, _run_train),
     "adapt": Command("give a trained network dummy classes and train it on", _adapt_parser, _run_adapt),
     "sweep": Command("train and evaluate every combination of settings", _sweep_parser, _run_sweep),

@@ -12,6 +12,8 @@ from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder
 from ducat.training import train
 
+pytestmark = pytest.mark.slow  # all of them need three trained networks
+
 SAMPLES = 80
 
 
@@ -115,7 +117,7 @@ def test_corruption_error_is_the_mean_over_corruptions_and_severities(
         assert (name, samples) == ("digits-c", SAMPLES)
         return [(*key, images, y) for key, images in corrupted.items()]
 
-    monkeypatch.setattr(analysis, "load_corruptions", load)
+    monkeypatch.setattr(studies, "load_corruptions", load)
     found = studies.corruption(runs[2], "digits-c", samples=SAMPLES)
     right = {key: (predictions(runs[2], images) == y.numpy()).mean() for key, images in corrupted.items()}
     for kind in ("brighter", "darker"):

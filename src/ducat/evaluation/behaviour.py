@@ -18,7 +18,7 @@ from ducat.evaluation.result import Evaluation
 from ducat.models.heads import find_heads
 from ducat.runs import RunFolder
 
-Images = Float[Tensor, "samples channels height width"]
+Samples = Float[Tensor, "samples channels height width"]
 Labels = Int[Tensor, " samples"]
 
 BINS = 10
@@ -27,7 +27,7 @@ SHOWN = 150  # images whose features are drawn, benign and attacked
 
 
 def measure(
-    model: nn.Module, x: Images, adversarial: Images, y: Labels, classes: Sequence[str], *, batch_size: int = 500
+    model: nn.Module, x: Samples, adversarial: Samples, y: Labels, classes: Sequence[str], *, batch_size: int = 500
 ) -> dict[str, Any]:
     """Look at a network's outputs on benign images and on the adversarial images made of them.
 

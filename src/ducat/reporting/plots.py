@@ -6,7 +6,7 @@ import io
 import itertools
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,6 +260,15 @@ def targeted(measured: Mapping[str, Any]) -> Figure:
     axes.set_xlabel("test images (%)")
     figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=INK)
     return figure
+
+
+# By the name of the study.
+FIGURES: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
+    "always-failed": always_failed,
+    "transfer": transfer,
+    "corruption": corruption,
+    "targeted": targeted,
+}
 
 
 def save(figure: Figure, path: Path) -> None:
