@@ -190,7 +190,7 @@ def test_only_in_l1_a_start_comes_through_larger_balls(
 
     def recorded(model, x, y, ball, goal, restarts, generator, *, start, **options):
         assert start is None or ball.allows(start, x).all()
-        seen.append((ball.radius / threat.radius, ball.steps))
+        seen.append((ball.eps / threat.eps, ball.steps))
         return ball.random_start(x, generator) if start is None else start
 
     module = import_module("ducat.attacks.adaptive")  # the package has the function by that name
