@@ -386,8 +386,8 @@ def saved(evaluation: Evaluation) -> Path:
 
 
 def test_a_copy_that_would_be_another_network_is_not_attacked() -> None:
-    """The stem of a pre-activation network feeds a shortcut too; all logits of a network without dummy classes count."""
-    x, _y = ducat.data.load_test("digits", 20)
+    """The stem of a pre-activation network feeds a shortcut too, which folding the norm after it would change."""
+    x, _ = ducat.data.load_test("digits", 20)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = ducat.models.build("preact-resnet20", 10, channels=1, width=4)
