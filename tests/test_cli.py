@@ -74,7 +74,7 @@ def test_train_then_evaluate_twice_gives_the_same_numbers(capsys: pytest.Capture
         ("data prepare mine --from nowhere --root empty", "nowhere"),
         ("data fly", "action: choose from 'list', 'prepare', 'verify'. Got value: fly"),
         ("data list digits", "`ducat data verify digits` shows one"),
-        ("data verify digits --size 3", "--from and --size are for prepare"),
+        ("data verify digits --size 3", "--size is for prepare"),
         ("evaluate . --suite huge", "suite: choose from 'quick'"),
         ("evaluate . --seed x", "seed: expected int. Got value: x"),
         ("evaluate . --samples 1.5", "samples: expected int. Got value: 1.5"),

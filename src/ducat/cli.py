@@ -46,6 +46,7 @@ ARGUMENT_ERRORS = {
 
 NORMALIZATION = "of a checkpoint: whether its network takes images normalised by the data's mean and deviation"
 EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
+SOURCE = "local archive or folder instead of a download; wds:SHARDS, hf:NAME, folder:PATH are decoded as they come"
 REJECT = "measure refusing too: shares of correctly classified benign images that may be refused, such as 0.02 0.05"
 CALIBRATE = "share of correctly classified benign validation images that may be refused, in [0, 1), such as 0.05"
 EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption and targeted the best"
@@ -157,8 +158,9 @@ def _sweep_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 
 def _run_data(arguments: Namespace, console: Console) -> None:
-    if arguments.action != "prepare" and (arguments["from"] or arguments.size):
-        raise ValueError(f"ducat data {arguments.action}: --from and --size are for prepare")
+    for option in ("from", "size", "replace", "test-images"):
+        if arguments.action != "prepare" and arguments[option.replace("-", "_")]:
+            raise ValueError(f"ducat data {arguments.action}: --{option} is for prepare")
     if arguments.action == "list":
         if arguments.name is not None:
             raise ValueError(f"ducat data list: it lists all data sets; `ducat data verify {arguments.name}` shows one")
@@ -166,14 +168,15 @@ def _run_data(arguments: Namespace, console: Console) -> None:
     elif arguments.name is None:
         raise ValueError(f"ducat data {arguments.action}: name a data set; `ducat data list` shows them")
     elif arguments.action == "prepare":
-        with console.status(f"preparing {arguments.name}"):
-            statuses = [data.prepare(arguments.name, arguments["from"], size=arguments.size, root=arguments.root)]
+        options = {name: arguments[name] for name in ("size", "replace", "test_images", "root")}
+        statuses = [data.prepare(arguments.name, arguments["from"], **options)]
     else:
         statuses = [data.verify(arguments.name, arguments.root)]
-    table = Table("name", "title", "images", box=None)
+    table = Table("name", "title", "classes", "images", box=None)
     for status in statuses:
         sizes = ", ".join(f"{part} {count:,}" for part, count in list(status.sizes.items())[:3])
-        table.add_row(status.name, status.title, sizes if status.prepared else "not prepared")
+        classes = f"{status.classes:,}" if status.prepared else ""
+        table.add_row(status.name, status.title, classes, sizes if status.prepared else "not prepared")
     console.print(table)
     for status in statuses:
         if status.notice:
@@ -186,8 +189,10 @@ def _data_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = _parser("ducat data")
     parser.add_argument("action", type=Literal["list", "prepare", "verify"], help="list, prepare or verify")
     parser.add_argument("name", type=str | None, nargs="?", help="data set, or a new name for an image folder")
-    parser.add_argument("--from", type=Path | None, help="local archive or folder instead of a download")
+    parser.add_argument("--from", type=str | None, help=SOURCE)
     parser.add_argument("--size", type=int | None, help="for an image folder: scale images to this many pixels a side")
+    parser.add_argument("--replace", action="store_true", help="replace a set of that name that holds other images")
+    parser.add_argument("--test-images", type=Path | None, help="of a stream: file that names the test images to keep")
     parser.add_argument("--root", type=Path | None, help="cache folder; default: DUCAT_DATA, or the user's cache")
     return parser
 
