@@ -1,4 +1,4 @@
-"""The whole road as one scikit-learn estimator: arrays in, predictions out, and the ordinary training loop between."""
+"""A scikit-learn estimator: arrays in, predictions out, and the ordinary training loop between."""
 
 import math
 import os

@@ -76,7 +76,7 @@ class Playground:
         return {
             "run": source.folder.name,
             "norm": self.threat.norm,
-            "eps": self.threat.radius,
+            "eps": self.threat.eps,
             "threshold": source.classifier.threshold,
             "signal": source.classifier.signal,
             "dummies": source.classifier.architecture.dummy_classes,
