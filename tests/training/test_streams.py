@@ -18,6 +18,9 @@ from tests.support import Watcher, unvalidated
 from tests.training.test_parallel import together
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """An image folder of two classes, prepared as `decoded` and as the stream `streamed`."""
