@@ -40,8 +40,8 @@ def declare_operators() -> None:
 def measure(name: str) -> dict[str, Any]:
     """Return what became of one network, as a row of the table."""
     import ducat
+    from ducat.architecture import Architecture, describe_foreign
     from ducat.dummy import dummy_heads
-    from ducat.models.architecture import Architecture, describe_foreign
 
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import ducat
 from benchmarks.defences.__main__ import Zoo, table, verdict
-from benchmarks.defences.attacks import JUDGEMENTS, Judge, find_truth, logits_of
+from benchmarks.defences.attacks import JUDGEMENTS, Judge, find_truth, logits_of, selective
 from benchmarks.defences.networks import BASES, PHOTOGRAPHS, Bases
 from benchmarks.defences.parts import After, Placed, Switch, hashed, one_hot_by_index
 from benchmarks.defences.zoo import ROWS, Row
@@ -131,7 +131,7 @@ def test_a_fresh_network_judges_where_one_would_remember(bases: Bases) -> None:
     model = row.build(Untrained(bases.folder))
     model(torch.rand_like(x))
     assert torch.equal(judge.rates(x, everything), first)
-    assert threat.radius == 0.2
+    assert threat.eps == 0.2
 
 
 def test_an_answer_that_is_not_a_number_is_not_right() -> None:
@@ -195,5 +195,18 @@ def test_the_evaluator_and_the_zoo_agree_on_a_linear_network(tmp_path: Path, bas
     truth = zoo.truth("linear")
     assert content["reported"] == pytest.approx(float(truth.rates.mean()), abs=0.051)
     assert float(zoo.lower("linear", images).rates.mean()) <= float(truth.rates.mean())
-    exact = linear_truth(bases("linear"), *zoo.test(row), row.threat.radius)
+    exact = linear_truth(bases("linear"), *zoo.test(row), row.threat.eps)
     assert float(truth.rates.mean()) == pytest.approx(float(exact.float().mean()))
+
+
+def test_a_selective_attack_fools_a_network_that_a_detector_guards(bases: Bases) -> None:
+    x, y = ducat.data.load_test("digits", samples=20)
+    network = bases("linear")
+
+    def score(images: Tensor) -> Tensor:
+        return (images - x).flatten(1).mean(1) - 0.01  # a brighter image is an attacked one
+
+    found = selective(network, score, x, y, 0.2)
+    assert (found - x).abs().max() <= 0.2 + 1e-6
+    undetected = (network(found).argmax(1) != y) & (score(found) < 0)
+    assert undetected.float().mean() >= 0.9

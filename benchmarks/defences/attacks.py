@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import ducat
 
@@ -101,7 +102,7 @@ class Truth:
         if not len(rows):
             return
         x = self.judge.x[rows]
-        images = (x + (images - x).clamp(-self.threat.radius, self.threat.radius)).clamp(0, 1)
+        images = (x + (images - x).clamp(-self.threat.eps, self.threat.eps)).clamp(0, 1)
         rates = self.judge.rates(images, rows)
         worse = rates < self.rates[rows]
         self.images[rows[worse]], self.rates[rows[worse]] = images[worse], rates[worse]
@@ -138,7 +139,7 @@ def ascend(
     start: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Climb `goal` of (logits, y) by signs of gradients with momentum and ever shorter steps; yield on the way."""
-    eps = threat.radius
+    eps = threat.eps
     now = x + eps * (2 * torch.rand(x.shape, generator=noise) - 1) if start is None else start
     now, drift = now.clamp(0, 1), torch.zeros_like(x)
     for step in range(STEPS):
@@ -154,6 +155,35 @@ def ascend(
         now = (x + (now.detach() + length * drift.sign() - x).clamp(-eps, eps)).clamp(0, 1)
         if step % EVERY == EVERY - 1:
             yield now
+
+
+def selective(
+    network: Callable[[Tensor], Tensor], score: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, eps: float
+) -> Tensor:
+    """Fool a network where a detector's score stays below 0: a step serves the aim that is missed, without harm to the
+    other (Bryniarski et al. 2022, orthogonal projected gradient descent).
+
+    Returns:
+        For each sample the last image that did both, else the last one.
+    """
+    size = x[0].numel() ** 0.5
+    now, chosen, won = x, x.clone(), torch.zeros(len(x), dtype=torch.bool)
+    for step in range(200):
+        with torch.enable_grad():
+            now = now.detach().requires_grad_()
+            margin, detected = _margin(network(now), y), score(now)
+            slopes = [torch.autograd.grad(each.sum(), now)[0] for each in (margin, detected)]
+        success = (margin > 0) & (detected < 0)
+        chosen[success], won = now.detach()[success], won | success
+        up, down = (F.normalize(slope.flatten(1), dim=1) for slope in slopes)
+        along = (up * down).sum(1, keepdim=True)
+        missed, near = (margin <= 0)[:, None], (detected > -0.1)[:, None].float()
+        move = torch.where(missed, up - near * along * down, -near * (down - along * up))
+        length = size * eps * (0.1 if step < 150 else 0.02)
+        now = now.detach() + length * F.normalize(move, dim=1).view_as(x)
+        now = (x + (now - x).clamp(-eps, eps)).clamp(0, 1)
+    chosen[~won] = now[~won]
+    return chosen
 
 
 def through(truth: Truth, proxy: nn.Module, noise: torch.Generator) -> None:
@@ -192,13 +222,13 @@ def by_chance(truth: Truth, noise: torch.Generator, tries: int = 60) -> None:
     for attempt in range(tries):
         rows = truth.standing
         share = 0.02 if attempt % 2 else 0.2
-        shake = share * truth.threat.radius * (2 * torch.rand(truth.near[rows].shape, generator=noise) - 1)
+        shake = share * truth.threat.eps * (2 * torch.rand(truth.near[rows].shape, generator=noise) - 1)
         truth.offer(truth.near[rows] + shake, rows)
 
 
 def by_search(truth: Truth, noise: torch.Generator, queries: int = QUERIES) -> None:
     """Search without gradients: change blocks to one end of the ball where the margin grows (Square's moves)."""
-    judge, eps = truth.judge, truth.threat.radius
+    judge, eps = truth.judge, truth.threat.eps
     rows = truth.standing
     if not len(rows) or judge.how != "plain":
         return

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import ducat
 from benchmarks.cure.networks import STAND_INS, Gated, Half, Joined
+from benchmarks.defences.attacks import selective
 from benchmarks.defences.networks import DIGITS, PHOTOGRAPHS, THREATS, Bases, Thermometer, training_images
 from benchmarks.defences.parts import (
     After,
@@ -155,6 +156,15 @@ def _between(bases: Bases, x: Tensor, y: Tensor, eps: float) -> Sequence[Tensor]
     return guesses
 
 
+def _undetected(bases: Bases, x: Tensor, y: Tensor, eps: float) -> Sequence[Tensor]:
+    detector = bases("detector")
+    return [selective(bases("natural"), lambda images: detector(images).squeeze(1), x, y, eps)]
+
+
+def _smooth(bases: Bases, x: Tensor, y: Tensor, eps: float) -> Sequence[Tensor]:
+    return [selective(bases("photograph-natural"), _roughness, x, y, eps)]
+
+
 def _of(*names: str) -> Callable[[Bases], Sequence[nn.Module]]:
     return lambda bases: [bases(name) for name in names]
 
@@ -189,10 +199,10 @@ def _honest(about: str, name: str, change: Build | None = None, **settings: Any)
     return Row(about, change or (lambda bases: bases(name)), stand_ins, inside=(name,), honest=True, **settings)
 
 
-def _rough(x: Tensor) -> Tensor:
-    """Tell images whose brightness jumps from pixel to pixel, as that of attacked ones does."""
+def _roughness(x: Tensor) -> Tensor:
+    """Return a score above 0 for images whose brightness jumps from pixel to pixel, as that of attacked ones does."""
     curve = x[..., 2:] - 2 * x[..., 1:-1] + x[..., :-2]
-    return curve.abs().mean((1, 2, 3)) > 0.06
+    return curve.abs().mean((1, 2, 3)) - 0.06
 
 
 _FEW: dict[str, Any] = {"data": PHOTOGRAPHS, "samples": 50}
@@ -295,6 +305,7 @@ ROWS: dict[str, Row] = {
             *(Blended(bases("natural"), bases("detector"), share) for share in (0.3, 1, 3, 10)),
             *(bases(name) for name in ("robust", "natural")),
         ],
+        guesses=_undetected,
         inside=("natural", "robust"),
     ),
     "detector-constant": Row(
@@ -308,6 +319,7 @@ ROWS: dict[str, Row] = {
             *(Blended(bases("natural"), bases("detector"), share) for share in (0.3, 1, 3, 10)),
             bases("natural"),
         ],
+        guesses=_undetected,
         inside=("natural", "robust"),
     ),
     "brightest-pixel": Row(
@@ -424,7 +436,9 @@ ROWS: dict[str, Row] = {
     ),
     "integers": Row("logits rounded to integers", _after("robust", torch.round), _of("robust"), inside=("robust",)),
     "half-overflow": _outputs("half-precision outputs that overflow", "natural", lambda z: (2e4 * z).half()),
-    "suspicious-nan": _outputs("not a number where it is not sure", "robust", suspicious_nan),
+    "suspicious-nan": Row(
+        "not a number where it is not sure", _after("robust", suspicious_nan), _of("robust"), inside=("robust",)
+    ),
     "detached": _outputs("the gradient is cut", "robust", lambda z: z.detach()),
     "zero-gradient": _outputs("a backward of zeros", "robust", lambda z: Gradient.apply(z, 0.0)),
     "random-gradient": _outputs("a backward of noise", "natural", lambda z: Gradient.apply(z, None)),
@@ -577,8 +591,9 @@ ROWS: dict[str, Row] = {
     "photograph-noise": _random("noise of 0.1 on its input", "photograph-robust", noisy(0.1), **_FEW),
     "photograph-detector": Row(
         "where the image is rough a robust network answers, else a natural one",
-        lambda bases: Switch(_rough, bases("photograph-robust"), bases("photograph-natural")),
+        lambda bases: Switch(lambda x: _roughness(x) > 0, bases("photograph-robust"), bases("photograph-natural")),
         _of("photograph-natural", "photograph-robust"),
+        guesses=_smooth,
         inside=("photograph-natural", "photograph-robust"),
         **_FEW,
     ),

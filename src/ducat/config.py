@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from ducat import methods
+from ducat.architecture import Architecture, describe_foreign
 from ducat.data.images import Dataset
 from ducat.data.specs import DataSpec
 from ducat.dummy import TwoHot
 from ducat.methods import Kind
-from ducat.models.architecture import Architecture, describe_foreign
 from ducat.models.doors import is_foreign
 from ducat.schedules import SCHEDULES, epoch_of
 from ducat.threat import Norm, ThreatModel
@@ -48,7 +48,7 @@ class DataConfig:
     """What to train on."""
 
     name: str = "cifar10"
-    """Name of a data set; `ducat data list` shows them."""
+    """Name of a data set, as `ducat data list` shows them, or a stream: wds:SHARDS, hf:NAME or folder:PATH."""
     samples: int | None = None
     """Number of training images, a fixed stratified subset; all of them by default."""
     root: Path | None = None
@@ -56,6 +56,9 @@ class DataConfig:
     augmentation: Literal["auto", "base", "strong"] = "auto"
     """base is random crop and flip as fits the data, strong AutoAugment and cutout as well; auto is strong for
     photographs where the method's paper says so (consistency), else base."""
+    workers: int | None = None
+    """Processes that decode the images of a stream, for each process that trains; 0 is none besides it, by default the
+    cores there are, 8 at most. The batches are the same for any number."""
     crop_padding: int | None = None
     """Pixels of black added on each side before the random crop; 0 is no crop. By default what fits the data."""
     extra: Path | None = None
@@ -70,6 +73,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _among("data.augmentation", self.augmentation, ("auto", "base", "strong"))
         _at_least("data.samples", self.samples, 1)
+        _at_least("data.workers", self.workers, 0)
         _at_least("data.crop_padding", self.crop_padding, 0)
         _at_least("data.held_out", self.held_out, 0)
         if not 0 < self.extra_share < 1:
@@ -356,8 +360,10 @@ class Config:
     @property
     def run_name(self) -> str:
         """Name made from the settings, for example digits-small-pgd-at-recovery-aware-s0."""
+        # The place of a stream is no name of a folder.
+        data = re.sub(r"[^\w.-]+", "-", self.data.name)[-60:].strip("-.")
         model = re.sub(r"[^\w.+-]+", "-", self.model.name or "default")
-        parts = [self.data.name, model, self.method.name]
+        parts = [data, model, self.method.name]
         if self.dummy.kind != "off":
             parts.append(self.dummy.kind)
         return "-".join([*parts, f"s{self.train.seed}"])
@@ -372,12 +378,12 @@ class Config:
     @property
     def row(self) -> methods.Method:
         """The method of the table, with the changes that the settings ask for."""
-        row, changes = methods.find(self.method.name), {"clip_start": self.method.clip_start}
+        changes: dict[str, Any] = {"clip_start": self.method.clip_start}
         if self.method.cross_entropy != "auto":
             changes["target"] = self.method.cross_entropy
         if self.train.batch_norm != "auto":
             changes["forwards_apart"] = self.train.batch_norm == "separate"
-        return dataclasses.replace(row, **changes)
+        return dataclasses.replace(methods.find(self.method.name), **changes)
 
     def objective(self, epoch: int) -> methods.Objective:
         """Return what the given epoch, counted from 0, minimises."""

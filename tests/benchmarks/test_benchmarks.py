@@ -43,7 +43,7 @@ def test_the_steps_that_are_timed_do_the_same_work(method: str, dummy: str) -> N
         with torch.random.fork_rng():
             torch.manual_seed(0)
             adversarial = step.adversarial()
-        assert (adversarial - step.x).abs().max() <= step.threat.radius + 1e-6
+        assert (adversarial - step.x).abs().max() <= step.threat.eps + 1e-6
         step.network.eval()
         with torch.no_grad():
             reached.append(F.cross_entropy(step.objective.read(step.network(adversarial)), step.y).item())

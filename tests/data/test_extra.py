@@ -114,6 +114,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path, write: Any, message: str) -> 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_training_with_generated_images_goes_on_bit_by_bit(tmp_path: Path) -> None:
     path = written(tmp_path / "e.npz")
     config: Config = replace(TINY, data=DataConfig("digits", samples=64, extra=path, extra_share=0.5))

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ducat
 from ducat.attacks.suites import SUITES, Attack, Suite
 from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
-from ducat.evaluation import Evaluation, compare
+from ducat.evaluation import Evaluation, behaviour, compare
 from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder
 from ducat.training import train
@@ -170,6 +170,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_samples(templates: Templates, tmp_path: Path) -> None:
     torch.save(templates, tmp_path / "templates.pt")
     (tmp_path / "script.py").write_text(SHARED)
@@ -202,6 +203,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return train(config, tmp_path_factory.mktemp("runs"))
 
 
+@pytest.mark.slow
 def test_a_run_evaluated_twice_gives_the_same_numbers(run: RunFolder) -> None:
     first = evaluate_run(run, "quick", samples=60)
     kept = run.evaluation_path.read_text()
@@ -218,6 +220,7 @@ def test_a_run_evaluated_twice_gives_the_same_numbers(run: RunFolder) -> None:
     assert torch.equal(deployed(stored.adversarial).argmax(1) == y, stored.robust)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["best", "last"])
 def test_an_evaluation_says_which_checkpoint_it_is_of(run: RunFolder, which: str) -> None:
     assert evaluate_run(run, "quick", samples=20, which=which)["checkpoint"] == which
@@ -225,6 +228,18 @@ def test_an_evaluation_says_which_checkpoint_it_is_of(run: RunFolder, which: str
     assert json.loads(run.evaluation_path.read_text())["checkpoint"] == which
 
 
+@pytest.mark.slow
+def test_a_run_can_be_attacked_by_a_suite_from_outside(run: RunFolder) -> None:
+    def darken(model: nn.Module, x: Tensor, y: Tensor, threat: ducat.ThreatModel, noise: torch.Generator) -> Tensor:
+        return threat.project(x - threat.eps, x)
+
+    measured = evaluate_run(run, Suite((Attack("darken", False, darken),), audit=False, name="ours"), samples=20)
+    assert measured["suite"] == "ours"
+    assert "darken" in [attack["name"] for attack in measured["attacks"]]
+    assert behaviour.read(run) is not None, "an evaluation measures the behaviour too"
+
+
+@pytest.mark.slow
 def test_a_run_can_be_attacked_in_another_ball(run: RunFolder) -> None:
     measured = evaluate_run(run, "quick", samples=20, threat=ducat.ThreatModel("l2", 0.5))
     assert (measured["threat"]["norm"], measured["threat"]["eps"]) == ("l2", 0.5)

@@ -13,9 +13,9 @@ from torch import nn
 
 import ducat
 from ducat import models
+from ducat.architecture import Architecture, describe_foreign
 from ducat.dummy import dummy_heads
 from ducat.models import doors
-from ducat.models.architecture import Architecture, describe_foreign
 from ducat.models.outputs import Logits
 
 NETS = """

@@ -59,6 +59,7 @@ NETWORKS: dict[str, Callable[..., ModelConfig]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_from_training_to_export(
     request: pytest.FixtureRequest, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
@@ -90,6 +91,7 @@ def test_from_training_to_export(
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_code_of_a_run_is_run_only_where_it_is_asked_for(
     request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +116,7 @@ def test_code_of_a_run_is_run_only_where_it_is_asked_for(
     assert main([*evaluate, "--allow-code", "nets"]) == 2
 
 
+@pytest.mark.slow
 def test_weights_from_a_file_begin_a_training(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     trained = train(TINY, tmp_path / "first", validate=unvalidated)
     begun = replace(
@@ -138,6 +141,7 @@ def test_weights_from_a_file_begin_a_training(request: pytest.FixtureRequest, tm
     assert made(torch.rand(2, 1, 8, 8)).shape == (2, 20)
 
 
+@pytest.mark.slow
 def test_a_publishers_weights_begin_a_training(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     transformers = request.getfixturevalue("transformers")
     model = transformers_vit(request, tmp_path)

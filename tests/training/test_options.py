@@ -83,17 +83,17 @@ def test_a_long_gradient_is_shortened() -> None:
 
 def test_eps_grows_over_the_first_epochs_and_validation_keeps_the_whole() -> None:
     step = Step(settings(eps_ramp_epochs=2, epochs=4), plain_network(), batch()[0][:2])
-    reached, strides = [], []
+    reached, step_sizes = [], []
     for epoch in range(3):
         for number in range(2):
             step(*batch(), epoch, number, 2)
-            reached.append(step.trained_on.radius)
-            strides.append(step.trained_on.stride / step.trained_on.radius)
+            reached.append(step.trained_on.eps)
+            step_sizes.append(step.trained_on.step_size / step.trained_on.eps)
             adversarial = step.attack(*batch(), epoch, number)
             assert (adversarial - batch()[0]).abs().max() <= reached[-1] + 1e-6
     assert reached == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1, 0.1])
-    assert strides == pytest.approx([0.25] * 6)
-    assert step.threat.radius == 0.1
+    assert step_sizes == pytest.approx([0.25] * 6)
+    assert step.threat.eps == 0.1
 
 
 def test_fp16_scales_the_loss_and_trains_as_float32_does() -> None:
@@ -108,6 +108,7 @@ def test_fp16_scales_the_loss_and_trains_as_float32_does() -> None:
     assert all(parameter.dtype == torch.float32 for parameter in made[1][1].model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -11,14 +11,13 @@ from torch.nn import functional as F
 
 import ducat
 import ducat.weights
+from ducat.architecture import Architecture
 from ducat.attacks.adaptive import BUDGETS, Round
-from ducat.attacks.objectives import OBJECTIVES
-from ducat.attacks.objectives import Objective as Goal
+from ducat.attacks.objectives import OBJECTIVES, Goal
 from ducat.attacks.suites import SUITES, Attack, Suite
 from ducat.config import DummyConfig, MethodConfig
 from ducat.methods import ATTACKS, METHODS, InnerAttack, Method, Objective
 from ducat.models import MODELS
-from ducat.models.architecture import Architecture
 from ducat.training import Initial, resume, train
 from tests.support import TINY, Watcher, unvalidated
 
@@ -83,11 +82,11 @@ def test_a_suite_and_an_attack_of_ones_own_measure_a_network_of_ones_own() -> No
 
     def brighter(model: nn.Module, x: Tensor, y: Tensor, threat: ducat.ThreatModel, generator: Any) -> Tensor:
         calls.append("brighter")
-        return threat.project(x + threat.radius, x)
+        return threat.project(x + threat.eps, x)
 
     def darker(model: nn.Module, x: Tensor, y: Tensor, threat: ducat.ThreatModel, generator: Any) -> Tensor:
         calls.append("darker")
-        return threat.project(x - threat.radius, x)
+        return threat.project(x - threat.eps, x)
 
     suite = Suite((Attack("brighter", True, brighter),), audit=False, name="light and shade")
     threat = ducat.ThreatModel(eps=0.3)
@@ -101,6 +100,7 @@ def test_a_suite_and_an_attack_of_ones_own_measure_a_network_of_ones_own() -> No
     assert (dict(SUITES), dict(BUDGETS)) == tables
 
 
+@pytest.mark.slow
 def test_a_network_that_is_given_is_what_is_trained(tmp_path: Path) -> None:
     given = ducat.models.build("small", 10, channels=1, mean=(0.5,), std=(0.5,))
     config = replace(TINY, train=replace(TINY.train, learning_rate=0.0, weight_decay=0.0))
@@ -115,6 +115,7 @@ def test_a_network_that_is_given_is_what_is_trained(tmp_path: Path) -> None:
         train(replace(config, name="other"), tmp_path, model=nn.Sequential(nn.Flatten(), nn.Linear(5, 10)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["off", "recovery-aware"])
 @pytest.mark.parametrize("as_object", [False, True])
 def test_a_network_of_ones_own_trains_and_goes_on(tmp_path: Path, kind: str, as_object: bool) -> None:
@@ -142,6 +143,7 @@ def test_a_network_of_ones_own_trains_and_goes_on(tmp_path: Path, kind: str, as_
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.slow
 def test_a_run_with_an_objective_of_its_own_goes_on_with_it_alone(tmp_path: Path) -> None:
     def objective(epoch: int) -> Objective:
         return ducat.objective(METHOD, "off")

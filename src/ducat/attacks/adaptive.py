@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ducat.attacks.objectives import Objective, find, targeted_pair
+from ducat.attacks.objectives import Goal, find, targeted_pair
 from ducat.attacks.pgd import attackable, pgd
 from ducat.dummy import RecoveredClassifier, dummy_head, recover
 from ducat.threat import ThreatModel
 
-Images = Float[Tensor, "batch channels height width"]
+Batch = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
 
 
@@ -50,7 +50,7 @@ class Round:
 
 
 # A tournament: short attacks on all samples, then on all targets, then ever more on ever fewer pairs of sample and
-# target: most of the time goes where a sample may yet fall. Measured against AutoAttack in docs/evaluation.md.
+# target: most of the time goes where a sample may yet fall. Measured against AutoAttack in results/strength.md.
 BUDGETS: dict[str, tuple[Round, ...]] = {
     "quick": (Round("recovered-cross-entropy", 10), Round("weighted-pair", 20)),
     "standard": (
@@ -96,7 +96,7 @@ def is_recovered(model: nn.Module) -> bool:
     return isinstance(model, RecoveredClassifier) and forward is RecoveredClassifier.forward
 
 
-def with_dummy_classes(model: nn.Module, x: Images) -> nn.Module:
+def with_dummy_classes(model: nn.Module, x: Batch) -> nn.Module:
     """Return a view of any classifier that has 2C logits.
 
     What `recover` makes of them by max is the decision of the classifier. A `RecoveredClassifier` by max is opened, a
@@ -117,12 +117,12 @@ def with_dummy_classes(model: nn.Module, x: Images) -> nn.Module:
 
 def adaptive(
     model: nn.Module,
-    x: Images,
+    x: Batch,
     y: Labels,
     threat: ThreatModel,
     budget: str | Sequence[Round] = "standard",
     generator: torch.Generator | None = None,
-) -> Images:
+) -> Batch:
     """Attack the recovered classifier with an ensemble that keeps, per sample, the first success.
 
     The objectives are those that work on both members of each pair of real and dummy class: recovered cross-entropy,
@@ -161,23 +161,23 @@ def _lead(logits: Tensor, y: Tensor) -> Tensor:
     return recovered - recovered.gather(1, y[:, None])
 
 
-def _aim(objective: str, target: Labels | None) -> Objective:
+def _aim(objective: str, target: Labels | None) -> Goal:
     if target is None:
         return find(objective)
-    return Objective(targeted_pair, knows_recovery=True, reference=lambda clean_logits, y: target)
+    return Goal(targeted_pair, knows_recovery=True, reference=lambda clean_logits, y: target)
 
 
 def tournament(
     network: nn.Module,
-    x: Images,
+    x: Batch,
     y: Labels,
     threat: ThreatModel,
     rounds: Sequence[Round],
     score: Callable[[Tensor, Tensor], Tensor],
-    aim: Callable[[str, Labels | None], Objective],
+    aim: Callable[[str, Labels | None], Goal],
     generator: torch.Generator | None = None,
-    starts: Sequence[Images] = (),
-) -> Images:
+    starts: Sequence[Batch] = (),
+) -> Batch:
     """Attack in rounds, each on the samples that are left or on the wrong classes that came closest.
 
     Args:
@@ -195,7 +195,7 @@ def tournament(
     Returns:
         For each sample the image that came nearest to any wrong class; of those that fell, the first that was found.
     """
-    search = _Search(network, x, y, score)
+    search = _Nearest(network, x, y, score)
     for images in starts:
         search.take(torch.arange(len(x), device=x.device), threat.project(images, x))
     for number, attack in enumerate(rounds):
@@ -219,10 +219,10 @@ def tournament(
     return search.adversarial
 
 
-class _Search:
+class _Nearest:
     """What is known of each sample: how near it came to each wrong class, and the image that came nearest to any."""
 
-    def __init__(self, network: nn.Module, x: Images, y: Labels, score: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, network: nn.Module, x: Batch, y: Labels, score: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.network = network
         self.y = y
         self.score = score

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import collections
 import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -202,10 +204,10 @@ def classifiers_inside(
     found: list[tuple[str, nn.Module]] = []
     outputs: list[Tensor] = []
     parts = [(name, part) for name, part in modules_within(model) if part is not model and name]
-    heard: dict[int, Any] = {}
+    heard: dict[int, list[Any]] = {id(part): [] for _, part in parts}
 
     def listen(module: nn.Module, inputs: Any, output: Any) -> None:
-        heard[id(module)] = output
+        heard[id(module)].append(output)
 
     with attackable(network), torch.no_grad():
         handles = [part.register_forward_hook(listen) for _, part in parts]
@@ -214,12 +216,15 @@ def classifiers_inside(
         finally:
             for handle in handles:
                 handle.remove()
+        blocked = _blocked(network, x)
         for name, part in parts:
-            direct = _Cast(part)
-            for asked, answer in (
-                (Inside(network, part), lambda p=part: heard[id(p)]),
-                (direct, lambda d=direct: d(x)),
-            ):
+            asked, answers = heard[id(part)], list[tuple[nn.Module, Callable[[], Any]]]()
+            if asked:
+                answers.append((Inside(network, part), partial(operator.getitem, asked, -1)))
+            # What is asked once, for the whole answer, is no other network when it is asked directly.
+            if len(asked) != 1 or blocked:
+                answers.append((direct := _Cast(part), partial(direct, x)))
+            for candidate, answer in answers:
                 try:
                     logits = logits_of(answer())
                 except Exception:  # a part that is not asked, or does not take images, fails in any way there is
@@ -231,11 +236,17 @@ def classifiers_inside(
                 logits = logits.float()
                 if not any(logits.shape == other.shape and torch.allclose(logits, other) for other in outputs):
                     outputs.append(logits)
-                    found.append((name, asked))
+                    found.append((name, candidate))
                     if logits.shape[1] == 2 * num_classes and outputs[0].shape[1] == num_classes:
-                        found += [(f"{name}, half {half + 1}", _Half(asked, half)) for half in range(2)]
-                break  # what is fed by another part is no classifier of images
+                        found += [(f"{name}, half {half + 1}", _Half(candidate, half)) for half in range(2)]
     return found
+
+
+def _blocked(network: nn.Module, x: Tensor) -> bool:
+    with torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        logits = network(x)
+        return not logits.requires_grad or not bool(torch.autograd.grad(logits.abs().sum(), x)[0].any())
 
 
 def mixtures(parts: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:

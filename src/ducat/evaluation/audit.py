@@ -24,7 +24,7 @@ from ducat.threat import ThreatModel
 AUDITED = 100  # correctly classified ones that the measurements are made on
 STEPS = (1, 10, 50)
 QUERIES = 500
-OBJECTIVES = ("recovered-cross-entropy", "weighted-pair")
+EXAMINED = ("recovered-cross-entropy", "weighted-pair")
 VANISHED = 1e-12  # largest entry of an input gradient, in logits per unit of brightness
 FAR = 0.5  # at this distance in L-inf every image can be made one flat grey
 
@@ -68,7 +68,7 @@ def measure_signs(
         return generator(seed, "audit", key)
 
     def iterate(steps: int) -> Tensor:
-        ball = replace(threat, steps=steps, step_size=threat.radius if steps == 1 else threat.stride)
+        ball = replace(threat, steps=steps, step_size=threat.eps if steps == 1 else threat.step_size)
         goal = "recovered-cross-entropy"
         return pgd(network, x, y, ball, goal, generator=noise("steps"), keep="last")
 
@@ -81,7 +81,7 @@ def measure_signs(
     limit = 1.0 if threat.norm == "linf" else float("inf")
     pixels = x[0].numel()
     far = {"linf": FAR, "l2": FAR * pixels**0.5, "l1": FAR * pixels}[threat.norm]
-    ball = ThreatModel(threat.norm, max(far, threat.radius))
+    ball = ThreatModel(threat.norm, max(far, threat.eps))
     distant = adaptive(deployed, x, y, ball, generator=noise("far"))
     only_black_box = 0
     if queries:
@@ -109,10 +109,10 @@ def measure_signs(
     start = threat.random_start(x, noise("gradients"))
     return Audit(
         samples=len(x),
-        vanishing={name: _vanishing(network, start, y, name) for name in OBJECTIVES},
+        vanishing={name: _vanishing(network, start, y, name) for name in EXAMINED},
         standing_after_steps={steps: int(standing(iterate(steps)).sum()) for steps in STEPS},
-        standing=at(threat.radius),
-        standing_at_double_eps=at(min(2 * threat.radius, limit)),
+        standing=at(threat.eps),
+        standing_at_double_eps=at(min(2 * threat.eps, limit)),
         standing_far=int(standing(distant).sum()),
         only_black_box=only_black_box,
         only_guided=found - int(left.sum()),
@@ -148,6 +148,8 @@ def clean(audit: Audit) -> bool:
 def causes(evaluation: Evaluation) -> list[str]:
     """Return why the robust accuracy is an upper bound only, in a few words each; nothing where it is a measurement."""
     scrutiny, audit = evaluation.scrutiny, evaluation.audit
+    if not evaluation.robust.any():
+        return []
     found = [f"the network is {name}" for name in scrutiny.nature]
     if scrutiny.opinion is not None and scrutiny.opinion.broken:
         found.append("a plain attack broke what the suite had left")
@@ -303,7 +305,7 @@ def _signs(audit: Audit | None, threat: ThreatModel | None) -> list[tuple[str, s
             )
         )
     if audit.standing > NOISE * audit.samples and audit.standing_at_double_eps >= audit.standing:
-        radius = f" at eps {threat.radius:.4g}" if threat else ""
+        radius = f" at eps {threat.eps:.4g}" if threat else ""
         found.append(
             (
                 "a larger eps does not lower accuracy",

@@ -96,7 +96,8 @@ def evaluate(
         second_round_seconds: the longest that the second round may take, which begins when something hides the
             gradients; None for no limit.
         reject: shares of the correctly classified benign images that may be refused, each in [0, 1): for each of them
-            the classifier is measured as one that may refuse, see `evaluation.rejection.measure`.
+            the classifier is measured as one that may refuse, see `evaluation.rejection.measure`; with its shorter
+            attacks where the suite is for curves ("quick").
         held_out: images and labels that its thresholds are set on; by default x and y themselves.
 
     Raises:
@@ -128,7 +129,9 @@ def evaluate(
             evaluation = _conclude(
                 job, outcome, chosen, x, y, num_classes, progress, data, batch_size, second_round_seconds
             )
-            return _with_rejection(evaluation, job, outcome, x, y, reject, held_out, progress) if reject else evaluation
+            if reject:
+                evaluation = _with_rejection(evaluation, job, outcome, x, y, chosen, reject, held_out, progress)
+            return evaluation
 
 
 def _with_rejection(
@@ -137,6 +140,7 @@ def _with_rejection(
     outcome: "_Outcome",
     x: Tensor,
     y: Tensor,
+    suite: Suite,
     shares: Sequence[float],
     held_out: tuple[Tensor, Tensor] | None,
     progress: Callable[[str], None],
@@ -156,6 +160,7 @@ def _with_rejection(
         held_out=held_out,
         found=found,
         attacked=led,
+        budget="standard" if suite.audit else "quick",
         seed=job.seed,
         batch_size=evaluation.batch_size,
         progress=progress,
@@ -470,7 +475,7 @@ def _conclude(
     least = torch.stack([outcome.clean, *(one.correct if one.shares is None else one.shares for one in attacks)])
     least = least.float().amin(0)
     audit = opinion = second = None
-    searched = job.threat.radius > 0 and bool(clean.any())
+    searched = job.threat.eps > 0 and bool(clean.any())
     guess = subject.deployed(job.attacked[0])
 
     def join(strategy: str, rows: Tensor, found: Tensor, seconds: float) -> int:
@@ -488,6 +493,15 @@ def _conclude(
         least.copy_(torch.minimum(least, share))
         return broken
 
+    if suite.audit and searched and standing.any():
+        progress("second opinion")
+        rows = standing.nonzero().squeeze(1)[: second_opinion.SAMPLES]
+        given, labels = job.to_device(x[rows], y[rows])
+        began = time.perf_counter()
+        found = second_opinion.plain_pgd(
+            subject.network, given, labels, job.threat.norm, job.threat.eps, subject.how, job.seed
+        )
+        opinion = Opinion(len(rows), join(SECOND_OPINION, rows, found, time.perf_counter() - began))
     if suite.audit and searched:
         progress("audit")
         by_gradients = torch.stack([clean, *(a.correct for a in attacks if not a.black_box)]).all(0)
@@ -517,17 +531,9 @@ def _conclude(
         if suspicious(audit, attacks, nature):
             progress("second round")
             rows = (least > 0 if nature.random else standing).nonzero().squeeze(1)
-            second, found = second_round(scene(rows), not nature.names, progress)
-            join(SECOND_ROUND, rows, found, second.seconds)
-    if suite.audit and searched and standing.any():
-        progress("second opinion")
-        rows = standing.nonzero().squeeze(1)[: second_opinion.SAMPLES]
-        given, labels = job.to_device(x[rows], y[rows])
-        began = time.perf_counter()
-        found = second_opinion.plain_pgd(
-            subject.network, given, labels, job.threat.norm, job.threat.radius, subject.how, job.seed
-        )
-        opinion = Opinion(len(rows), join(SECOND_OPINION, rows, found, time.perf_counter() - began))
+            if len(rows):
+                second, found = second_round(scene(rows), not nature.names, progress)
+                join(SECOND_ROUND, rows, found, second.seconds)
     last = LAST_REPEATS if nature.random else 1
     looks = [
         job.look_again(*chunk, last)

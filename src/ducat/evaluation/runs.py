@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ducat import checkpoint, weights
+from ducat.attacks.suites import Suite
 from ducat.config import Config
 from ducat.data import load, load_test
+from ducat.evaluation import behaviour
 from ducat.evaluation.engine import evaluate
 from ducat.evaluation.rejection import calibrate
 from ducat.models import allow_code
@@ -22,7 +24,7 @@ from ducat.threat import ThreatModel
 
 def evaluate_run(
     folder: RunFolder,
-    suite: str = "standard",
+    suite: str | Suite = "standard",
     *,
     samples: int | None = None,
     seed: int = 0,
@@ -35,12 +37,14 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Evaluate a run on its test images, write evaluation.json and evaluation.safetensors, and return the former.
 
+    What the network makes of these images is written to behaviour.json as well, see `behaviour.measure_run`.
+
     Finished chunks are kept in the run folder until the end, so an evaluation that was interrupted continues when it is
     asked for again with the same settings, and `accelerate launch` shares it among processes.
 
     Args:
         folder: the run.
-        suite: which attacks, a row of `attacks.suites.SUITES`.
+        suite: which attacks, a row of `attacks.suites.SUITES` or a `Suite`.
         samples: how many test images, a fixed stratified subset; all by default.
         seed: of the attacks.
         which: "best" or "last" checkpoint.
@@ -53,7 +57,7 @@ def evaluate_run(
     """
     config = folder.config
     model = folder.load(which)
-    return _evaluate_and_save(
+    measured = _evaluate_and_save(
         model,
         load_test(config.data.name, samples, config.data.root),
         threat or config.threat.build(None),
@@ -69,12 +73,15 @@ def evaluate_run(
         data=folder.manifest["data"]["title"],
         progress=progress or (lambda attack: None),
     )
+    if _is_main_process():
+        behaviour.measure_run(folder)
+    return measured
 
 
 def evaluate_checkpoint(
     source: Path,
     config: Config,
-    suite: str = "standard",
+    suite: str | Suite = "standard",
     *,
     num_classes: int | None = None,
     samples: int | None = None,
@@ -91,7 +98,7 @@ def evaluate_checkpoint(
         source: file of weights, as `weights.read` takes it.
         config: its `data`, `model` and `threat` say what to evaluate and how; the rest of it is not used. A head with
             twice as many outputs as the data have classes has dummy classes.
-        suite: which attacks, a row of `attacks.suites.SUITES`.
+        suite: which attacks, a row of `attacks.suites.SUITES` or a `Suite`.
         num_classes: C, checked against the data; None does not check.
         samples: how many test images, a fixed stratified subset; all by default.
         seed: of the attacks.
@@ -104,8 +111,15 @@ def evaluate_checkpoint(
 
     Raises:
         FileNotFoundError: if there are no such weights or data.
+        FileExistsError: if `path` or the .safetensors beside it is there already.
         ValueError: if the weights do not fit the network, or the data have another number of classes.
     """
+    if path is not None:
+        for file in (path, path.with_suffix(".safetensors")):
+            if file.exists():
+                raise FileExistsError(
+                    f"{file} exists, and nothing is overwritten: choose another name than {path.name}"
+                )
     dataset = load(config.data.name, root=config.data.root)
     classes = len(dataset.classes)
     if num_classes not in (None, classes):
@@ -197,3 +211,9 @@ def _evaluate_and_save(
         evaluation.save(path)
         shutil.rmtree(parts)
     return evaluation.to_dict()
+
+
+def _is_main_process() -> bool:
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)

@@ -93,12 +93,14 @@ class Classifier(nn.Module):
         batch_size: the only size of batch that it takes; None for any.
 
     Attributes:
-        state: what the network remembers; where it is set, every pass begins with it.
+        origin: what the network held before its first pass here.
+        state: the same, where every pass is to begin with it; else None.
     """
 
     def __init__(self, model: nn.Module, batch_size: int | None = None) -> None:
         super().__init__()
         self.model, self.batch_size = model, batch_size
+        self.origin = State(model)
         self.state: State | None = None
         floats = [tensor.dtype for tensor in _tensors(model) if tensor.is_floating_point()]
         self.dtype = floats[0] if floats else torch.float32
@@ -169,7 +171,7 @@ def classifier(model: Network, x: Float[Tensor, "samples channels height width"]
             except ValueError:
                 raise
             except Exception as first:
-                found = Classifier(model, size)
+                found.batch_size = size
                 try:
                     found(x[:size].to(found.device))
                 except Exception:
@@ -220,9 +222,11 @@ class Nature:
 
 def differs(first: Tensor, second: Tensor, coarse: bool = False) -> Tensor:
     """Tell which rows of logits differ by more than rounding does, relative to each row's spread."""
+    same = (first.isfinite() == second.isfinite()).all(1)
+    first, second = first.nan_to_num(), second.nan_to_num()
     spread = (first.amax(1) - first.amin(1)).clamp_min(1e-30)
     change = (first - second).abs().amax(1) / spread
-    return ~(change <= (CHANGED_HALF if coarse else CHANGED[torch.float32]))
+    return ~(same & (change <= (CHANGED_HALF if coarse else CHANGED[torch.float32])))
 
 
 @torch.no_grad()
@@ -248,23 +252,23 @@ def examine(
     """
     known = known or Nature()
     x = x[:PROBED].to(network.device)
-    disturbed = [threat.random_start(x, generator), threat.project(x + threat.radius * threat.direction(x - 0.5), x)]
+    disturbed = [threat.random_start(x, generator), threat.project(x + threat.eps * threat.direction(x - 0.5), x)]
     if found is not None:
         moved = found[:PROBED].to(network.device)
         disturbed.insert(0, moved)
     else:
         disturbed.append(_one_step(network, x, threat))
     probe = torch.cat([x, *disturbed])
-    state = State(network.model) if network.state is None else network.state
+    remembers, stateful = known.remembers, known.stateful
     first, second = network(probe), network(probe)
-    remembers = known.remembers or state.changed()
-    stateful = known.stateful
-    if remembers:
-        before = network.state is not None or not bool(differs(first, second, network.coarse).any())
-        network.state = state
-        state.restore()
+    if remembers or network.origin.changed():
+        remembers, network.state = True, None
+        network.origin.restore()
+        used = [network(x), network(probe), network(probe)]
+        network.state = network.origin
         first, second = network(probe), network(probe)
-        stateful |= not before and not bool(differs(first, second, network.coarse).any())
+        if not bool(differs(first, second, network.coarse).any()):
+            stateful |= any(bool(differs(first, late, network.coarse).any()) for late in used[1:])
     noisy = bool(differs(first, second, network.coarse).any()) or known.random
     draws = known.draws
     if noisy:
@@ -279,7 +283,7 @@ def _one_step(network: Classifier, x: Tensor, threat: ThreatModel) -> Tensor:
         logits = network(point)
         loss = nn.functional.cross_entropy(logits, logits.argmax(1).detach(), reduction="sum")
         (gradient,) = torch.autograd.grad(loss, point)
-    return threat.project(x + threat.radius * threat.direction(gradient.nan_to_num()), x)
+    return threat.project(x + threat.eps * threat.direction(gradient.nan_to_num()), x)
 
 
 def _passes(network: Classifier, x: Tensor) -> bool:
@@ -293,6 +297,7 @@ def _passes(network: Classifier, x: Tensor) -> bool:
 
 def _draws(outputs: Float[Tensor, "draws rows classes"]) -> int:
     """Choose how many draws a gradient is averaged over, by how the margin's noise compares to the margin."""
+    outputs = outputs.nan_to_num()
     top = outputs.mean(0).topk(min(2, outputs.shape[2]), dim=1)
     lead = outputs.gather(2, top.indices.expand(len(outputs), -1, -1))
     margin = lead[..., 0] - lead[..., -1]

@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import nn
 
 from ducat import methods, weights
+from ducat.architecture import Architecture
 from ducat.config import Config, DummyConfig
-from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder
 from ducat.training.initial import Initial, source_of
 from ducat.training.loop import Listener, train
@@ -47,7 +47,7 @@ def settings(source: Path | str) -> Config:
     method, threat = config.method, config.threat
     if method.weight == methods.find(method.name).weight:
         method = replace(method, weight=None)
-    if threat.step_size == replace(threat, step_size=None).build(None).stride:
+    if threat.step_size == replace(threat, step_size=None).build(None).step_size:
         threat = replace(threat, step_size=None)
     dummy = DummyConfig("recovery-aware", start_epoch=0.0)
     return replace(config, name=None, method=method, dummy=dummy, threat=threat, train=tail)

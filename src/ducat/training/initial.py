@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ducat import weights
+from ducat.architecture import GIVEN, Architecture
 from ducat.config import Config
 from ducat.dummy import add_dummy_classes
 from ducat.models import allow_code
-from ducat.models.architecture import GIVEN, Architecture
 from ducat.models.doors import is_foreign, is_function
 from ducat.models.heads import forward, returns_tensor
 from ducat.models.outputs import as_classifier

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ducat import checkpoint, methods
 from ducat import data as datasets
+from ducat.architecture import Architecture
 from ducat.config import Config
 from ducat.data.extra import Extra, Mixed
-from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder, environment
 from ducat.training import tracking
 from ducat.training.initial import Initial, given
@@ -230,6 +230,7 @@ class _Loop:
                 drop_last=settings.drop_last,
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
+                workers=data.workers,
             )
 
         if self.extra is None:
@@ -423,7 +424,7 @@ class _Loop:
 
     def _validated(self) -> Mapping[str, float]:
         if self.validate is not None:
-            measured = self.validate(self.step.deployed, self.dataset.validation)
+            measured = self.validate(self.step.deployed, self.dataset.validation.to("cpu"))
             shares = torch.tensor(list(measured.values()), dtype=torch.float64)
             if self.accelerator.num_processes > 1:
                 shares = self.step.mean(shares.to(self.accelerator.device))

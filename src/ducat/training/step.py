@@ -189,7 +189,7 @@ class Step:
         share = min(1.0, epoch / ramp) if ramp else 1.0
         if share == 1:
             return self.threat
-        return replace(self.threat, eps=share * self.threat.radius, step_size=share * self.threat.stride)
+        return replace(self.threat, eps=share * self.threat.eps, step_size=share * self.threat.step_size)
 
     def end_epoch(self, batches: Iterable[tuple[Tensor, Tensor]], epoch: int) -> None:
         """Take the epoch's weights into their mean, where there is one, and measure its batch-norm statistics anew.

@@ -1,0 +1,189 @@
+"""A run that may refuse, from `ducat calibrate` and `ducat evaluate --reject` to every door out."""
+
+import csv
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ducat
+from ducat.cli import main
+from ducat.evaluation import Evaluation
+from ducat.evaluation.rejection import log_odds
+from ducat.export import Deployed, export, load
+from ducat.serve.server import Playground
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tiny run that is calibrated, and evaluated with refusals."""
+    path = tmp_path_factory.mktemp("refusing") / "tiny"
+    shutil.copytree(tiny_run, path)
+    assert main(["calibrate", str(path), "--reject", "0.1", "--signal", "real"]) == 0
+    assert main(["evaluate", str(path), "--suite", "quick", "--samples", "12", "--reject", "0.1"]) == 0
+    return path
+
+
+def test_the_threshold_is_set_on_validation_images(run: Path) -> None:
+    calibrated = json.loads((run / "rejection.json").read_text())
+    validation = ducat.data.load("digits").validation
+    model = ducat.load(run)
+    logits, accepted = ducat.SelectiveClassifier(model, "real", calibrated["threshold"])(validation.floats())
+    right = logits.argmax(1) == validation.labels
+    assert int((~accepted & right).sum()) == int(0.1 * int(right.sum()))
+    assert calibrated["images"] == len(validation)
+    measured = json.loads((run / "evaluation.json").read_text())["rejection"]
+    assert measured["held_out"]
+    (row,) = measured["signals"][1]["rows"]
+    assert measured["signals"][1]["signal"] == "real"
+    assert row["threshold"] == pytest.approx(calibrated["threshold"], abs=1e-4)
+
+
+def test_what_was_measured_is_kept_and_shown(run: Path, tmp_path: Path) -> None:
+    content = json.loads((run / "evaluation.json").read_text())
+    kept = Evaluation.load(run)
+    assert kept.rejection is not None
+    assert kept.rejection.to_dict() == content["rejection"]
+    assert all(warning in content["warnings"] for warning in kept.rejection.warnings)
+    page = (run / "report.html").read_text()
+    assert "A classifier that may refuse" in page
+    assert "--reject 0.1" in page
+    assert 'aria-label="Robust with rejection by share of benign images refused.' in page
+    assert main(["compare", str(run), "--csv", str(tmp_path / "c.csv"), "--markdown", str(tmp_path / "c.md")]) == 0
+    (line,) = csv.DictReader((tmp_path / "c.csv").read_text().splitlines())
+    (row,) = content["rejection"]["signals"][0]["rows"]
+    assert float(line["confidence_0.1_robust"]) == row["robust"]["share"]
+    assert float(line["confidence_0.1_clean_refused"]) == row["clean_refused"]["share"]
+    assert "| tiny | confidence | 10 |" in (tmp_path / "c.md").read_text()
+
+
+def test_the_doors_out_refuse_what_the_run_refuses(run: Path, tmp_path: Path) -> None:
+    threshold = json.loads((run / "rejection.json").read_text())["threshold"]
+    x = torch.cat([ducat.data.load_test("digits", 40)[0], torch.rand(20, 1, 8, 8)])
+    logits, accepted = ducat.SelectiveClassifier(ducat.load(run), "real", threshold)(x)
+    assert 0 < int(accepted.sum()) < 60
+    for name in ("safetensors", "hub"):
+        export(run, name, tmp_path / name)
+    for got in (load(tmp_path / "safetensors")(x), Deployed.read(run, detector=True).classifier(x)):
+        torch.testing.assert_close(got[0], logits)
+        assert torch.equal(got[-1], accepted)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "logits, accepted = model(images)" in card
+    assert f"is at least {threshold:.4g}" in card
+    assert "A classifier that may refuse" in card
+    export(run, "robustbench", tmp_path / "robustbench")
+    claim = (tmp_path / "robustbench" / "claim.md").read_text()
+    assert "not in the claim, which never refuses: robust with 10% refused by confidence" in claim
+    page = Playground(Deployed.read(run))
+    assert page.about()["threshold"] == threshold
+    for number in (0, 59):
+        shown = page.attack(x[number : number + 1], "0", "pgd-20", True)["benign"]
+        assert shown["accepted"] == bool(accepted[number])
+
+
+@pytest.mark.skipif(not find_spec("onnxruntime"), reason="the extra onnx is not installed")
+def test_onnx_has_a_second_output(run: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    export(run, "onnx", tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert [output.name for output in session.get_outputs()] == ["logits", "accepted"]
+    described = session.get_modelmeta().custom_metadata_map
+    assert json.loads(described["signal"]) == "real"
+    x = ducat.data.load_test("digits", 40)[0]
+    accepted = session.run(["accepted"], {"images": x.numpy()})[0]
+    expected = ducat.SelectiveClassifier(ducat.load(run), "real", json.loads(described["threshold"]))(x)[1]
+    assert np.array_equal(accepted, expected.numpy())
+
+
+def test_a_run_without_a_threshold_is_what_it_was(tiny_run: Path) -> None:
+    classifier = Deployed.read(tiny_run).classifier
+    x = torch.rand(3, 1, 8, 8)
+    assert isinstance(classifier(x), torch.Tensor)
+    assert Playground(Deployed.read(tiny_run)).attack(x[:1], "0", "pgd-20", True)["benign"]["accepted"] is None
+    assert Deployed.read(tiny_run, "last").classifier.threshold is None
+
+
+def test_a_threshold_of_another_checkpoint_does_not_count(run: Path) -> None:
+    assert Deployed.read(run, "best").classifier.threshold is not None
+    assert Deployed.read(run, "last").classifier.threshold is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reject", "5"], "reject=5.0 is outside [0, 1)"),
+        (["--reject", "0.1", "--signal", "doubt"], "doubt"),
+        ([], "reject"),
+    ],
+)
+def test_bad_input_gets_one_line(
+    arguments: list[str], message: str, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", str(tiny_run), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tiny_run / "rejection.json").exists()
+
+
+class Brightness(nn.Module):
+    """Two classes, dark and bright, with gradients that say nothing: only who knows the image finds it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bright = (x.flatten(1).mean(1) - 0.5).sign() * 3 + 0 * x.flatten(1).sum(1)
+        return torch.stack([-bright, bright], dim=1)
+
+
+def test_images_of_the_suite_count_where_our_attack_finds_nothing() -> None:
+    x, y = torch.full((4, 1, 2, 2), 0.45), torch.zeros(4, dtype=torch.long)
+    threat = ducat.ThreatModel(eps=0.1)
+
+    def brighter(model: nn.Module, x: torch.Tensor, *_: object) -> torch.Tensor:
+        found = x.clone()
+        found[:2] += 0.09
+        return found
+
+    given = {"num_classes": 2, "reject": [0.0], "attacks": [brighter]}
+    measured = ducat.evaluate(Brightness(), x, y, threat, "quick", **given).rejection
+    assert measured is not None
+    assert not measured.held_out
+    (result,) = measured.signals
+    assert result.wrong[:2].tolist() == pytest.approx([6.0, 6.0])
+    assert not result.robust(result.thresholds[0.0])[:2].any()
+
+
+def test_a_random_network_is_not_measured_and_says_so() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            value = x.flatten(1).mean(1) - 0.5 + 0.1 * torch.randn(len(x))
+            return torch.stack([-value, value], dim=1)
+
+    x, y = torch.full((4, 1, 2, 2), 0.1), torch.zeros(4, dtype=torch.long)
+    measured = ducat.evaluate(Noisy(), x, y, ducat.ThreatModel(eps=0.1), "quick", num_classes=2, reject=[0.05])
+    assert measured.rejection is None
+    assert any("refusing was not measured" in warning for warning in measured.warnings)
+
+
+@pytest.mark.slow
+def test_the_estimator_refuses_its_share() -> None:
+    generator = np.random.default_rng(0)
+    y = generator.integers(0, 2, 300)
+    images = np.clip(0.25 + 0.5 * y[:, None] + 0.2 * generator.standard_normal((300, 4)), 0, 1).astype(np.float32)
+    model = ducat.RobustClassifier(epochs=2, eps=0.05, steps=2, image_shape=(2, 2), reject=0.2, random_state=0)
+    model.fit(images, y)
+    accepted = model.accept(images)
+    assert accepted.dtype == bool
+    assert 0.6 < accepted[model.predict(images) == y].mean() < 0.97
+    logits = model._logits(images)
+    values = log_odds(torch.logaddexp(*model.network_(torch.from_numpy(images).view(-1, 1, 2, 2)).chunk(2, dim=1)))
+    expected = values.gather(1, logits.argmax(1)[:, None]).squeeze(1) >= model.threshold_
+    assert np.array_equal(accepted, expected.numpy())
+    evaluation = model.evaluate(images[:6], y[:6], suite="quick")
+    assert evaluation.rejection is not None
+    assert evaluation.rejection.held_out
+    with pytest.raises(ValueError, match="reject=2 is outside"):
+        ducat.RobustClassifier(reject=2).fit(images, y)
