@@ -357,6 +357,7 @@ _ROUNDED = _names(
     "round", "floor", "ceil", "trunc", "sign", "sgn", "fix", "round_", "floor_", "ceil_", "trunc_", "sign_"
 )
 _DETACHED = _names("detach", "detach_") | {Tensor.data.__get__}  # type: ignore[attr-defined]
+_TAKEN_OUT = _names("numpy", "__array__", "tolist", "item", "__bool__", "__float__", "__int__")
 _ABOVE = _names("gt", "ge", "greater", "greater_equal", "__gt__", "__ge__")
 _BELOW = _names("lt", "le", "less", "less_equal", "__lt__", "__le__")
 _CAST = _names(
@@ -412,6 +413,8 @@ class _Softening(TorchFunctionMode):
         first = arguments[0] if arguments else None
         if function in _DETACHED:
             return first
+        if function in _TAKEN_OUT and isinstance(first, Tensor):
+            return function(first.detach(), *arguments[1:], **keywords)
         if not isinstance(first, Tensor):
             return self._other(function, arguments, keywords)
         if function in _ROUNDED and first.requires_grad:

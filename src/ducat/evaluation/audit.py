@@ -151,7 +151,7 @@ def causes(evaluation: Evaluation) -> list[str]:
     if not evaluation.robust.any():
         return []
     found = [f"the network is {name}" for name in scrutiny.nature]
-    if scrutiny.opinion is not None and scrutiny.opinion.broken:
+    if _opinion(evaluation):
         found.append("a plain attack broke what the suite had left")
     if evaluation.unrepeatable and not scrutiny.nature:
         found.append("adversarial images were classified otherwise when they were looked at again")
@@ -160,7 +160,7 @@ def causes(evaluation: Evaluation) -> list[str]:
         signs = [sign for sign, _ in _signs(audit, evaluation.threat)] if audit is not None else []
         signs += ["AutoAttack beats our ensemble"] * bool(_shortfalls(evaluation.attacks))
         found += signs or ["the network passes no gradient"]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def find_warnings(evaluation: Evaluation) -> list[str]:
@@ -183,7 +183,7 @@ def find_warnings(evaluation: Evaluation) -> list[str]:
 
 def _opinion(evaluation: Evaluation) -> str | None:
     opinion = evaluation.scrutiny.opinion
-    if opinion is None or not opinion.broken:
+    if opinion is None or not opinion.broken or "random" in evaluation.scrutiny.nature:  # luck breaks some of these
         return None
     return (
         f"a failure of ours: a plain PGD on the network as it was given breaks {opinion.broken} of {opinion.samples} "
@@ -237,7 +237,7 @@ def _shortfalls(attacks: Sequence[AttackResult]) -> Sequence[str]:
 
 
 def _unrepeatable(evaluation: Evaluation) -> str | None:
-    if not evaluation.unrepeatable:
+    if not evaluation.unrepeatable or evaluation.scrutiny.nature:
         return None
     return (
         f"{evaluation.unrepeatable} saved adversarial images were classified otherwise when they were looked at again; "
