@@ -17,7 +17,6 @@ from ducat.training import Interrupted, resume, train
 from tests.support import Watcher, unvalidated
 from tests.training.test_parallel import together
 
-
 pytestmark = pytest.mark.slow
 
 

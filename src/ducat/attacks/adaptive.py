@@ -223,13 +223,13 @@ def tournament(
 
 
 def _ascended(
-    network: nn.Module, x: Batch, y: Labels, threat: ThreatModel, goal: Objective, generator: torch.Generator | None
+    network: nn.Module, x: Batch, y: Labels, threat: ThreatModel, goal: Goal, generator: torch.Generator | None
 ) -> Batch:
     """Return what one random start finds; in l1 it comes from outside, through larger balls that shrink to the ball."""
     found = None
     for radius, share in SHRINKING.get(threat.norm, ((1.0, 1.0),)):
         steps = max(1, round(share * threat.steps))
-        ball = replace(threat, eps=radius * threat.radius, step_size=None, steps=steps)
+        ball = ThreatModel(threat.norm, radius * threat.eps, steps=steps)
         start = None if found is None else ball.project(found, x)
         keep = "first" if radius == 1 else "best"
         found = pgd(network, x, y, ball, goal, 1, generator, start=start, keep=keep, adaptive_steps=True)
