@@ -153,7 +153,7 @@ def options() -> dict[str, set[str]]:
     found = {
         name: {text for action in parser._actions for text in action.option_strings} for name, parser in parsers.items()
     }
-    return {name: {*texts, "--traceback"} for name, texts in found.items()}
+    return {name: {*texts, "--traceback", "--allow-code"} for name, texts in found.items()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

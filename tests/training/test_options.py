@@ -87,7 +87,7 @@ def test_eps_grows_over_the_first_epochs_and_validation_keeps_the_whole() -> Non
     for epoch in range(3):
         for number in range(2):
             step(*batch(), epoch, number, 2)
-            reached.append(step.trained_on.radius)
+            reached.append(step.trained_on.eps)
             step_sizes.append(step.trained_on.step_size / step.trained_on.eps)
             adversarial = step.attack(*batch(), epoch, number)
             assert (adversarial - batch()[0]).abs().max() <= reached[-1] + 1e-6

@@ -229,7 +229,7 @@ def _ascended(
     found = None
     for radius, share in SHRINKING.get(threat.norm, ((1.0, 1.0),)):
         steps = max(1, round(share * threat.steps))
-        ball = replace(threat, eps=radius * threat.eps, step_size=None, steps=steps)
+        ball = ThreatModel(threat.norm, radius * threat.eps, steps=steps)
         start = None if found is None else ball.project(found, x)
         keep = "first" if radius == 1 else "best"
         found = pgd(network, x, y, ball, goal, 1, generator, start=start, keep=keep, adaptive_steps=True)
