@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import yaml
 
 from ducat import methods
@@ -408,13 +409,14 @@ class Config:
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
 
     @classmethod
-    def from_yaml(cls, path: Path) -> Config:
+    def from_yaml(cls, path: Path | str) -> Config:
         """Read the config of a run folder, or any YAML that `ducat train --config` takes.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if it is not such a config; the message names the file and the key at fault.
         """
+        path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
         parser = config_parser()
@@ -447,4 +449,6 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, np.generic):  # from searches over settings
+        return value.item()
     return str(value) if isinstance(value, Path) else value

@@ -119,7 +119,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         """
         X, y = validate_data(self, X, y, dtype=np.float32, allow_nd=True, ensure_min_samples=2)  # noqa: N806
         check_classification_targets(y)
-        check_shares([] if self.reject is None else [self.reject])
+        check_shares([] if self.reject is None else [_plain(self.reject)])
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             only = self.classes_[:1].tolist()
@@ -141,7 +141,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         self.deployed_ = deployed
         self.threshold_ = -math.inf
         if self.reject is not None:
-            self.threshold_ = calibrate(deployed, unseen.floats(), unseen.labels, self.reject)
+            self.threshold_ = calibrate(deployed, unseen.floats(), unseen.labels, _plain(self.reject))
         self._held_out = unseen.floats(), unseen.labels
         return self
 
@@ -176,8 +176,8 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         if len(unknown):
             raise ValueError(f"y holds {unknown[0].item()!r}, which is not among the classes that fit saw")
         numbers = torch.from_numpy(np.searchsorted(self.classes_, labels)).long()
-        threat = ThreatConfig(self.norm, self.eps, steps=self.steps).build(None)
-        reject = () if self.reject is None else (self.reject,)
+        threat = ThreatConfig(_plain(self.norm), _plain(self.eps), steps=_plain(self.steps)).build(None)
+        reject = () if self.reject is None else (_plain(self.reject),)
         return evaluate(
             self.network_,
             images,
@@ -193,7 +193,8 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
     def _images(self, X: Any) -> Tensor:  # noqa: N803
         """Return images in [0, 1], shape (n, channels, height, width)."""
         if X.ndim == 2:
-            shape = tuple(self.image_shape or (X.shape[1], 1, 1))
+            given = (X.shape[1], 1, 1) if self.image_shape is None else self.image_shape
+            shape = tuple(int(side) for side in given)
             shape = (1, *shape) if len(shape) == 2 else shape
             if len(shape) != 3 or np.prod(shape) != X.shape[1]:
                 raise ValueError(f"image_shape={self.image_shape} does not fit the {X.shape[1]} features of X")
@@ -222,18 +223,18 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         return Config(
             name=path.name,
             data=DataConfig("arrays", root=path.with_name(f"{path.name}-data")),
-            model=ModelConfig(self.model),
-            method=MethodConfig(self.method),
-            dummy=DummyConfig(self.dummy, start_epoch=0.75),
-            threat=ThreatConfig(self.norm, self.eps, steps=self.steps),
+            model=ModelConfig(_plain(self.model)),
+            method=MethodConfig(_plain(self.method)),
+            dummy=DummyConfig(_plain(self.dummy), start_epoch=0.75),
+            threat=ThreatConfig(_plain(self.norm), _plain(self.eps), steps=_plain(self.steps)),
             train=TrainConfig(
-                epochs=self.epochs,
-                batch_size=min(self.batch_size, max(2, training)),
-                learning_rate=self.learning_rate,
+                epochs=_plain(self.epochs),
+                batch_size=min(_plain(self.batch_size), max(2, training)),
+                learning_rate=_plain(self.learning_rate),
                 schedule="one-cycle",
                 seed=seed,
                 # One look, at the end: with few images held out, the best of many looks is the luckiest.
-                validate_every=self.epochs,
+                validate_every=_plain(self.epochs),
                 # PyTorch 2.13's bf16 convolutions on a CPU make up gradients of weights that only ever meet padding, as
                 # those of one-pixel images do.
                 precision="float32",
@@ -272,3 +273,8 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         tags.input_tags.positive_only = True
         tags.non_deterministic = self.random_state is None
         return tags
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as Python's own number or text: scikit-learn's searches hand over NumPy's."""
+    return value.item() if isinstance(value, np.generic) else value

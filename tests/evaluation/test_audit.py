@@ -119,7 +119,7 @@ def test_gradients_that_are_zero_are_named_and_the_second_round_breaks_what_they
     worst = torch.zeros(len(y), dtype=torch.bool)
     for k in range(4):
         towards = torch.stack([gradient[label, k] for label in y]).view_as(x)
-        pushed = (x + THREAT.radius * towards.sign()).clamp(0, 1)
+        pushed = (x + THREAT.eps * towards.sign()).clamp(0, 1)
         worst |= rounded(pushed).argmax(1) != y
     assert (evaluation.robust.float().mean() - (~worst).float().mean()) <= 0.06
 
