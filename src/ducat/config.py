@@ -408,13 +408,14 @@ class Config:
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
 
     @classmethod
-    def from_yaml(cls, path: Path) -> Config:
+    def from_yaml(cls, path: Path | str) -> Config:
         """Read the config of a run folder, or any YAML that `ducat train --config` takes.
 
         Raises:
             FileNotFoundError: if there is no such file.
             ValueError: if it is not such a config; the message names the file and the key at fault.
         """
+        path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
         parser = config_parser()
