@@ -14,6 +14,7 @@ from ducat import checkpoint
 from ducat.reporting import plots
 
 MEASURE = ("pgd-at", "confidence")
+BASELINES = ("pgd-at", "trades", "mixed", "ccat", "cpr-pgd-at", "cpr-mixed")
 SHARES = (0.02, 0.05)
 DRAWN = 6  # lines of a figure
 HEAD = """# Refusing: the rows
@@ -104,6 +105,29 @@ def table(made: Sequence[Line]) -> str:
     return "\n".join(text) + "\n"
 
 
+def verdict(made: Sequence[Line]) -> str:
+    """Say which lines are above the best baseline at 5 % refused by more than the standard error of the difference.
+
+    Only lines of several seeds can be; the best baseline is the one with the highest mean over the same seeds.
+    """
+    share, above = SHARES[-1], []
+    rivals = [line for line in made if line.name in BASELINES]
+    for line in (line for line in made if line.name not in BASELINES and len(line.seeds) > 1):
+        alike = [rival for rival in rivals if set(line.seeds) <= set(rival.seeds)]
+        if not alike:
+            continue
+        best = max(alike, key=lambda rival: statistics.fmean(rival.robust[share][seed] for seed in line.seeds))
+        differences = [line.robust[share][seed] - best.robust[share][seed] for seed in line.seeds]
+        mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+        if mean > error:
+            above.append(f"{line.name} by {line.signal} ({mean:+.1f} ± {error:.1f} against {best.name})")
+    compared = sum(line.name not in BASELINES and len(line.seeds) > 1 for line in made)
+    return (
+        f"Above the best baseline at 5 % refused by more than the standard error, of {compared} lines with several "
+        f"seeds: {', '.join(above) or 'none'}. Rows that are not in the table have not been made.\n"
+    )
+
+
 def drawn(made: Sequence[Line]) -> list[dict[str, Any]]:
     """Return what `plots.refusing` draws: the measure, and the lines that are best at 5 %, as means over seeds."""
     best = sorted(made, key=lambda line: -statistics.fmean(line.robust[SHARES[-1]].values()))
@@ -140,7 +164,7 @@ def write(work: Path, out: Path) -> None:
             if file.name.startswith("second-")
         }
         everything[name] = {"rows": contents, "second": seconds}
-        text += [f"## {setting.about}; {setting.test} test images\n", table(made)]
+        text += [f"## {setting.about}; {setting.test} test images\n", table(made), verdict(made)]
         plots.save(plots.refusing(drawn(made)), out / f"rejection-{name}.svg")
         if seconds:
             text += [again(seconds)]

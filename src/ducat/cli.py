@@ -21,6 +21,7 @@ from ducat import checkpoint, data, models, training
 from ducat import demo as demo_room
 from ducat.attacks.suites import SUITES
 from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, config_parser
+from ducat.evaluation.audit import FAILURE
 from ducat.evaluation.rejection import SIGNALS
 from ducat.evaluation.runs import calibrate_run, evaluate_checkpoint, evaluate_run
 from ducat.evaluation.studies import STUDIES
@@ -223,6 +224,8 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
             which=arguments.which,
             threat=_threat(arguments).build(None) if arguments.norm or arguments.eps else None,
             reject=arguments.reject,
+            surrogates=arguments.surrogates,
+            second_round_seconds=arguments.second_round_seconds,
             progress=live.attacks(folder.name),
         )
     if arguments.json is not None:
@@ -255,6 +258,8 @@ def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
             seed=arguments.seed,
             path=arguments.json,
             reject=arguments.reject,
+            surrogates=arguments.surrogates,
+            second_round_seconds=arguments.second_round_seconds,
             progress=live.attacks(source.stem),
         )
     print_comparison(console, comparing.compare([Run(source.stem, None, config.flat(), {}, [], measured)]))
@@ -303,6 +308,15 @@ def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of the attacks")
     parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
     parser.add_argument("--reject", type=float, nargs="*", default=[], metavar="SHARE", help=REJECT)
+    parser.add_argument(
+        "--surrogates", type=Path, nargs="*", default=[], metavar="RUN", help="runs whose adversarial images are tried"
+    )
+    parser.add_argument(
+        "--second-round-seconds",
+        type=float | None,
+        metavar="SECONDS",
+        help="longest that a second round may take (it begins where something hides the gradients); default: no limit",
+    )
     parser.add_argument("--json", type=Path | None, help="also write the result to this new file")
     return parser
 
@@ -438,6 +452,10 @@ COMMANDS: dict[str, Command] = {
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Print runs as tables, with what was measured above each and what a reader must know below."""
+    warnings = [(run.name, warning) for run in comparison.runs for warning in run.evaluation["warnings"]]
+    failures = [told for told in warnings if told[1].startswith(FAILURE)]
+    for name, warning in failures:
+        _print(console, f"{name}: {warning}", label="warning")
     for lines in (table for section in comparison.sections for table in comparing.tables(section)):
         _print(console, lines.caption)
         table = Table()
@@ -449,9 +467,9 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         console.print(table, highlight=False, markup=False)
     for note in comparison.notes:
         _print(console, note, label="note")
-    for run in comparison.runs:
-        for warning in run.evaluation["warnings"]:
-            _print(console, f"{run.name}: {warning}", label="warning")
+    for name, warning in warnings:
+        if (name, warning) not in failures:
+            _print(console, f"{name}: {warning}", label="warning")
 
 
 def _print(console: Console, text: str, label: str = "") -> None:

@@ -159,5 +159,6 @@ def test_the_table_compares_at_equal_refusals_and_seeds(tmp_path: Path) -> None:
     assert "| aware | confidence |" in text
     assert "| 0, 1 | 83.0 | 85.0 | +3.0 ± 1.0 | +3.0 ± 1.0 | 84.0 | 10 / 20 / 40 | 90.0 |" in text
     assert "| aware-s0 | pair | 50.0 | 49.0 |" in text
+    assert "of 2 lines with several seeds: aware by confidence (+3.0 ± 1.0 against pgd-at)." in text
     assert (tmp_path / "rejection-digits.svg").is_file()
     assert set(json.loads((tmp_path / "rejection.json").read_text())["digits"]) == {"rows", "second"}

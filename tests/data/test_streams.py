@@ -84,6 +84,7 @@ def uneven(folder: Path, picture: Picture) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_batches_do_not_depend_on_workers_or_processes(
@@ -278,6 +279,7 @@ def test_files_on_a_cpu_are_read_as_they_are_needed(image_folder: Path, monkeypa
     assert_same(epoch(train), resident)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # that library's own
 def test_shards_of_webdataset_are_read_as_it_reads_them(tmp_path: Path, picture: Picture) -> None:
     webdataset = pytest.importorskip("webdataset")
@@ -296,6 +298,7 @@ def test_shards_of_webdataset_are_read_as_it_reads_them(tmp_path: Path, picture:
         np.testing.assert_array_equal(image.numpy(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # that library's own
 def test_a_hugging_face_data_set_is_streamed(image_folder: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")

@@ -17,6 +17,8 @@ from ducat.training import Interrupted, resume, train
 from tests.support import Watcher, unvalidated
 from tests.training.test_parallel import together
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ducat.data.specs import DataSpec
 
 SPLIT_SEED = 2410
-CHUNK_BYTES = 2**24
+CHUNK_BYTES = 2**22
 """Most bytes of pixels that are read at once where all of a set goes by."""
 
 

@@ -57,9 +57,9 @@ def _held_out_anew(train: Source, validation: Source, held_out: float | int) -> 
     together = together.subset(together.ids.argsort(stable=True))
     count = held_out * len(together) if held_out < 1 else held_out
     if held_out >= 1 and count != int(count):
-        raise ValueError(f"data.held_out={held_out} is neither a number of images nor a share below 1")
+        raise ValueError(f"data.held_out={held_out:g} is neither a number of images nor a share below 1")
     if not 0 <= count < len(together):
-        raise ValueError(f"data.held_out={held_out} is outside [0, {len(together) - 1}], of the training images")
+        raise ValueError(f"data.held_out={held_out:g} is outside [0, {len(together) - 1}], of the training images")
     return hold_out(together, round(count)) if round(count) else (together, together.subset(torch.arange(0)))
 
 

@@ -28,6 +28,7 @@ EXAMINED = ("recovered-cross-entropy", "weighted-pair")
 VANISHED = 1e-12  # largest entry of an input gradient, in logits per unit of brightness
 FAR = 0.5  # at this distance in L-inf every image can be made one flat grey
 
+FAILURE = "a failure of ours"  # how a warning of one begins
 SINK_GAP = 0.01
 SHORTFALL = 0.005  # of our ensemble against AutoAttack
 CHANCE = 2  # samples by which two attacks of the same strength differ now and then
@@ -186,7 +187,7 @@ def _opinion(evaluation: Evaluation) -> str | None:
     if opinion is None or not opinion.broken or "random" in evaluation.scrutiny.nature:  # luck breaks some of these
         return None
     return (
-        f"a failure of ours: a plain PGD on the network as it was given breaks {opinion.broken} of {opinion.samples} "
+        f"{FAILURE}: a plain PGD on the network as it was given breaks {opinion.broken} of {opinion.samples} "
         "samples that the whole suite had left standing; they count as broken, and robust accuracy may be lower still; "
         "please report this network"
     )

@@ -31,6 +31,8 @@ def evaluate_run(
     which: Which = "best",
     threat: ThreatModel | None = None,
     reject: Sequence[float] = (),
+    surrogates: Sequence[Path | str] = (),
+    second_round_seconds: float | None = None,
     batch_size: int = 500,
     device: str = "auto",
     progress: Callable[[str], None] | None = None,
@@ -51,6 +53,8 @@ def evaluate_run(
         threat: the ball; by default the one that the run was trained in.
         reject: shares of benign images that may be refused, see `ducat.evaluate`; the thresholds are set on validation
             images.
+        surrogates: run folders of other networks, whose adversarial images are tried too.
+        second_round_seconds: the longest that the second round may take, see `ducat.evaluate`; None for no limit.
         batch_size: samples attacked at a time.
         device: "auto", "cpu" or "cuda".
         progress: told of each attack and chunk as it starts.
@@ -69,6 +73,8 @@ def evaluate_run(
         seed=seed,
         reject=reject,
         held_out=_held_out(config) if reject else None,
+        surrogates=[RunFolder.open(Path(run)).load("best") for run in surrogates],
+        second_round_seconds=second_round_seconds,
         batch_size=batch_size,
         data=folder.manifest["data"]["title"],
         progress=progress or (lambda attack: None),
@@ -88,6 +94,8 @@ def evaluate_checkpoint(
     seed: int = 0,
     path: Path | None = None,
     reject: Sequence[float] = (),
+    surrogates: Sequence[Path | str] = (),
+    second_round_seconds: float | None = None,
     batch_size: int = 500,
     device: str = "auto",
     progress: Callable[[str], None] | None = None,
@@ -105,6 +113,8 @@ def evaluate_checkpoint(
         path: the .json file to write, with a .safetensors beside it; nothing is written by default.
         reject: shares of benign images that may be refused, see `ducat.evaluate`; the thresholds are set on validation
             images.
+        surrogates: run folders of other networks, whose adversarial images are tried too.
+        second_round_seconds: the longest that the second round may take, see `ducat.evaluate`; None for no limit.
         batch_size: samples attacked at a time.
         device: "auto", "cpu" or "cuda".
         progress: told of each attack and chunk as it starts.
@@ -140,6 +150,8 @@ def evaluate_checkpoint(
         seed=seed,
         reject=reject,
         held_out=_held_out(config) if reject else None,
+        surrogates=[RunFolder.open(Path(run)).load("best") for run in surrogates],
+        second_round_seconds=second_round_seconds,
         batch_size=batch_size,
         data=dataset.spec.title,
         progress=progress or (lambda attack: None),
@@ -204,7 +216,8 @@ def _evaluate_and_save(
     if device == "cuda" and processes.device.type != "cuda":
         raise ValueError("device=cuda: PyTorch finds no GPU here; choose cpu or auto")
     parts = path.with_suffix(".parts") if path is not None else None
-    evaluation = evaluate(model.to(processes.device), *test, threat, parts=parts, **settings)
+    others = [other.to(processes.device) for other in settings.pop("surrogates")]
+    evaluation = evaluate(model.to(processes.device), *test, threat, parts=parts, surrogates=others, **settings)
     evaluation = replace(evaluation, checkpoint=which)
     processes.wait_for_everyone()
     if path is not None and parts is not None and processes.is_main_process:
