@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -23,12 +23,13 @@ import ducat
 from ducat import data, training
 from ducat.checkpoint import write_text
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ModelConfig, TrainConfig
-from ducat.methods import METHODS
+from ducat.methods import METHODS, Kind
 from ducat.runs import RunFolder
 
 METHODS_APART = [name for name, method in METHODS.items() if method.forwards_apart]
-KINDS = ("off", "published", "recovery-aware")
-HOW = ("joint", "separate")
+How = Literal["joint", "separate"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+HOW: tuple[How, ...] = get_args(How)
 SEEDS = (0, 1, 2)
 SAMPLES, SUITE = 200, "quick"
 MEASURES = ("clean", "blind", "robust", "seconds")
@@ -54,7 +55,7 @@ TABLES = {
 }
 
 
-def make(name: str, method: str, kind: str, how: str, seed: int, work: Path) -> None:
+def make(name: str, method: str, kind: Kind, how: How, seed: int, work: Path) -> None:
     """Train and evaluate a row, unless that has been done, and note what was measured."""
     noted = work / "rows" / f"{name}-{method}-{kind}-{how}-s{seed}.json"
     if noted.is_file():

@@ -32,8 +32,8 @@ SHARE = 0.2  # of that rate: an assumption, not measured
 
 def per_image(objective: Objective, threat: ThreatModel, awp: bool = False) -> int:
     """Return the forward passes that a training image costs in one epoch."""
-    method, strides = objective.method, objective.inner.strides
-    steps = threat.steps if strides is None else len(strides)
+    method, step_sizes = objective.method, objective.inner.step_sizes
+    steps = threat.steps if step_sizes is None else len(step_sizes)
     attack = 0 if method.objective is None else 2 * steps + (method.objective == "kl")
     outer = 3 * (2 if objective.needs_benign else 1)
     # Weight perturbation computes the outer loss and its gradient once more.

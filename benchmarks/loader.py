@@ -1,16 +1,26 @@
 """How fast training images are made ready: ducat's batches beside a plain per-image pipeline, and beside kornia.
 
     python -m benchmarks.loader [--images 50000] [--size 32] [--batch 128] [--seconds 5]
+    python -m benchmarks.loader --stream [--images 2000] [--size 224] [--batch 128] [--rounds 3]
 
 Random images, because the content does not matter to the speed. On the CPU, rates are images for each second that a
 core worked, which other work on the machine does not change. kornia is measured where it is installed.
+
+--stream measures JPEG files of 500 x 375 pixels that are decoded as they come, with random resized crops and flips:
+from shards, beside a plain DataLoader of one image at a time, and beside nothing but decoding, cropping and resizing.
 """
 
 import argparse
+import io
+import os
 import platform
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,8 +29,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ducat.data import Augmentation, Batches
+from ducat.data import Augmentation, Batches, load, prepare
 from ducat.data import batches as ducat_batches
+from ducat.data.augment import window
 from ducat.data.images import Images, floats
 
 PADDING = 4
@@ -87,13 +98,109 @@ def kornia_batches(images: Images, batch_size: int, device: str) -> Callable[[],
     return batches
 
 
+class PlainFiles(Dataset[tuple[Tensor, int]]):
+    """JPEG files through Pillow one at a time: random resized crop, flip, to a tensor; as torchvision's transforms."""
+
+    def __init__(self, files: list[bytes], size: int) -> None:
+        self.files, self.size = files, size
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def cropped(self, index: int) -> Image.Image:
+        """Decode an image, cut a random part out and resize it: the least that any loader must do."""
+        with Image.open(io.BytesIO(self.files[index])) as image:
+            picture = image.convert("RGB")
+        box = window(torch.rand(10, 4), (picture.height, picture.width), 0.08)
+        return picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image = self.cropped(index)
+        if torch.rand(()) < 0.5:
+            image = ImageOps.mirror(image)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255, index % 10
+
+
+def spent(work: Callable[[], Any]) -> tuple[float, float]:
+    """Return the seconds by the clock, and of processors in this process and in those that it began and that ended."""
+
+    def processors() -> float:
+        times = os.times()
+        return times.user + times.system + times.children_user + times.children_system
+
+    start, before = time.perf_counter(), processors()
+    work()
+    return time.perf_counter() - start, processors() - before
+
+
+def consume(batches: Iterator[Any]) -> None:
+    """Take all batches."""
+    for _ in batches:
+        pass
+
+
+def stream(count: int, size: int, batch: int, rounds: int) -> None:
+    """Print the table of loaders that decode, in rounds that take turns, so that other load falls on all alike."""
+    random = np.random.default_rng(0)
+    files = []
+    for _ in range(count):
+        pixels = Image.fromarray(random.integers(0, 256, (24, 32, 3), np.uint8)).resize(
+            (500, 375), Image.Resampling.BICUBIC
+        )
+        content = io.BytesIO()
+        pixels.save(content, "JPEG", quality=90)
+        files.append(content.getvalue())
+    with tempfile.TemporaryDirectory() as folder:
+        for part, members in (("train", files), ("test", files[:10])):
+            with tarfile.open(f"{folder}/{part}-0.tar", "w") as archive:
+                for number, file in enumerate(members):
+                    for kind, body in (("jpg", file), ("cls", str(number % 10).encode())):
+                        info = tarfile.TarInfo(f"{number:06d}.{kind}")
+                        info.size = len(body)
+                        archive.addfile(info, io.BytesIO(body))
+        prepare(f"wds:{folder}", size=size, root=folder)
+        source = load(f"wds:{folder}", root=Path(folder)).train
+        plain = PlainFiles(files[: len(source)], size)
+        augment = Augmentation(flip=True, resized_crop=0.08)
+        loaders: dict[str, Callable[[], Any]] = {
+            "bare: decode, crop, resize": lambda: [plain.cropped(index) for index in range(len(plain))],
+        }
+
+        def one_by_one(workers: int) -> None:
+            consume(iter(DataLoader(plain, batch, shuffle=True, num_workers=workers)))
+
+        def ours(workers: int) -> None:
+            consume(Batches(source, batch, seed=0, augment=augment, workers=workers, drop_last=False).epoch(0))
+
+        for workers in (1, 2):
+            loaders[f"one image at a time, DataLoader, {workers} workers"] = partial(one_by_one, workers)
+            loaders[f"ducat, shards, {workers} workers"] = partial(ours, workers)
+        measured: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
+        for _ in range(rounds):
+            for name, loader in loaders.items():
+                measured[name].append(spent(loader))
+        print(f"{len(plain):,} JPEG images of 500 x 375 to {size} x {size}, batches of {batch}, {rounds} rounds\n")
+        print("| loader | images/s | images per processor second | of bare |\n| --- | ---: | ---: | ---: |")
+        bare = median(processors for _, processors in measured["bare: decode, crop, resize"])
+        for name, times in measured.items():
+            clock, processors = (median(values) for values in zip(*times, strict=True))
+            print(f"| {name} | {len(plain) / clock:,.0f} | {len(plain) / processors:,.0f} | {bare / processors:.0%} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--images", type=int, default=50_000)
-    parser.add_argument("--size", type=int, default=32, help="height and width in pixels")
+    parser.add_argument("--stream", action="store_true", help="measure images that are decoded as they come")
+    parser.add_argument("--images", type=int, help="default: 50,000, of a stream 2,000")
+    parser.add_argument("--size", type=int, help="height and width in pixels; default: 32, of a stream 224")
+    parser.add_argument("--rounds", type=int, default=3, help="of a stream")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=5.0, help="for each row")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.stream:
+        stream(arguments.images or 2000, arguments.size or 224, arguments.batch, arguments.rounds)
+        return
+    arguments.images, arguments.size = arguments.images or 50_000, arguments.size or 32
 
     random = torch.Generator().manual_seed(0)
     shape = (arguments.images, 3, arguments.size, arguments.size)

@@ -1,19 +1,21 @@
 """One network from each module of timm: does it take dummy classes with unchanged predictions, and can it be evaluated?
 
-Each network is made by the same door as `--model.name timm/NAME`, with new weights and 10 classes, on images of 32 x 32
+Each network is made by the same door as `--model.name timm/NAME`, with new weights and 10 classes, on images of 64 x 64
 (resized inside of the model where it only takes another size). It is given dummy classes, its recovered predictions are
 compared with those before, image by image, and the suite `quick` is run on it. Each runs in a process of its own.
 
     python -m benchmarks.timm_networks --out results/timm.md
 
-`benchmarks/timm_networks.txt` says which network is taken: of each module the one with the fewest parameters.
+`benchmarks/timm_networks.txt` says which network is taken: of each module the smallest, or one of the smallest.
 """
 
 import argparse
 import json
-import subprocess
+import multiprocessing
+import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from torch import nn
 
 PICKED = Path(__file__).with_suffix(".txt")
-SIZE, CLASSES, COMPARED, ATTACKED = 32, 10, 8, 2
+SIZE, CLASSES, COMPARED, ATTACKED = 64, 10, 8, 2
 
 
 def declare_operators() -> None:
@@ -38,15 +40,18 @@ def declare_operators() -> None:
 def measure(name: str) -> dict[str, Any]:
     """Return what became of one network, as a row of the table."""
     import ducat
+    from ducat.architecture import Architecture, describe_foreign
     from ducat.dummy import dummy_heads
-    from ducat.models.architecture import Architecture, describe_foreign
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
     row: dict[str, Any] = {"network": name}
     asked = Architecture(f"timm/{name}", CLASSES, False, 3, (0.5,) * 3, (0.5,) * 3, image_size=SIZE)
     try:
-        described = describe_foreign(asked, normalize=True)
+        try:
+            described = describe_foreign(replace(asked, options={"img_size": SIZE}), normalize=True)
+        except ValueError:  # convolutional networks have no such option, and some others only take their own size
+            described = describe_foreign(asked, normalize=True)
         model = described.build().eval()
         row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         row["size"] = described.fit_size or SIZE
@@ -72,18 +77,23 @@ def measure(name: str) -> dict[str, Any]:
     return {**row, "seconds": round(time.perf_counter() - began, 1)}
 
 
-def run(name: str, limit: float) -> dict[str, Any]:
-    """Measure a network in a process of its own, so that none can stop the others."""
-    command = [sys.executable, "-m", "benchmarks.timm_networks", "--measure", name]
+def run(name: str, limit: int) -> dict[str, Any]:
+    """Measure a network in a process of its own, so that none can stop the others, for so many seconds of processor."""
+
+    def measured(end: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+        end.send(measure(name))
+
+    forked = multiprocessing.get_context("fork")  # which has imported everything already
+    ours, theirs = forked.Pipe()
+    process = forked.Process(target=measured, args=(theirs,))
+    process.start()
+    theirs.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"network": name, "failed": f"not done in {limit:.0f} s"}
-    try:
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    except (ValueError, IndexError):
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"network": name, "failed": last}
+        return dict(ours.recv())
+    except EOFError:
+        process.join()
+        return {"network": name, "failed": f"ended with {process.exitcode} after at most {limit} s of processor"}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -95,9 +105,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Networks of timm",
         "",
-        f"One network from each of {len(rows)} modules of timm, by `python -m benchmarks.timm_networks`: {len(adapted)} "
-        f"adapted with {COMPARED} of {COMPARED} recovered predictions unchanged, {len(evaluated)} of them evaluated "
-        f"(`quick`, {ATTACKED} images), {len(refused)} refused in one line, {len(others)} neither.",
+        f"One network from each of {len(rows)} modules of timm, by `python -m benchmarks.timm_networks`: "
+        f"{len(adapted)} adapted with {COMPARED} of {COMPARED} recovered predictions unchanged, {len(evaluated)} of "
+        f"them evaluated (`quick`, {ATTACKED} images), {len(refused)} refused in one line, {len(others)} neither.",
         "",
         "| module | network | parameters | pixels a side | heads | predictions unchanged | evaluated | else |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -121,46 +131,27 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pick() -> str:
-    """Return the network with the fewest parameters of each module, a line each."""
-    import timm
-
-    lines = []
-    for module in timm.list_modules():
-        sizes = {}
-        for name in timm.list_models(module=module):
-            try:
-                with torch.device("meta"):
-                    made = timm.create_model(name, num_classes=CLASSES)
-                sizes[name] = sum(parameter.numel() for parameter in made.parameters())
-            except Exception:  # networks that need another package, or cannot be made without memory
-                sizes[name] = sys.maxsize
-        if sizes:
-            lines.append(f"{module} {min(sizes, key=lambda name: sizes[name])}")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
-    parser.add_argument("--limit", type=float, default=600, help="seconds for a network")
-    parser.add_argument("--measure", metavar="NAME", help="measure one network, and print it as JSON")
-    parser.add_argument("--pick", action="store_true", help="print which network of each module is the smallest")
+    parser.add_argument("--limit", type=int, default=600, help="seconds of processor for a network")
+    parser.add_argument("--work", type=Path, help="file of JSON lines: networks that are in it are not measured again")
     given = parser.parse_args()
     declare_operators()
-    if given.measure:
-        print(json.dumps(measure(given.measure)))
-        return
-    if given.pick:
-        print(pick(), end="")
-        return
-    rows = []
-    for line in PICKED.read_text().splitlines():
-        module, name = line.split()
-        rows.append({"module": module, **run(name, given.limit)})
-        print(json.dumps(rows[-1]), flush=True)
-        if given.out is not None:
-            given.out.write_text(table(rows))
+    import timm  # noqa: F401
+
+    known = given.work.read_text().splitlines() if given.work is not None and given.work.is_file() else []
+    rows = {row["module"]: row for row in map(json.loads, known)}
+    picked = dict(line.split() for line in PICKED.read_text().splitlines())
+    for module, name in picked.items():
+        if module not in rows:
+            rows[module] = {"module": module, **run(name, given.limit)}
+            print(json.dumps(rows[module]), flush=True)
+            if given.work is not None:
+                with open(given.work, "a") as file:
+                    file.write(json.dumps(rows[module]) + "\n")
+    if given.out is not None:
+        given.out.write_text(table([rows[module] for module in picked]))
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ class Ours(Timed):
         self.x = self.x.to(memory_format=layout)
 
     def warm_up(self) -> None:
-        quick = replace(self.objective.inner, strides=self.objective.inner.strides and (1.0,))
+        quick = replace(self.objective.inner, step_sizes=self.objective.inner.step_sizes and (1.0,))
         before = self.step.threat, self.step.objective
         self.step.threat = replace(self.threat, steps=1)
         self.step.objective = lambda epoch: replace(self.objective, inner=quick)
@@ -200,8 +200,8 @@ class Research(Timed):
                 value = F.cross_entropy(logits, self.y, reduction="sum")
             value.backward()
             assert adversarial.grad is not None
-            stepped = adversarial.detach() + self.threat.stride * adversarial.grad.sign()
-            adversarial = stepped.clamp(x - self.threat.radius, x + self.threat.radius).clamp(0, 1)
+            stepped = adversarial.detach() + self.threat.step_size * adversarial.grad.sign()
+            adversarial = stepped.clamp(x - self.threat.eps, x + self.threat.eps).clamp(0, 1)
         self.network.train()
         self.optimizer.zero_grad()
         return adversarial.detach()

@@ -86,19 +86,24 @@ def templates() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
     return model, x, y
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what needs a trained network or a browser, which take seconds to be made."""
+    for item in items:
+        if {"tiny_run", "browser"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on digits of a few seconds, with recovery-aware dummy classes, evaluated."""
     from ducat import train
     from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
-    from ducat.evaluation import behaviour
     from ducat.evaluation.runs import evaluate_run
 
     settings = TrainConfig(epochs=4, batch_size=32, learning_rate=0.1, schedule="constant", precision="float32")
     config = Config("tiny", DataConfig("digits", 400), dummy=DummyConfig("recovery-aware", 1), train=settings)
     folder = train.train(config, tmp_path_factory.mktemp("tiny"))
     evaluate_run(folder, "quick", samples=50, which="best")
-    behaviour.measure_run(folder)
     return folder.path
 
 

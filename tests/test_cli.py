@@ -32,6 +32,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
     return " ".join(out.split()), err
 
 
+@pytest.mark.slow
 def test_train_then_evaluate_twice_gives_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--train.epochs", "2", "--dummy.kind", "published", "--dummy.start_epoch", "1"]) == 0
     run = "runs/digits-small-pgd-at-published-s0"
@@ -73,7 +74,7 @@ def test_train_then_evaluate_twice_gives_the_same_numbers(capsys: pytest.Capture
         ("data prepare mine --from nowhere --root empty", "nowhere"),
         ("data fly", "action: choose from 'list', 'prepare', 'verify'. Got value: fly"),
         ("data list digits", "`ducat data verify digits` shows one"),
-        ("data verify digits --size 3", "--from and --size are for prepare"),
+        ("data verify digits --size 3", "--size is for prepare"),
         ("evaluate . --suite huge", "suite: choose from 'quick'"),
         ("evaluate . --seed x", "seed: expected int. Got value: x"),
         ("evaluate . --samples 1.5", "samples: expected int. Got value: 1.5"),
@@ -95,7 +96,10 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir()), "something was left behind"
 
 
-def test_an_image_folder_goes_the_whole_road(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_an_image_folder_is_prepared_trained_on_and_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for split, label, number in itertools.product(("train", "test"), ("cat", "dog"), range(20)):
         file = tmp_path / "pets" / split / label / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +121,7 @@ def test_an_image_folder_goes_the_whole_road(tmp_path: Path, capsys: pytest.Capt
     assert "pets, 40 test images, linf eps 0.03137" in said(capsys)[0]
 
 
+@pytest.mark.slow
 def test_adapt_leaves_a_run_with_dummy_classes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--train.epochs", "1", "--name", "base"]) == 0
     assert main(["adapt", "runs/base", "--train.epochs", "1"]) == 0
@@ -158,6 +163,7 @@ def test_traceback_is_shown_when_asked_for() -> None:
         main(["evaluate", "nowhere", "--traceback"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_can_be_read_and_resumed(signum: int, tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "ducat.cli", "train", *TINY, "--name", "run", "--train.epochs", "100000"]
@@ -179,12 +185,14 @@ def test_an_interrupted_run_can_be_read_and_resumed(signum: int, tmp_path: Path)
     folder.load("last")
 
 
+@pytest.mark.slow
 def test_python_m_ducat_and_the_version() -> None:
     for command in (["-m", "ducat.cli"], ["-m", "ducat"]):
         result = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, timeout=300)
         assert result.stdout.strip() == f"ducat {ducat.__version__}", result.stderr
 
 
+@pytest.mark.slow
 def test_any_checkpoint_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--train.epochs", "1", "--name", "mine", "--dummy.kind", "published"]) == 0
     network = RunFolder.open(Path("runs/mine")).load("last")
@@ -202,6 +210,7 @@ def test_any_checkpoint_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None
     assert "num_classes=7, but digits has 10 classes" in said(capsys)[1]
 
 
+@pytest.mark.slow
 def test_a_run_can_be_evaluated_in_another_ball(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--train.epochs", "1", "--name", "mine"]) == 0
     for options in (["--eps", "0.05"], ["--norm", "l2", "--eps", "0.3"]):
@@ -211,6 +220,7 @@ def test_a_run_can_be_evaluated_in_another_ball(capsys: pytest.CaptureFixture[st
     assert evaluation["threat"]["norm"] == "l2"
 
 
+@pytest.mark.slow
 def test_runs_are_analysed_together(capsys: pytest.CaptureFixture[str]) -> None:
     for seed in ("0", "1"):
         assert main(["train", *TINY, "--train.epochs", "2", "--name", f"s{seed}", "--train.seed", seed]) == 0
@@ -229,5 +239,7 @@ def test_runs_are_analysed_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert "failed.svg exists" in said(capsys)[1]
     assert main(["analyze", "corruption", "runs/s0"]) == 2
     assert "no corrupted images of digits" in said(capsys)[1]
+    assert main(["analyze", "corruption", *runs]) == 2
+    assert "give one run" in said(capsys)[1]
     assert main(["analyze", "always-failed", "runs/s0"]) == 2
     assert "at least two" in said(capsys)[1]

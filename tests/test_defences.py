@@ -131,7 +131,7 @@ def test_a_fresh_network_judges_where_one_would_remember(bases: Bases) -> None:
     model = row.build(Untrained(bases.folder))
     model(torch.rand_like(x))
     assert torch.equal(judge.rates(x, everything), first)
-    assert threat.radius == 0.2
+    assert threat.eps == 0.2
 
 
 def test_an_answer_that_is_not_a_number_is_not_right() -> None:
@@ -195,7 +195,7 @@ def test_the_evaluator_and_the_zoo_agree_on_a_linear_network(tmp_path: Path, bas
     truth = zoo.truth("linear")
     assert content["reported"] == pytest.approx(float(truth.rates.mean()), abs=0.051)
     assert float(zoo.lower("linear", images).rates.mean()) <= float(truth.rates.mean())
-    exact = linear_truth(bases("linear"), *zoo.test(row), row.threat.radius)
+    exact = linear_truth(bases("linear"), *zoo.test(row), row.threat.eps)
     assert float(truth.rates.mean()) == pytest.approx(float(exact.float().mean()))
 
 

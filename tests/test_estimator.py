@@ -32,6 +32,7 @@ def fitted(digits: tuple[np.ndarray, np.ndarray]) -> RobustClassifier:
     return RobustClassifier(epochs=12, steps=2, eps=0.1, batch_size=32, random_state=0).fit(x[:400], y[:400])
 
 
+@pytest.mark.slow
 def test_it_learns_and_predicts_the_labels_it_was_given(
     fitted: RobustClassifier, digits: tuple[np.ndarray, np.ndarray]
 ) -> None:
@@ -45,16 +46,18 @@ def test_it_learns_and_predicts_the_labels_it_was_given(
     np.testing.assert_array_equal(fitted.classes_[probabilities.argmax(1)], predicted)
 
 
+@pytest.mark.slow
 def test_evaluation_shows_blind_and_robust(fitted: RobustClassifier, digits: tuple[np.ndarray, np.ndarray]) -> None:
     x, y = digits
     measured = fitted.evaluate(x[400:450], y[400:450], suite="quick")
     assert float(measured.clean.float().mean()) == pytest.approx(fitted.score(x[400:450], y[400:450]))
     assert measured.robust.sum() <= measured.blind.sum() <= measured.clean.sum()
-    assert measured.threat.radius == pytest.approx(0.1)
+    assert measured.threat.eps == pytest.approx(0.1)
     with pytest.raises(ValueError, match="'ten', which is not among the classes"):
         fitted.evaluate(x[:1], ["ten"])
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_left_that_the_commands_take(
     digits: tuple[np.ndarray, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,6 +91,7 @@ def test_bad_input_says_what_to_do(settings: dict, shape: tuple[int, ...], scale
         RobustClassifier(**{**TINY, **settings}).fit(np.full(shape, scale, np.float32), y)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 def test_scikit_learns_checks_pass_on_data_in_the_range_of_images() -> None:
     """Most checks draw data from all the numbers there are, so the estimator stands behind a scaler to [0, 1]."""
@@ -102,6 +106,7 @@ def test_scikit_learns_checks_pass_on_data_in_the_range_of_images() -> None:
     )
 
 
+@pytest.mark.slow
 def test_scikit_learns_checks_fail_on_the_bare_estimator_only_for_the_range_of_their_data() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -112,6 +117,7 @@ def test_scikit_learns_checks_fail_on_the_bare_estimator_only_for_the_range_of_t
     assert sum(result["status"] == "passed" for result in results) > 25
 
 
+@pytest.mark.slow
 def test_scikit_learn_is_imported_when_it_is_asked_for() -> None:
     script = "import sys, ducat; before = 'sklearn' in sys.modules; ducat.RobustClassifier; assert not before"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

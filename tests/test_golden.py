@@ -1,4 +1,4 @@
-"""Losses and whole outer losses against METHOD.md's formulas, written once more in float64 NumPy probabilities."""
+"""Losses and whole outer losses against the formulas of docs/methods.md, written anew in float64 NumPy."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -175,7 +175,7 @@ def reference_loss(
     joint: Array | None = None,
     warm_up: bool = False,
 ) -> float:
-    """METHOD.md, the table in section 1; z and z2 are the logits of benign and adversarial images.
+    """The tables of docs/methods.md; z and z2 are the logits of benign and adversarial images.
 
     `joint` is the logits of both in one batch, where the two-hot loss has a pass of its own.
     """

@@ -86,6 +86,7 @@ def test_the_noise_of_n_fgsm_leaves_the_ball_but_never_the_range_of_pixels() -> 
         assert eps < (found - x).abs().max() <= 3 * eps
 
 
+@pytest.mark.slow
 def test_pgd_cosine_is_as_strong_as_ten_equal_steps_in_half_of_them(
     templates: tuple[nn.Sequential, torch.Tensor, torch.Tensor],
 ) -> None:
@@ -143,6 +144,7 @@ def test_catastrophic_overfitting(history: list[tuple[float, float] | None], exp
     assert catastrophic_overfitting(rows) is expected
 
 
+@pytest.mark.slow
 def test_catastrophic_overfitting_is_recorded_and_told_once(tmp_path: Path) -> None:
     measured = iter([(0.4, 0.3), (0.9, 0.02), (0.95, 0.01), (0.9, 0.25)])
 
@@ -158,6 +160,7 @@ def test_catastrophic_overfitting_is_recorded_and_told_once(tmp_path: Path) -> N
     assert "method.attack=fgsm-rs" in warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attack", "watched"), [("pgd", False), ("n-fgsm", True)])
 def test_validation_measures_fgsm_and_pgd_where_training_takes_one_step(
     tmp_path: Path, attack: str, watched: bool
@@ -171,6 +174,7 @@ def test_validation_measures_fgsm_and_pgd_where_training_takes_one_step(
 # --- averaged and perturbed weights --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -190,6 +194,7 @@ def test_a_run_stopped_in_the_middle_goes_on_bit_by_bit(tmp_path: Path, settings
     assert all(torch.isfinite(tensor).all() for tensor in tensors(folder).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["off", "published", "recovery-aware"])
 def test_the_mean_of_the_weights_is_what_is_saved_and_loaded(tmp_path: Path, kind: str) -> None:
     epochs: list[dict[str, torch.Tensor]] = []
@@ -212,6 +217,7 @@ def test_the_mean_of_the_weights_is_what_is_saved_and_loaded(tmp_path: Path, kin
     assert not torch.equal(loaded["network.1.running_var"], epochs[-1]["network.1.running_var"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("averaging", [EMA, SWA], ids=["ema", "swa"])
 def test_until_the_switch_the_average_deploys_the_base_method(tmp_path: Path, averaging: dict[str, Any]) -> None:
     # Also in the middle of an epoch: 6 of 8 steps before the switch at epoch 2.
@@ -239,6 +245,7 @@ def test_the_average_is_what_is_validated(tmp_path: Path) -> None:
     assert differing(seen[2].state_dict(), checkpoint.part("model", tensors(folder))) == []
 
 
+@pytest.mark.slow
 def test_perturbed_weights_change_the_training_and_update_statistics_once_a_step(tmp_path: Path) -> None:
     plain = train(replace(config(), name="plain"), tmp_path, validate=unvalidated).load("last").state_dict()
     perturbed = train(config(awp=0.05, awp_start_epoch=1), tmp_path, validate=unvalidated).load("last").state_dict()
@@ -298,6 +305,7 @@ def test_a_released_recipe_counts_as_the_released_code_does(name: str, size: tup
         assert len(batches) * sum(rates[epoch] for epoch in active) / ours == pytest.approx(1.433, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_that_holds_nothing_out_trains_on_all_images_and_says_that_it_has_no_best(tmp_path: Path) -> None:
     settings = replace(config(), data=DataConfig("digits", held_out=0))
     folder = train(settings, tmp_path)
@@ -325,6 +333,11 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: MethodConfig("pgd-at", cross_entropy="benign"),
+            r"method\.cross_entropy=benign does not fit method\.name=pgd-at: leave it at auto, or choose",
+        ),
+        (lambda: DataConfig(crop_padding=-1), r"data\.crop_padding=-1 must be at least 0"),
         (
             lambda: MethodConfig(attack="fgsm"),
             r"method\.attack=fgsm is unknown: choose from pgd, pgd-cosine, fgsm-rs, n-fgsm",

@@ -33,7 +33,7 @@ def test_starts_and_projections_stay_in_the_ball_and_the_bounds(
     for moved in (threat.random_start(x, generator), threat.project(far, x)):
         assert moved.min() >= 0
         assert moved.max() <= 1
-        assert (lengths(moved.double() - x.double(), threat.norm) <= threat.radius + TOLERANCE).all()
+        assert (lengths(moved.double() - x.double(), threat.norm) <= threat.eps + TOLERANCE).all()
         assert threat.allows(moved, x).all()
 
 

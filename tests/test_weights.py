@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 import ducat
 from ducat import weights
+from ducat.architecture import Architecture
 from ducat.dummy import dummy_head
-from ducat.models.architecture import Architecture
 
 SPEC = ducat.data.SPECS["digits"]
 MEAN, STD = torch.tensor(SPEC.mean), torch.tensor(SPEC.std)

@@ -32,13 +32,13 @@ from benchmarks.cure.networks import Gated, Held, Joined, through_stand_ins
 from benchmarks.cure.rows import ROWS, Row
 from benchmarks.cure.settings import SETTINGS, Setting
 from ducat import checkpoint
+from ducat.architecture import Architecture
 from ducat.attacks.adaptive import TARGETED, Round
 from ducat.attacks.suites import SUITES, Attack, Suite, ensemble
 from ducat.cli import main as command
 from ducat.config import Config
 from ducat.data import load, load_test
 from ducat.dummy import add_dummy_classes
-from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder
 from ducat.training import Initial, train
 
@@ -48,13 +48,13 @@ SHORT = (
     Round("weighted-pair", 20),
     Round(TARGETED, 20, targets=5),
 )
-ATTACKS = (
+STANDARD = (
     *(row for row in SUITES["light"].attacks if row.strategy == "pgd-20"),
     Attack("ensemble-front", True, ensemble(SHORT)),
 )
-FRONT = Suite(ATTACKS, audit=False, name="front")
+FRONT = Suite(STANDARD, audit=False, name="front")
 FRONT_OF_MIXTURES = Suite(
-    (*ATTACKS, Attack("stand-ins", True, through_stand_ins)), audit=False, name="front-of-mixtures"
+    (*STANDARD, Attack("stand-ins", True, through_stand_ins)), audit=False, name="front-of-mixtures"
 )
 
 

@@ -77,7 +77,7 @@ class Zoo:
 
     def _path(self, kind: str, name: str, row: Row) -> Path:
         count = len(self.test(row)[0])
-        return self.cache / f"{kind}-{name}-{count}-{row.threat.radius:.4g}.safetensors"
+        return self.cache / f"{kind}-{name}-{count}-{row.threat.eps:.4g}.safetensors"
 
     def inside(self, name: str, row: Row) -> Tensor:
         """Return adversarial images for a trained network, or the ones that came closest."""
@@ -95,7 +95,7 @@ class Zoo:
         row, path = ROWS[name], self._path("found", name, ROWS[name])
         earlier = [load_file(path)["images"]] if path.is_file() else []
         inside = [self.inside(base, row) for base in row.inside]
-        guesses = row.guesses(self.bases, *self.test(row), row.threat.radius)
+        guesses = row.guesses(self.bases, *self.test(row), row.threat.eps)
         images = [*known, *guesses, *earlier, *inside]
         truth = find_truth(self.judge(row), row.threat, row.proxies(self.bases), known=images)
         save_file({"images": truth.images.contiguous()}, path)

@@ -102,7 +102,7 @@ class Truth:
         if not len(rows):
             return
         x = self.judge.x[rows]
-        images = (x + (images - x).clamp(-self.threat.radius, self.threat.radius)).clamp(0, 1)
+        images = (x + (images - x).clamp(-self.threat.eps, self.threat.eps)).clamp(0, 1)
         rates = self.judge.rates(images, rows)
         worse = rates < self.rates[rows]
         self.images[rows[worse]], self.rates[rows[worse]] = images[worse], rates[worse]
@@ -139,7 +139,7 @@ def ascend(
     start: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Climb `goal` of (logits, y) by signs of gradients with momentum and ever shorter steps; yield on the way."""
-    eps = threat.radius
+    eps = threat.eps
     now = x + eps * (2 * torch.rand(x.shape, generator=noise) - 1) if start is None else start
     now, drift = now.clamp(0, 1), torch.zeros_like(x)
     for step in range(STEPS):
@@ -222,13 +222,13 @@ def by_chance(truth: Truth, noise: torch.Generator, tries: int = 60) -> None:
     for attempt in range(tries):
         rows = truth.standing
         share = 0.02 if attempt % 2 else 0.2
-        shake = share * truth.threat.radius * (2 * torch.rand(truth.near[rows].shape, generator=noise) - 1)
+        shake = share * truth.threat.eps * (2 * torch.rand(truth.near[rows].shape, generator=noise) - 1)
         truth.offer(truth.near[rows] + shake, rows)
 
 
 def by_search(truth: Truth, noise: torch.Generator, queries: int = QUERIES) -> None:
     """Search without gradients: change blocks to one end of the ball where the margin grows (Square's moves)."""
-    judge, eps = truth.judge, truth.threat.radius
+    judge, eps = truth.judge, truth.threat.eps
     rows = truth.standing
     if not len(rows) or judge.how != "plain":
         return

@@ -52,7 +52,7 @@ AUTOATTACK = Suite(
 )
 DATA = "cifar10-jpeg"
 NAMES = {"off": "pgd-at", "published": "published", "recovery-aware": "recovery-aware"}
-METHODS = ("pgd-at", "trades", "mart", "consistency")
+MEASURED = ("pgd-at", "trades", "mart", "consistency")
 OUT_OF_TIME = 3
 
 # The attack takes 5 shortening steps, so an image costs 13 forward passes an epoch, and 16 with dummy classes.
@@ -167,7 +167,7 @@ def measure_steps(place: Place, clock: Clock) -> None:
         if not place.toy:
             compiled = {f"{name}, compiled": replace(recipe, compiled=True) for name, recipe in formats.items()}
             tasks += [("pgd-at", "recovery-aware", tf32, {name: recipe}) for name, recipe in compiled.items()]
-    methods = METHODS[:1] if place.toy else METHODS
+    methods = MEASURED[:1] if place.toy else MEASURED
     tasks += [(method, kind, True, training_step.DUCAT) for method in methods for kind in KINDS]
     for method, kind, tf32, recipes in tasks:
         # What is timed, under what the research code's step is timed under too.

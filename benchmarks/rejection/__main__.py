@@ -34,13 +34,13 @@ from benchmarks.rejection.second import second
 from benchmarks.rejection.settings import SETTINGS, Setting
 from benchmarks.rejection.tables import write
 from ducat import checkpoint
+from ducat.architecture import Architecture
 from ducat.attacks.adaptive import Round
 from ducat.cli import main as command
 from ducat.config import Config
 from ducat.data import load_test
 from ducat.dummy import RecoveredClassifier, add_dummy_classes
 from ducat.evaluation import rejection
-from ducat.models.architecture import Architecture
 from ducat.models.folded import fold_batch_norm
 from ducat.runs import RunFolder
 from ducat.training.loop import Initial, train
@@ -137,7 +137,7 @@ class Question:
         # A network of a row's own has 2C outputs without being known for it.
         view = network if paired else rejection.opened(network)
         if row.of is not None:
-            radius = folder.config.threat.build(None).radius / 4
+            radius = folder.config.threat.build(None).eps / 4
             return RecoveredClassifier(SmallBall(view, radius)), dict(SMALL_BALL), folder
         view = RecoveredClassifier(view)
         return view, {signal: rejection.SIGNALS[signal] for signal in row.signals}, folder
@@ -190,7 +190,7 @@ class Question:
         for each in content["rejection"]["signals"]:
             row = next(row for row in each["rows"] if row["reject"] == 0.05)
             began = time.perf_counter()
-            fallen = second(model, signals[each["signal"]], row["threshold"], x, y, threat.radius, self.seed)
+            fallen = second(model, signals[each["signal"]], row["threshold"], x, y, threat.eps, self.seed)
             found.append(
                 {
                     "signal": each["signal"],

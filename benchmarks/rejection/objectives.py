@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ducat import losses, methods
-from ducat.attacks.objectives import Objective as Goal
+from ducat.attacks.objectives import Goal
 from ducat.attacks.pgd import attackable
 from ducat.evaluation.rejection import SIGNALS, nearness, opened
 from ducat.threat import ThreatModel

@@ -6,9 +6,10 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
@@ -16,13 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 import ducat
-from ducat import checkpoint, data, training
+from ducat import checkpoint, data, models, training
 from ducat import demo as demo_room
 from ducat.attacks.suites import SUITES
 from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, config_parser
-from ducat.evaluation import behaviour, studies
+from ducat.evaluation.audit import FAILURE
 from ducat.evaluation.rejection import SIGNALS
 from ducat.evaluation.runs import calibrate_run, evaluate_checkpoint, evaluate_run
+from ducat.evaluation.studies import STUDIES
 from ducat.progress import Live
 from ducat.reporting import compare as comparing
 from ducat.reporting import page, plots
@@ -39,14 +41,16 @@ USER_ERRORS = (ArgumentError, ValueError, OSError, FloatingPointError)
 ARGUMENT_ERRORS = {
     r"Does not validate against any of the Union subtypes.*?(Expected an? .*?)\n.*Given value: ": r"\1. Got value: ",
     r"Expected an? <class '(\w+)'>": r"expected \1",
+    r"^argument ([\w-]+): invalid choice: '?(.*?)'? \(choose from (.*)\)$": r"\1: choose from \3. Got value: \2",
     r"Expected a typing\.Literal\[([^\]]+)\]": r"choose from \1",
 }
 
 NORMALIZATION = "of a checkpoint: whether its network takes images normalised by the data's mean and deviation"
 EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
+SOURCE = "local archive or folder instead of a download; wds:SHARDS, hf:NAME, folder:PATH are decoded as they come"
 REJECT = "measure refusing too: shares of correctly classified benign images that may be refused, such as 0.02 0.05"
 CALIBRATE = "share of correctly classified benign validation images that may be refused, in [0, 1), such as 0.05"
-EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption the best"
+EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption and targeted the best"
 
 
 class Command(NamedTuple):
@@ -78,12 +82,11 @@ def _config(arguments: Namespace) -> Config:
 
 def _print_trained(console: Console, folder: RunFolder) -> None:
     last = folder.metrics[-1]
-    console.print(
-        f"{folder.path}: validation clean {100 * last['clean']:.1f}, blind {100 * last['blind']:.1f}, "
-        f"robust {100 * last['robust']:.1f} (last epoch). Next: ducat evaluate {folder.path}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    told, which = "nothing was held out to validate on", " --which last"
+    if "robust" in last:
+        shares = ", ".join(f"{name} {100 * last[name]:.1f}" for name in ("clean", "blind", "robust"))
+        told, which = f"validation {shares} (last epoch)", ""
+    _print(console, f"{folder.path}: {told}. Next: ducat evaluate {folder.path}{which}")
 
 
 def _check_resume(given: Namespace) -> None:
@@ -120,9 +123,45 @@ def _adapt_parser(arguments: Sequence[str]) -> ArgumentParser:
     return parser
 
 
+def _run_sweep(arguments: Namespace, console: Console) -> None:
+    from ducat import sweep
+
+    base = _config(arguments)
+    with Live(console) as live:
+        made = sweep.sweep(
+            replace(base, name=None),
+            sweep.read_grid(arguments.grid),
+            arguments.runs / (base.name or "sweep"),
+            suite=arguments.suite,
+            samples=arguments.samples,
+            which=arguments.which,
+            progress=live,
+        )
+    print_comparison(console, made.comparison)
+    for name, why in made.failed.items():
+        _print(console, f"{name} is missing: {why}", label="warning")
+    _print(console, f"Tables, plot and page: {made.page.parent}/ (open {made.page})")
+
+
+def _sweep_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _settings_parser("ducat sweep")
+    parser.add_argument(
+        "--grid",
+        type=str,
+        nargs="+",
+        required=True,
+        help="options and their values, as dummy.benign_weight=0,0.25 train.seed=0,1,2: every combination is trained",
+    )
+    parser.add_argument("--suite", choices=tuple(SUITES), default="light", help="which attacks to run")
+    parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")
+    parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
+    return parser
+
+
 def _run_data(arguments: Namespace, console: Console) -> None:
-    if arguments.action != "prepare" and (arguments["from"] or arguments.size):
-        raise ValueError(f"ducat data {arguments.action}: --from and --size are for prepare")
+    for option in ("from", "size", "replace", "test-images"):
+        if arguments.action != "prepare" and arguments[option.replace("-", "_")]:
+            raise ValueError(f"ducat data {arguments.action}: --{option} is for prepare")
     if arguments.action == "list":
         if arguments.name is not None:
             raise ValueError(f"ducat data list: it lists all data sets; `ducat data verify {arguments.name}` shows one")
@@ -130,14 +169,15 @@ def _run_data(arguments: Namespace, console: Console) -> None:
     elif arguments.name is None:
         raise ValueError(f"ducat data {arguments.action}: name a data set; `ducat data list` shows them")
     elif arguments.action == "prepare":
-        with console.status(f"preparing {arguments.name}"):
-            statuses = [data.prepare(arguments.name, arguments["from"], size=arguments.size, root=arguments.root)]
+        options = {name: arguments[name] for name in ("size", "replace", "test_images", "root")}
+        statuses = [data.prepare(arguments.name, arguments["from"], **options)]
     else:
         statuses = [data.verify(arguments.name, arguments.root)]
-    table = Table("name", "title", "images", box=None)
+    table = Table("name", "title", "classes", "images", box=None)
     for status in statuses:
         sizes = ", ".join(f"{part} {count:,}" for part, count in list(status.sizes.items())[:3])
-        table.add_row(status.name, status.title, sizes if status.prepared else "not prepared")
+        classes = f"{status.classes:,}" if status.prepared else ""
+        table.add_row(status.name, status.title, classes, sizes if status.prepared else "not prepared")
     console.print(table)
     for status in statuses:
         if status.notice:
@@ -150,8 +190,10 @@ def _data_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = _parser("ducat data")
     parser.add_argument("action", type=Literal["list", "prepare", "verify"], help="list, prepare or verify")
     parser.add_argument("name", type=str | None, nargs="?", help="data set, or a new name for an image folder")
-    parser.add_argument("--from", type=Path | None, help="local archive or folder instead of a download")
+    parser.add_argument("--from", type=str | None, help=SOURCE)
     parser.add_argument("--size", type=int | None, help="for an image folder: scale images to this many pixels a side")
+    parser.add_argument("--replace", action="store_true", help="replace a set of that name that holds other images")
+    parser.add_argument("--test-images", type=Path | None, help="of a stream: file that names the test images to keep")
     parser.add_argument("--root", type=Path | None, help="cache folder; default: DUCAT_DATA, or the user's cache")
     return parser
 
@@ -182,11 +224,12 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
             which=arguments.which,
             threat=_threat(arguments).build(None) if arguments.norm or arguments.eps else None,
             reject=arguments.reject,
+            surrogates=arguments.surrogates,
+            second_round_seconds=arguments.second_round_seconds,
             progress=live.attacks(folder.name),
         )
     if arguments.json is not None:
         checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
-    behaviour.measure_run(folder)
     comparison = comparing.compare([Run.read(folder.path)])
     report = folder.path / "report.html"
     page.page(report, folder.name, comparison)
@@ -215,9 +258,11 @@ def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
             seed=arguments.seed,
             path=arguments.json,
             reject=arguments.reject,
+            surrogates=arguments.surrogates,
+            second_round_seconds=arguments.second_round_seconds,
             progress=live.attacks(source.stem),
         )
-    print_comparison(console, comparing.compare([Run(source.stem, source, config.flat(), {}, [], measured)]))
+    print_comparison(console, comparing.compare([Run(source.stem, None, config.flat(), {}, [], measured)]))
 
 
 def _run_compare(arguments: Namespace, console: Console) -> None:
@@ -254,7 +299,7 @@ def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser.add_argument(
         "--num-classes", type=int | None, help="of a checkpoint: real classes, checked against the data"
     )
-    parser.add_argument("--normalization", type=Literal["data", "none"], default="data", help=NORMALIZATION)
+    parser.add_argument("--normalization", type=Literal["auto", "data", "none"], default="auto", help=NORMALIZATION)
     parser.add_argument("--data", type=str, default="cifar10", help="for a checkpoint: data set to evaluate on")
     parser.add_argument("--norm", type=Norm | None, help="linf, l2 or l1; default: the run's, or linf")
     parser.add_argument("--eps", type=float | str | None, help=EPS)
@@ -263,6 +308,15 @@ def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of the attacks")
     parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
     parser.add_argument("--reject", type=float, nargs="*", default=[], metavar="SHARE", help=REJECT)
+    parser.add_argument(
+        "--surrogates", type=Path, nargs="*", default=[], metavar="RUN", help="runs whose adversarial images are tried"
+    )
+    parser.add_argument(
+        "--second-round-seconds",
+        type=float | None,
+        metavar="SECONDS",
+        help="longest that a second round may take (it begins where something hides the gradients); default: no limit",
+    )
     parser.add_argument("--json", type=Path | None, help="also write the result to this new file")
     return parser
 
@@ -356,97 +410,36 @@ def _run_analyze(arguments: Namespace, console: Console) -> None:
     _check_new(json=arguments.json, figure=arguments.figure)
     if arguments.figure is not None and arguments.figure.suffix not in (".svg", ".png"):
         raise ValueError(f"--figure: {arguments.figure} must end in .svg or .png")
-    study = STUDIES[arguments.study]
+    measure = STUDIES[arguments.study]
     with Live(console) as live:
-        measured = study.measure(arguments, live.attacks(arguments.study)).to_dict()
-    console.print(study.table(measured), markup=False, highlight=False)
+        found = measure(arguments.runs, arguments.which, arguments.samples, live.attacks(arguments.study))
+    sheet = found.sheet()
+    table = Table(*sheet.columns, title=sheet.title, title_justify="left")
+    for row in sheet.rows:
+        table.add_row(*row)
+    console.print(table, markup=False, highlight=False)
     if arguments.json is not None:
-        checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
+        checkpoint.write_text(arguments.json, json.dumps(found.to_dict(), indent=2) + "\n")
     if arguments.figure is not None:
-        plots.save(study.draw(measured), arguments.figure)
-
-
-class Study(NamedTuple):
-    """A row of the table of analyses: how to measure it, its table on the terminal, and its figure."""
-
-    measure: Callable[[Namespace, Callable[[str], None]], Any]
-    table: Callable[[dict[str, Any]], Table]
-    draw: Callable[[dict[str, Any]], Any]
-
-
-def _always_failed_table(study: dict[str, Any]) -> Table:
-    title = (
-        f"{study['failed_on_every']} of {study['samples']} test images fail on every model, each under its own attack: "
-        f"{100 * study['share_of_samples']:.1f} % of the test images, "
-        f"{100 * study['share_of_failures']:.1f} % of those that fail on some model"
-    )
-    table = Table("class", "images", "fail on some", "fail on every", title=title, title_justify="left")
-    for name, row in study["classes"].items():
-        table.add_row(name, *(str(row[key]) for key in ("samples", "failed_on_some", "failed_on_every")))
-    return table
-
-
-def _transfer_table(study: dict[str, Any]) -> Table:
-    title = (
-        "Of the images that the target (column) classifies correctly, the share in % that the source's (row) "
-        "adversarial images make it lose: all / effective on the source / ineffective on it"
-    )
-    numbers = [str(number) for number in range(1, len(study["runs"]) + 1)]
-    table = Table("", "source", *(f"on {number}" for number in numbers), title=title, title_justify="left")
-    layers = [study[name] for name in ("success", "effective", "ineffective")]
-    for row, name in enumerate(study["runs"]):
-        columns = ([layer[row][column] for layer in layers] for column in range(len(study["runs"])))
-        texts = (" / ".join("-" if cell is None else f"{100 * cell:.1f}" for cell in cells) for cells in columns)
-        table.add_row(numbers[row], name, *texts)
-    return table
-
-
-def _corruption_table(study: dict[str, Any]) -> Table:
-    title = f"Accuracy in % by severity; mean error {100 * study['mean_error']:.1f} %"
-    table = Table("corruption", *"12345", title=title, title_justify="left")
-    for name, accuracy in study["accuracy"].items():
-        table.add_row(name, *(f"{100 * value:.1f}" for value in accuracy))
-    return table
-
-
-def _only(runs: list[Path]) -> Path:
-    if len(runs) != 1:
-        raise ValueError("ducat analyze corruption: give one run")
-    return runs[0]
-
-
-STUDIES: dict[str, Study] = {
-    "always-failed": Study(
-        lambda given, progress: studies.always_failed(given.runs), _always_failed_table, plots.always_failed
-    ),
-    "transfer": Study(
-        lambda given, progress: studies.transfer(given.runs, given.which, progress), _transfer_table, plots.transfer
-    ),
-    "corruption": Study(
-        lambda given, progress: studies.corruption(
-            _only(given.runs), samples=given.samples, which=given.which or "best", progress=progress
-        ),
-        _corruption_table,
-        plots.corruption,
-    ),
-}
+        plots.save(plots.FIGURES[arguments.study](found.to_dict()), arguments.figure)
 
 
 def _analyze_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser = _parser("ducat analyze")
     parser.add_argument("study", choices=tuple(STUDIES), help="what to measure")
-    parser.add_argument("runs", type=Path, nargs="+", help="evaluated run folders; one for corruption")
+    parser.add_argument("runs", type=Path, nargs="+", help="evaluated run folders; one for corruption and targeted")
     parser.add_argument("--which", type=Which | None, help=EVALUATED)
-    parser.add_argument("--samples", type=int | None, help="for corruption: images of each; default: all")
+    parser.add_argument("--samples", type=int | None, help="for corruption and targeted: how many images; default: all")
     parser.add_argument("--json", type=Path | None, help="also write the numbers to this new file")
     parser.add_argument("--figure", type=Path | None, help="also draw them into this new .svg or .png file")
     return parser
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command("the whole road on digits, offline, in minutes", _demo_parser, _run_demo),
+    "demo": Command("train, attack and compare four networks on digits, offline, in minutes", _demo_parser, _run_demo),
     "train": Command("train a network and leave a run folder", _train_parser, _run_train),
     "adapt": Command("give a trained network dummy classes and train it on", _adapt_parser, _run_adapt),
+    "sweep": Command("train and evaluate every combination of settings", _sweep_parser, _run_sweep),
     "evaluate": Command("attack a run, blind and recovery-aware", _evaluate_parser, _run_evaluate),
     "calibrate": Command("let a run refuse what it is unsure of", _calibrate_parser, _run_calibrate),
     "compare": Command("put evaluated runs side by side", _compare_parser, _run_compare),
@@ -459,6 +452,10 @@ COMMANDS: dict[str, Command] = {
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Print runs as tables, with what was measured above each and what a reader must know below."""
+    warnings = [(run.name, warning) for run in comparison.runs for warning in run.evaluation["warnings"]]
+    failures = [told for told in warnings if told[1].startswith(FAILURE)]
+    for name, warning in failures:
+        _print(console, f"{name}: {warning}", label="warning")
     for lines in (table for section in comparison.sections for table in comparing.tables(section)):
         _print(console, lines.caption)
         table = Table()
@@ -470,9 +467,9 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
         console.print(table, highlight=False, markup=False)
     for note in comparison.notes:
         _print(console, note, label="note")
-    for run in comparison.runs:
-        for warning in run.evaluation["warnings"]:
-            _print(console, f"{run.name}: {warning}", label="warning")
+    for name, warning in warnings:
+        if (name, warning) not in failures:
+            _print(console, f"{name}: {warning}", label="warning")
 
 
 def _print(console: Console, text: str, label: str = "") -> None:
@@ -487,6 +484,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Of several processes that train together, the first speaks for all.
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     try:
+        arguments = _allow_code(arguments)
         if not arguments or arguments[0] in ("-h", "--help"):
             _overview(console)
         elif arguments[0] == "--version":
@@ -512,11 +510,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _allow_code(arguments: list[str]) -> list[str]:
+    """Take the functions out of a command line that may run to build networks."""
+    rest, names = [], iter(arguments)
+    for name in names:
+        option, equals, value = name.partition("=")
+        if option == "--allow-code":
+            models.allow_code(value if equals else next(names, ""))
+        else:
+            rest.append(name)
+    return rest
+
+
 def _overview(console: Console) -> None:
     lines = ["usage: ducat COMMAND [options]", "", (ducat.__doc__ or "").strip(), ""]
     lines += [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
     lines += ["", "`ducat COMMAND --help` explains a command's options; `ducat --version` prints the version."]
-    lines += ["Every command takes --traceback, which shows where an error comes from."]
+    lines += [
+        "Every command takes --traceback, which shows where an error comes from, and --allow-code FILE.py:FUNCTION,",
+        "which lets the function run that a run's network was made by.",
+    ]
     console.print("\n".join(lines), highlight=False, markup=False)
 
 

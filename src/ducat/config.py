@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from ducat import methods
+from ducat.architecture import Architecture, describe_foreign
 from ducat.data.images import Dataset
 from ducat.data.specs import DataSpec
 from ducat.dummy import TwoHot
 from ducat.methods import Kind
-from ducat.models.architecture import Architecture, describe_foreign
 from ducat.models.doors import is_foreign
 from ducat.schedules import SCHEDULES, epoch_of
 from ducat.threat import Norm, ThreatModel
@@ -48,7 +48,7 @@ class DataConfig:
     """What to train on."""
 
     name: str = "cifar10"
-    """Name of a data set; `ducat data list` shows them."""
+    """Name of a data set, as `ducat data list` shows them, or a stream: wds:SHARDS, hf:NAME or folder:PATH."""
     samples: int | None = None
     """Number of training images, a fixed stratified subset; all of them by default."""
     root: Path | None = None
@@ -56,8 +56,16 @@ class DataConfig:
     augmentation: Literal["auto", "base", "strong"] = "auto"
     """base is random crop and flip as fits the data, strong AutoAugment and cutout as well; auto is strong for
     photographs where the method's paper says so (consistency), else base."""
+    workers: int | None = None
+    """Processes that decode the images of a stream, for each process that trains; 0 is none besides it, by default the
+    cores there are, 8 at most. The batches are the same for any number."""
     crop_padding: int | None = None
     """Pixels of black added on each side before the random crop; 0 is no crop. By default what fits the data."""
+    extra: Path | None = None
+    """Generated images to train on as well: an .npz file with image (uint8, channels last) and label. It is read where
+    it lies, and never validated on."""
+    extra_share: float | int = 0.7
+    """Share of each batch that is drawn from data.extra, in (0, 1)."""
     held_out: float | int | None = None
     """Training images held out to choose the best checkpoint: a number, or a share below 1. 0 trains on all of them,
     and leaves no best checkpoint. By default those that were held out when the data were prepared."""
@@ -65,8 +73,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         _among("data.augmentation", self.augmentation, ("auto", "base", "strong"))
         _at_least("data.samples", self.samples, 1)
+        _at_least("data.workers", self.workers, 0)
         _at_least("data.crop_padding", self.crop_padding, 0)
         _at_least("data.held_out", self.held_out, 0)
+        if not 0 < self.extra_share < 1:
+            raise ValueError(f"data.extra_share={self.extra_share} is outside (0, 1)")
 
 
 @dataclass(frozen=True)
@@ -184,14 +195,24 @@ class TrainConfig:
     """Passes over the training images."""
     batch_size: int = 128
     """Images a step, over all processes."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd with momentum, as convolutional networks are trained; or adamw, for transformers: its weight decay leaves out
+    norms, biases and other vectors."""
     drop_last: bool = True
     """Whether images that do not fill an epoch's last batch are left out of that epoch."""
     learning_rate: float | int = 0.1
-    """Highest learning rate of SGD."""
+    """Highest learning rate; for adamw about a hundredth of sgd's."""
     momentum: float | int = 0.9
-    """Momentum of SGD, in [0, 1)."""
+    """Momentum of sgd, in [0, 1)."""
     weight_decay: float | int = 5e-4
-    """Weight decay of SGD."""
+    """Weight decay; for adamw usually 0.05."""
+    clip_norm: float | int = 0.0
+    """Largest norm of the gradient over all weights, to which a longer one is shortened; 0 is none."""
+    accumulate: int = 1
+    """Parts that a batch is attacked and forwarded in, one after the other, to need less memory. Without batch norm the
+    result is that of the whole batch."""
+    eps_ramp_epochs: float | int = 0.0
+    """Epochs over which eps of the training attack grows linearly from 0 to its value, its step with it."""
     schedule: str = "multi-step"
     """Learning rate over time: multi-step, cosine, one-cycle or constant."""
     milestones: tuple[float | int, ...] = (0.77, 0.81)
@@ -214,8 +235,9 @@ class TrainConfig:
     batch_norm: Literal["auto", "joint", "separate"] = "auto"
     """Whether the regulariser's benign and adversarial images go through the network as one batch, with joint
     batch-norm statistics, or separately, as in the papers of trades and mart; auto is as in the method's paper."""
-    precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Number format of the network's passes; auto is bf16 where the processor computes in it, else float32."""
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    """Number format of the network's passes; auto is bf16 where the processor computes in it, else float32. fp16 is for
+    GPUs without bf16: the loss is scaled so that small gradients are not lost."""
     compile: bool = False
     """Whether torch.compile compiles the passes of the network. Where it fails on a first forward pass, for example
     without a C compiler, training goes on without it and says so."""
@@ -233,7 +255,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least("train.epochs", self.epochs, 1)
         _at_least("train.batch_size", self.batch_size, 2)
+        _among("train.optimizer", self.optimizer, ("sgd", "adamw"))
         _at_least("train.learning_rate", self.learning_rate, 0)
+        _at_least("train.clip_norm", self.clip_norm, 0)
+        _at_least("train.accumulate", self.accumulate, 1)
+        _at_least("train.eps_ramp_epochs", self.eps_ramp_epochs, 0)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"train.accumulate={self.accumulate} does not divide train.batch_size={self.batch_size} evenly"
+            )
+        if self.accumulate > 1 and not self.drop_last:
+            raise ValueError(f"train.accumulate={self.accumulate} needs full batches: choose train.drop_last=true")
+        if self.accumulate > 1 and self.awp:
+            raise ValueError(f"train.awp={self.awp} needs whole batches: choose train.accumulate=1")
         _within("train.momentum", self.momentum, 0, 1)
         _at_least("train.weight_decay", self.weight_decay, 0)
         _at_least("train.seed", self.seed, 0)
@@ -294,12 +328,12 @@ class Config:
         return dataclasses.replace(resolved, name=self.name or resolved.run_name)
 
     def architecture(self, dataset: Dataset) -> Architecture:
-        """Return the network that a resolved config asks for on its data."""
+        """Return the network that a resolved config asks for on its data, without what only the network can say."""
         spec, channels, model = dataset.spec, dataset.spec.shape[0], self.model
         normalized = model.normalization != "none"
         assert model.name is not None
-        foreign = is_foreign(model.name)
-        asked = Architecture(
+        ours = not is_foreign(model.name)
+        return Architecture(
             name=model.name,
             num_classes=len(dataset.classes),
             dummy_classes=self.dummy.kind != "off",
@@ -307,24 +341,29 @@ class Config:
             mean=spec.mean if normalized else (0.0,) * channels,
             std=spec.std if normalized else (1.0,) * channels,
             width=model.width,
-            stem_stride=2 if spec.shape[1] >= 64 and not foreign else 1,
+            stem_stride=2 if spec.shape[1] >= 64 and ours else 1,
             options=model.options or {},
-            image_size=spec.shape[1] if foreign else None,
+            image_size=spec.shape[1],
         )
-        if not foreign:
-            return asked
+
+    def described(self, architecture: Architecture) -> Architecture:
+        """Fill in what somebody else's network says of itself, which needs its library, file or configuration."""
+        if not is_foreign(architecture.name):
+            return architecture
         return describe_foreign(
-            asked,
-            normalize=model.normalization == "auto",
-            fit_size=model.input_size,
-            pretrained=model.weights == "pretrained",
+            architecture,
+            normalize=self.model.normalization == "auto",
+            fit_size=self.model.input_size,
+            pretrained=self.model.weights == "pretrained",
         )
 
     @property
     def run_name(self) -> str:
         """Name made from the settings, for example digits-small-pgd-at-recovery-aware-s0."""
+        # The place of a stream is no name of a folder.
+        data = re.sub(r"[^\w.-]+", "-", self.data.name)[-60:].strip("-.")
         model = re.sub(r"[^\w.+-]+", "-", self.model.name or "default")
-        parts = [self.data.name, model, self.method.name]
+        parts = [data, model, self.method.name]
         if self.dummy.kind != "off":
             parts.append(self.dummy.kind)
         return "-".join([*parts, f"s{self.train.seed}"])
@@ -339,12 +378,12 @@ class Config:
     @property
     def row(self) -> methods.Method:
         """The method of the table, with the changes that the settings ask for."""
-        row, changes = methods.find(self.method.name), {"clip_start": self.method.clip_start}
+        changes: dict[str, Any] = {"clip_start": self.method.clip_start}
         if self.method.cross_entropy != "auto":
             changes["target"] = self.method.cross_entropy
         if self.train.batch_norm != "auto":
             changes["forwards_apart"] = self.train.batch_norm == "separate"
-        return dataclasses.replace(row, **changes)
+        return dataclasses.replace(methods.find(self.method.name), **changes)
 
     def objective(self, epoch: int) -> methods.Objective:
         """Return what the given epoch, counted from 0, minimises."""

@@ -1,4 +1,4 @@
-"""The whole road once, on real data and offline: four networks, the same budget, blind and recovery-aware attacks."""
+"""Train, attack and compare four networks on real data, offline: the same budget, blind and recovery-aware attacks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, TrainConfig
-from ducat.evaluation import behaviour
 from ducat.evaluation.runs import evaluate_run
 from ducat.reporting import page, plots
 from ducat.reporting.compare import Comparison, Run, compare
@@ -73,7 +72,7 @@ def run(
     Args:
         folder: where the runs, the plot and the page go; it must not exist.
         seed: of everything random.
-        epochs: length of each training; dummy classes come in after a half of it (published) or three quarters.
+        epochs: length of each training; dummy classes begin after half of it (published) or three quarters.
         listener: makes the listener to a training from its name.
         attacks: makes, from the name of a method, what is called with each attack on it.
 
@@ -100,7 +99,6 @@ def run(
         demo.evaluations[title] = evaluate_run(
             made, "light", which="last", seed=seed, progress=attacks(title) if attacks else None
         )
-        behaviour.measure_run(made)
         demo.paths[title] = made.path
     comparison = demo.comparison
     plots.save(plots.trade_off(page.points(comparison.sections[0])), folder / "trade-off.svg")

@@ -1,4 +1,4 @@
-"""The whole road as one scikit-learn estimator: arrays in, predictions out, and the ordinary training loop between."""
+"""A scikit-learn estimator: arrays in, predictions out, and the ordinary training loop between."""
 
 import math
 import os
@@ -18,6 +18,7 @@ from torch import Tensor
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.data import DataSpec, Images, cache
 from ducat.data.images import fingerprint, hold_out, named_tensors
+from ducat.data.own import check_channels
 from ducat.dummy import RecoveredClassifier
 from ducat.evaluation import Evaluation, SelectiveClassifier, evaluate
 from ducat.evaluation.rejection import calibrate, check_shares
@@ -201,6 +202,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
             X = X[:, None]  # noqa: N806
         elif X.ndim != 4:
             raise ValueError(f"Found array with dim {X.ndim}: images have 2, 3 or 4 dimensions")
+        check_channels(X.shape, "X: images")
         low, high = float(X.min()), float(X.max())
         if low < 0:
             raise ValueError(f"Negative values in data passed to {type(self).__name__}: images are in [0, 1]")
@@ -262,7 +264,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         tensors = named_tensors(training, held_out, test)
         header = cache.Header(spec, tuple(map(str, self.classes_)), fingerprint(tensors), "arrays", "")
         cache.write(cache.entry(settings.name, settings.root), tensors, header)
-        return held_out
+        return test
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -92,7 +92,7 @@ class Method:
 
     title: str
     paper: Paper | None = None
-    objective: str | objectives.Objective | None = "cross-entropy"
+    objective: str | objectives.Goal | None = "cross-entropy"
     gaussian_start: bool = False
     clip_start: bool = True
     target: Literal["benign", "adversarial", "both"] = "adversarial"
@@ -192,19 +192,19 @@ class InnerAttack:
     """How training solves the inner problem: a row of a table. Lengths are in units of eps.
 
     Attributes:
-        strides: length of each step; None for the steps of the threat model.
+        step_sizes: length of each step; None for the steps of the threat model.
         noise: radius of the uniform random start.
         ball: radius of the ball that the result is cut to.
     """
 
-    strides: tuple[float, ...] | None = None
+    step_sizes: tuple[float, ...] | None = None
     noise: float = 1.0
     ball: float = 1.0
 
     @property
     def single_step(self) -> bool:
         """Whether training with it risks catastrophic overfitting."""
-        return self.strides is not None and len(self.strides) == 1
+        return self.step_sizes is not None and len(self.step_sizes) == 1
 
     def start(self, x: Batch, threat: ThreatModel, generator: torch.Generator | None) -> Batch:
         """Draw where the attack begins."""
@@ -216,16 +216,16 @@ class InnerAttack:
         x: Batch,
         y: Labels,
         threat: ThreatModel,
-        goal: str | objectives.Objective,
+        goal: str | objectives.Goal,
         start: Batch,
     ) -> Batch:
         """Return the last iterate of an attack from `start` that raises `goal`."""
-        strides = None if self.strides is None else [factor * threat.radius for factor in self.strides]
-        return pgd(model, x, y, _scaled(threat, self.ball), goal, start=start, keep="last", strides=strides)
+        step_sizes = None if self.step_sizes is None else [factor * threat.eps for factor in self.step_sizes]
+        return pgd(model, x, y, _scaled(threat, self.ball), goal, start=start, keep="last", step_sizes=step_sizes)
 
 
 def _scaled(threat: ThreatModel, factor: float) -> ThreatModel:
-    radius = factor * threat.radius
+    radius = factor * threat.eps
     return replace(threat, eps=min(radius, 1.0) if threat.norm == "linf" else radius)
 
 
@@ -235,7 +235,7 @@ def _cosine(steps: int, first: float) -> tuple[float, ...]:
 
 ATTACKS: dict[str, InnerAttack] = {
     "pgd": InnerAttack(),
-    # Ours: long steps first, then ever shorter ones. docs/performance.md measures how strong it is for its cost.
+    # Ours: long steps first, then ever shorter ones. results/training-step.md measures how strong it is.
     "pgd-cosine": InnerAttack(_cosine(5, 1.5)),
     # Wong et al. 2020, arXiv 2001.03994
     "fgsm-rs": InnerAttack((1.25,)),

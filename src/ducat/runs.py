@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ducat import checkpoint
+from ducat.architecture import Architecture
 from ducat.config import Config
 from ducat.dummy import RecoveredClassifier, dummy_head
-from ducat.models.architecture import Architecture
 
 Which = str  # "best", "last", or "epoch-N" of a run that keeps the checkpoints of its epochs
 

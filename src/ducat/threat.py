@@ -56,7 +56,7 @@ def _shrunk_l1(change: Float[Tensor, "batch pixels"], room: Float[Tensor, "batch
     return (change - shrink).clamp_min(0).minimum(room)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class ThreatModel:
     """The ball around each image that the attacker may search, and the standard attack in it. Images are in [0, 1].
 
@@ -70,39 +70,34 @@ class ThreatModel:
         steps: attack steps, at least 1.
     """
 
-    norm: str = "linf"
-    eps: float | int | str | None = None
-    step_size: float | int | str | None = None
-    steps: int = 10
+    norm: str
+    eps: float
+    step_size: float
+    steps: int
 
-    def __post_init__(self) -> None:
-        if self.norm not in get_args(Norm):
-            raise ValueError(f"norm={self.norm!r} is unknown: choose from {', '.join(get_args(Norm))}")
-        eps = DEFAULT_EPS[self.norm] if self.eps is None else number(self.eps, "eps")
-        step_size = eps * DEFAULT_STEP[self.norm] if self.step_size is None else number(self.step_size, "step_size")
+    # A dataclass's own would give the attributes the types of the arguments.
+    def __init__(
+        self,
+        norm: str = "linf",
+        eps: float | int | str | None = None,
+        step_size: float | int | str | None = None,
+        steps: int = 10,
+    ) -> None:
+        if norm not in get_args(Norm):
+            raise ValueError(f"norm={norm!r} is unknown: choose from {', '.join(get_args(Norm))}")
+        eps = DEFAULT_EPS[norm] if eps is None else number(eps, "eps")
+        step_size = eps * DEFAULT_STEP[norm] if step_size is None else number(step_size, "step_size")
         for name, value in {"eps": eps, "step_size": step_size}.items():
             if value < 0:
                 raise ValueError(f"{name}={value:g} is negative")
-            if self.norm == "linf" and value > 1:
+            if norm == "linf" and value > 1:
                 raise ValueError(
                     f"{name}={value:g} is outside [0, 1]: images are in [0, 1]; did you mean {value:g}/255?"
                 )
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be a whole number, at least 1")
-        object.__setattr__(self, "eps", eps)
-        object.__setattr__(self, "step_size", step_size)
-
-    @property
-    def radius(self) -> float:
-        """eps as a number."""
-        assert isinstance(self.eps, float)
-        return self.eps
-
-    @property
-    def stride(self) -> float:
-        """step_size as a number."""
-        assert isinstance(self.step_size, float)
-        return self.step_size
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps={steps} must be a whole number, at least 1")
+        for name, setting in {"norm": norm, "eps": eps, "step_size": step_size, "steps": steps}.items():
+            object.__setattr__(self, name, setting)
 
     def random_start(
         self, x: Float[Tensor, "batch *image"], generator: torch.Generator | None = None
@@ -120,19 +115,19 @@ class ThreatModel:
             shape = (len(x), *[1] * (x.ndim - 1))
             length = torch.rand(shape, generator=generator, device=device).to(x) ** (1 / max(1, x[:1].numel()))
             delta = delta / _norms(delta, self.norm).clamp_min(1e-12).to(delta) * length
-        return self.project(x + self.radius * delta, x)
+        return self.project(x + self.eps * delta, x)
 
     def project(
         self, adversarial: Float[Tensor, "batch *image"], x: Float[Tensor, "batch *image"]
     ) -> Float[Tensor, "batch *image"]:
         """Return the nearest point of the ball around x, cut to [0, 1]; for l1 the nearest of both at once."""
         if self.norm == "linf":
-            adversarial = torch.minimum(torch.maximum(adversarial, x - self.radius), x + self.radius)
+            adversarial = torch.minimum(torch.maximum(adversarial, x - self.eps), x + self.eps)
         else:
             delta = adversarial.double() - x.double()
             # Rounding to float32 may lengthen the change by up to this.
             pixels = x[:1].numel()
-            radius = max(0.0, self.radius - 2**-25 * (pixels if self.norm == "l1" else pixels**0.5))
+            radius = max(0.0, self.eps - 2**-25 * (pixels if self.norm == "l1" else pixels**0.5))
             if self.norm == "l1":
                 room = torch.where(delta > 0, 1 - x.double(), x.double())
                 length = _norms(delta.abs().minimum(room), "l1")
@@ -140,7 +135,7 @@ class ThreatModel:
             else:
                 length = _norms(delta, "l2")
                 shrunk = delta * (radius / length.clamp_min(1e-12))
-            adversarial = (x.double() + torch.where(length > self.radius, shrunk, delta)).to(adversarial.dtype)
+            adversarial = (x.double() + torch.where(length > self.eps, shrunk, delta)).to(adversarial.dtype)
         return adversarial.clamp(0, 1)
 
     def direction(self, gradient: Float[Tensor, "batch *image"]) -> Float[Tensor, "batch *image"]:
@@ -178,7 +173,7 @@ class ThreatModel:
         slope, start = gradient.flatten(1), adversarial.flatten(1)
         length = stride.flatten(1) if isinstance(stride, Tensor) else stride
         room = torch.where(slope > 0, 1 - start, start).where(slope != 0, 0)
-        room = room.clamp(max=self.radius / (SPREAD * slope.shape[1]))
+        room = room.clamp(max=self.eps / (SPREAD * slope.shape[1]))
         order = slope.abs().argsort(dim=1, descending=True)
         ranked = room.gather(1, order)
         spent = ranked.cumsum(1) - ranked
@@ -197,4 +192,4 @@ class ThreatModel:
     ) -> Bool[Tensor, " batch"]:
         """Tell for each image whether it is in [0, 1] and in the ball, up to `TOLERANCE`; NaN is not."""
         inside = ((adversarial >= 0) & (adversarial <= 1)).flatten(1).all(1)
-        return inside & (self.distance(adversarial, x) <= self.radius + TOLERANCE)
+        return inside & (self.distance(adversarial, x) <= self.eps + TOLERANCE)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ducat import checkpoint
+from ducat.architecture import Architecture
 from ducat.models import MODELS
-from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder
 
 # Where a file keeps its state_dict; of two, the first.

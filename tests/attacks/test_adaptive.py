@@ -1,3 +1,6 @@
+from dataclasses import replace
+from importlib import import_module
+
 import pytest
 import torch
 from torch import nn
@@ -173,3 +176,26 @@ def test_an_unknown_budget_is_named(network: nn.Module, images: torch.Tensor, la
 def test_a_round_says_one_thing(arguments: tuple) -> None:
     with pytest.raises(ValueError, match="'targeted' ones alone take targets"):
         Round(*arguments)
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=["linf", "l2", "l1"])
+def test_only_in_l1_a_start_comes_through_larger_balls(
+    network: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    threat: ducat.ThreatModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[float, int]] = []
+
+    def recorded(model, x, y, ball, goal, restarts, generator, *, start, **options):
+        assert start is None or ball.allows(start, x).all()
+        seen.append((ball.radius / threat.radius, ball.steps))
+        return ball.random_start(x, generator) if start is None else start
+
+    module = import_module("ducat.attacks.adaptive")  # the package has the function by that name
+    monkeypatch.setattr(module, "pgd", recorded)
+    ball, goal = replace(threat, steps=20), OBJECTIVES["recovered-margin"]
+    found = module._ascended(network, images, labels, ball, goal, torch.Generator().manual_seed(0))
+    assert threat.allows(found, images).all()
+    assert seen == ([(3, 6), (2, 6), (1, 8)] if threat.norm == "l1" else [(1, 20)])

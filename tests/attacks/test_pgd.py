@@ -262,7 +262,7 @@ def test_the_global_generator_is_left_alone(network: nn.Module, images: torch.Te
         ({"keep": "final"}, "keep='final' is unknown"),
         ({"keep": "last", "restarts": 2}, "keep='last'"),
         ({"keep": "last", "adaptive_steps": True}, "keep='last'"),
-        ({"strides": [0.1]}, "strides are for keep='last', not for keep='best'"),
+        ({"step_sizes": [0.1]}, "step_sizes are for keep='last', not for keep='best'"),
         ({"objective": "ce"}, "objective 'ce' is unknown: choose from cross-entropy"),
     ],
 )

@@ -87,7 +87,7 @@ def test_projected_steps_get_as_far_as_their_closed_form_says(attack: Attack, mo
 
     def recorded(self: ducat.ThreatModel, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         start = random_start(self, x, generator)
-        starts.append((start - x).flatten().double() / self.radius)
+        starts.append((start - x).flatten().double() / self.eps)
         return start
 
     monkeypatch.setattr(ducat.ThreatModel, "random_start", recorded)

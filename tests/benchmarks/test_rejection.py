@@ -109,7 +109,7 @@ def test_the_second_attack_finds_what_the_products_finds(signal: str) -> None:
     found = wrong_and_accepted(model, x, y, threat, signal, threshold, generator=generator)
     logits, accepted = SelectiveClassifier(model, signal, threshold)(found)
     product = accepted & (logits.argmax(1) != y)
-    fallen = second(model, SIGNALS[signal], threshold, x, y, threat.radius)
+    fallen = second(model, SIGNALS[signal], threshold, x, y, threat.eps)
     assert 2 < int(product.sum()) < 38
     assert int((product & ~fallen).sum()) <= 1
     assert not (fallen & ~product).any()

@@ -1,5 +1,6 @@
 import gzip
 import io
+import os
 import stat
 import tarfile
 import zipfile
@@ -35,7 +36,7 @@ def write_zip(path: Path, name: str, mode: int = stat.S_IFREG | 0o644) -> Path:
     return path
 
 
-@pytest.fixture(params=["folder", "zip", "tar", "tar.gz"])
+@pytest.fixture(params=["folder", "zip", "tar", "tar.gz", "tar.bz2", "tar.xz"])
 def packed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = tmp_path / "folder"
     for name, content in CONTENT.items():
@@ -49,7 +50,7 @@ def packed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
             for name in CONTENT:
                 archive.write(folder / name, name)
         return path
-    with tarfile.open(path, "w:gz" if request.param == "tar.gz" else "w") as archive:
+    with tarfile.open(path, "w" if request.param == "tar" else f"w:{request.param.removeprefix('tar.')}") as archive:
         archive.add(folder / "set", "set")
     return path
 
@@ -103,7 +104,7 @@ def test_bombs_are_refused_before_they_unpack(tmp_path: Path, monkeypatch: pytes
             pass
 
 
-@pytest.mark.parametrize("packed", ["zip", "tar", "tar.gz"], indirect=True)
+@pytest.mark.parametrize("packed", ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz"], indirect=True)
 @pytest.mark.parametrize("keep", [0.05, 0.4, 0.6])
 def test_truncated_archives_are_named(packed: Path, keep: float) -> None:
     content = packed.read_bytes()
@@ -139,3 +140,32 @@ def test_one_name_in_two_places_is_an_error(tmp_path: Path) -> None:
         (tmp_path / folder / "test").write_text("x")
     with open_files(tmp_path) as files, pytest.raises(ValueError, match="more than one test"):
         files.find("test")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is neither a folder nor a file"), open_files(tmp_path / "pipe"):
+        pass
+    with open_files(tmp_path) as files:
+        assert files.names == ()
+
+
+def test_backslashes_of_windows_in_a_zip_are_slashes(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("set\\a.txt", "set\\none\\"):
+            info = zipfile.ZipInfo("placeholder")
+            info.filename = name
+            archive.writestr(info, b"" if name.endswith("\\") else b"first")
+    with open_files(tmp_path / "a.zip") as files:
+        assert files.names == ("set/a.txt",)
+        assert files.empty == ("set/none",)
+        assert files.read("set/a.txt") == b"first"
+
+
+def test_names_that_would_steer_a_terminal_are_escaped(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", "set/\x1b[2J.txt")
+    content = path.read_bytes().replace(b"content", b"CONTENT")
+    path.write_bytes(content)
+    with open_files(path) as files, pytest.raises(ValueError, match="truncated or corrupt") as caught:
+        files.read(0)
+    assert "\x1b" not in str(caught.value)

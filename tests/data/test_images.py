@@ -98,3 +98,21 @@ def test_floats_are_exactly_a_255th_of_the_bytes() -> None:
     images = Images(levels, torch.tensor([0]), torch.tensor([0]))
     expected = (np.arange(256) / np.float64(255)).astype(np.float32)
     np.testing.assert_array_equal(images.floats().flatten().numpy(), expected)
+
+
+def test_another_part_is_held_out_or_none() -> None:
+    prepared = data.load("digits")
+    total = len(prepared.train) + len(prepared.validation)
+    none, some, share = (data.load("digits", held_out=held_out) for held_out in (0, 50, 0.1))
+    assert [len(part) for part in (none.train, none.validation, none.test)] == [total, 0, len(prepared.test)]
+    assert (len(some.train), len(some.validation)) == (total - 50, 50)
+    assert len(share.validation) == round(0.1 * total)
+    assert len({one.fingerprint for one in (prepared, none, some, share)}) == 4
+    assert torch.equal(
+        none.train.labels.bincount(), (prepared.train.labels.bincount() + prepared.validation.labels.bincount())
+    )
+    assert len(data.load("digits", held_out=0, samples=64).train) == 64
+    assert data.load("digits", held_out=50).fingerprint == some.fingerprint
+    for held_out, message in ((total, "is outside"), (1.5, "is neither a number of images nor a share below 1")):
+        with pytest.raises(ValueError, match=f"data.held_out={held_out} {message}"):
+            data.load("digits", held_out=held_out)

@@ -168,11 +168,11 @@ def test_an_image_folders_own_validation_images_are_used(image_folder: Path) -> 
     shutil.copytree(image_folder / "test", image_folder / "val")
     assert data.prepare("insects", image_folder).sizes == {"train": 40, "validation": 10, "test": 10}
     shutil.rmtree(image_folder / "test")
-    status = data.prepare("insects", image_folder)
+    status = data.prepare("insects", image_folder, replace=True)
     assert status.sizes == {"train": 36, "validation": 4, "test": 10}
     assert "val is the test" in status.notice
     shutil.rmtree(image_folder / "val")
-    status = data.prepare("insects", image_folder)
+    status = data.prepare("insects", image_folder, replace=True)
     assert status.sizes == {"train": 33, "validation": 3, "test": 4}
     assert "a fixed tenth of train is the test" in status.notice
 
@@ -221,17 +221,18 @@ def halve(name: str) -> Callable[[Path], None]:
     return change
 
 
-def sixteen_bits(folder: Path) -> None:
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(folder / "train" / "ant" / "deep.png")
+def thirty_two_bits(folder: Path) -> None:
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(folder / "train" / "ant" / "deep.tif")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (remove_class, "has 1 classes under train/"),
-        (add("train/ant/x.jpg"), r"train/ant/x\.jpg is not a PNG or JPEG that can be read"),
-        (halve("train/ant/00.png"), r"train/ant/00\.png is not a PNG or JPEG that can be read"),
-        (sixteen_bits, r"train/ant/deep\.png .* save it with 8 bits a channel"),
+        (add("train/ant/x.jpg"), r"train/ant/x\.jpg is not a PNG, JPEG, .* or AVIF image that can be read"),
+        (halve("train/ant/00.png"), r"train/ant/00\.png is cut short or damaged"),
+        (thirty_two_bits, r"train/ant/deep\.tif .* save it with 8 bits a channel"),
+        (add("train/\x1b[2J/x.png"), r"the class '\\x1b\[2J' has characters that cannot be shown"),
         (add("test/wasp/x.png"), r"the class of test/wasp/x\.png is not among those of train/"),
         (add("train/x.png"), r"train/x\.png is not at train/CLASS/FILE"),
         (add("more/train/ant/x.png"), "more than one image folder"),
@@ -356,6 +357,106 @@ def test_what_is_wrong_with_tiny_imagenet_is_named(
     assert cache_files(cache) == []
 
 
+def test_what_an_image_folder_leaves_out_is_said(image_folder: Path, picture: Callable[..., bytes]) -> None:
+    for name in ("train/ant/notes.txt", "train/bee/x.tga", "train/bee/y.tga", "train/.cache/x.png"):
+        add(name, picture(1))(image_folder)
+    (image_folder / "train" / "wasp").mkdir()
+    (image_folder / "train" / "fly").mkdir()
+    add("train/fly/readme.md")(image_folder)
+    status = data.prepare("insects", image_folder)
+    assert status.classes == 2
+    assert status.notice == (
+        "left out, as no image by the name's ending: 2 .tga, 1 .txt, 1 .md (the first is train/ant/notes.txt); "
+        "no class, for want of images: fly, wasp"
+    )
+
+
+def test_whatever_pillow_reads_safely_is_an_image(image_folder: Path, picture: Callable[..., bytes]) -> None:
+    kinds = {"a.JPG": "JPEG", "b.jfif": "JPEG", "c.webp": "WEBP", "d.bmp": "BMP", "e.gif": "GIF", "f.tif": "TIFF"}
+    for name, kind in kinds.items():
+        add(f"train/ant/{name}", picture(5, kind=kind))(image_folder)
+    Image.fromarray(np.full((8, 8), 5 << 8, np.uint16)).save(image_folder / "train" / "bee" / "deep.png")
+    status = data.prepare("insects", image_folder)
+    assert status.sizes == {"train": 43, "validation": 4, "test": 10}
+    assert status.notice == "1 images are 16 bits a channel, of which the upper 8 are kept"
+
+
+def test_a_set_that_differs_is_not_replaced_unasked(image_folder: Path, cache: Path) -> None:
+    before = data.prepare("insects", image_folder)
+    assert data.prepare("insects", str(image_folder), root=str(cache)) == before
+    (image_folder / "train" / "ant" / "00.png").unlink()
+    with pytest.raises(ValueError, match=r"insects is prepared already, with other images .*--replace"):
+        data.prepare("insects", image_folder)
+    assert cache_files(cache) == ["insects.safetensors"]
+    assert data.verify("insects") == before
+    assert data.prepare("insects", image_folder, replace=True).fingerprint != before.fingerprint
+
+
+class Stop(KeyboardInterrupt):
+    pass
+
+
+def test_an_interrupted_preparation_is_continued(
+    image_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ducat.data import decode, images
+
+    whole = data.prepare("whole", image_folder)
+    monkeypatch.setattr(images, "CHUNK_BYTES", 5 * 8 * 8 * 3)  # five images
+    decoded = []
+    original = decode.decode
+
+    def watched(content: bytes) -> Image.Image:
+        if len(decoded) == 23:
+            raise Stop
+        decoded.append(content)
+        return original(content)
+
+    monkeypatch.setattr(decode, "decode", watched)
+    with pytest.raises(Stop):
+        data.prepare("insects", image_folder)
+    assert cache_files(cache) == [".preparing-insects", "journal.json", "lock", "part", "whole.safetensors"]
+    decoded.clear()
+    monkeypatch.setattr(decode, "decode", lambda content: (decoded.append(content), original(content))[1])
+    assert data.prepare("insects", image_folder).fingerprint == whole.fingerprint
+    assert len(decoded) == 50 - 20
+    assert cache_files(cache) == ["insects.safetensors", "whole.safetensors"]
+
+
+def test_files_that_changed_since_an_interruption_are_read_anew(
+    image_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ducat.data import images
+
+    monkeypatch.setattr(images, "CHUNK_BYTES", 5 * 8 * 8 * 3)
+    original = images.Lazy.select
+
+    def stopping(self: images.Lazy, rows: torch.Tensor) -> images.Images:
+        if rows[0] > 10:
+            raise Stop
+        return original(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images.Lazy, "select", stopping)
+        with pytest.raises(Stop):
+            data.prepare("insects", image_folder)
+    for file in image_folder.rglob("*.png"):
+        Image.open(file).transpose(Image.Transpose.ROTATE_180).save(file)
+    assert data.prepare("insects", image_folder).fingerprint == data.prepare("again", image_folder).fingerprint
+
+
+def test_two_preparations_of_one_name_do_not_mix(image_folder: Path, cache: Path) -> None:
+    from filelock import FileLock
+
+    (cache / ".preparing-insects").mkdir(parents=True)
+    with (
+        FileLock(cache / ".preparing-insects" / "lock"),
+        pytest.raises(ValueError, match="another process is preparing insects"),
+    ):
+        data.prepare("insects", image_folder)
+    assert data.prepare("insects", image_folder).prepared
+
+
 def test_a_failed_preparation_keeps_what_was_there(cifar10_archive: Path, cache: Path) -> None:
     before = data.prepare("cifar10", cifar10_archive)
     halve(cifar10_archive.name)(cifar10_archive.parent)
@@ -371,10 +472,12 @@ def test_a_disk_that_fills_up_leaves_no_half_a_cache(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        data.prepare("cifar10", cifar10_archive)
-    assert cache_files(cache) == []
+    for function in ("os.fsync", "os.posix_fallocate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(function, lambda *_: full(0))
+            with pytest.raises(OSError, match="No space left on device: cifar10 was not prepared, nothing is left"):
+                data.prepare("cifar10", cifar10_archive)
+        assert cache_files(cache) == []
 
 
 def test_a_damaged_cache_is_named(cifar10_archive: Path, cache: Path) -> None:
@@ -421,6 +524,10 @@ def test_a_data_set_that_is_not_prepared_says_how_to(name: str, message: str) ->
     [
         ("insects", {}, "insects is unknown .* needs --from FOLDER"),
         ("../insects", {"source": Path()}, "cannot name a data set"),
+        (300 * "a", {"source": Path()}, "cannot name a data set.* at most 100"),
+        ("digits", {"source": "empty"}, "--from empty: the digits come with scikit-learn"),
+        ("insects", {"source": Path(), "size": 100_000}, r"size=100000 does not fit: .* \[1, 4096\]"),
+        ("insects", {"source": Path(), "size": 10**20}, "does not fit"),
         ("cifar10-jpeg", {}, "cifar10-jpeg is not offered for download"),
         ("cifar10", {"size": 8}, "size=8 does not fit"),
         ("insects", {"source": Path(), "size": 0}, "size=0 does not fit"),
@@ -475,7 +582,9 @@ def test_corruptions_come_by_severity(tmp_path: Path) -> None:
     [
         ("fog", np.zeros((100, 32, 32), np.uint8), r"fog\.npy is uint8 of shape \(100, 32, 32\)"),
         ("fog", np.zeros((100, 32, 32, 3), np.float32), r"fog\.npy is float32"),
-        ("fog", np.array([{"a": 1}], object), r"fog\.npy is not an array"),
+        ("fog", np.full((100, 32, 32, 3), None, object), r"fog\.npy is not an array"),
+        ("labels", np.array(3), r"labels\.npy is int64 of shape \(\), not of shape \(n\)"),
+        ("labels", np.zeros(0, int), "the same labels for five severities"),
         ("labels", np.full(100, 10), r"labels\.npy: label 10 of image 0"),
         ("labels", np.arange(100) % 9, "the same labels for five severities"),
         ("labels", np.zeros(99, int), "the same labels for five severities"),

@@ -19,6 +19,27 @@ def test_reads_what_the_cifar_archives_hold(python2_pickle: Pickle) -> None:
     assert content == {b"labels": [3, 1], b"name": b"x" * 300}
 
 
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("labels", [[3, 1], np.array([3, 1])], ids=["list", "array"])
+@pytest.mark.parametrize("key", [bytes, str])
+def test_a_subset_that_python_3_wrote_reads_alike(protocol: int, labels: object, key: type) -> None:
+    array = np.asfortranarray(np.arange(24, dtype=np.uint8).reshape(4, 6))
+    written = {
+        b"data": array,
+        b"labels": labels,
+        b"batch_label": "testing batch 1 of 1",
+        b"label_names": ["cat", "dog"],
+    }
+    data = pickle.dumps({name if key is bytes else name.decode(): value for name, value in written.items()}, protocol)
+    content = unpickle(data, "batch")
+    np.testing.assert_array_equal(content.pop(b"data"), array)
+    assert content == {
+        b"labels": [3, 1],
+        b"batch_label": b"testing batch 1 of 1",
+        b"label_names": [b"cat", b"dog"],
+    }
+
+
 def test_fortran_order_is_kept(python2_pickle: Pickle) -> None:
     array = np.arange(6, dtype=np.uint8).reshape(2, 3)
     data = python2_pickle({b"data": array}).replace(pickle.NEWFALSE, pickle.NEWTRUE)

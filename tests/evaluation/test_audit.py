@@ -54,7 +54,7 @@ def warnings(model: nn.Module, x: torch.Tensor, y: torch.Tensor, threat: ducat.T
     for warning in found:
         assert re.search(r"\d", warning), "a warning names what was seen"
     matched = [[name for name, text in SIGNS.items() if text in warning] for warning in found]
-    assert all(len(names) == 1 for names in matched)
+    assert all(len(names) == 1 for names in matched), found
     return {names[0] for names in matched}
 
 
@@ -101,9 +101,10 @@ def test_a_dummy_sink_is_named(templates: Templates) -> None:
     assert warnings(Sink(), x, y) == {"sink gap"}
 
 
+@pytest.mark.slow
 def test_gradients_that_are_zero_are_named_and_the_second_round_breaks_what_they_hide(templates: Templates) -> None:
     """Rounding to five levels of grey hides the gradient; the straight-through gradient finds the way."""
-    model, x, y = templates
+    model, x, y = templates[0], templates[1][:20], templates[2][:20]
     rounded = Before(model, lambda image: torch.round(4 * image) / 4)
     evaluation = ducat.evaluate(rounded, x, y, THREAT, num_classes=4)
     named = {name for warning in evaluation.warnings for name, text in SIGNS.items() if text in warning}
@@ -112,7 +113,7 @@ def test_gradients_that_are_zero_are_named_and_the_second_round_breaks_what_they
     assert "gradients vanish" in evaluation.causes
     second = evaluation.scrutiny.second_round
     assert second is not None
-    assert sum(second.broken.values()) > 5
+    assert sum(second.broken.values()) > 2
     # Each level may be pushed as far as the ball reaches: the best of all signs, tried in full on every pixel.
     gradient = model[1].weight[None] - model[1].weight[:, None]
     worst = torch.zeros(len(y), dtype=torch.bool)
@@ -120,7 +121,7 @@ def test_gradients_that_are_zero_are_named_and_the_second_round_breaks_what_they
         towards = torch.stack([gradient[label, k] for label in y]).view_as(x)
         pushed = (x + THREAT.radius * towards.sign()).clamp(0, 1)
         worst |= rounded(pushed).argmax(1) != y
-    assert (evaluation.robust.float().mean() - (~worst).float().mean()) <= 0.03
+    assert (evaluation.robust.float().mean() - (~worst).float().mean()) <= 0.06
 
 
 def test_a_saturated_softmax_is_seen_through_and_gets_no_warning(templates: Templates) -> None:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ducat.dummy import add_dummy_classes
 from ducat.evaluation import behaviour
 
 CLASSES = ("cat", "dog")
@@ -108,7 +109,7 @@ def test_a_network_without_dummy_classes_has_no_signal() -> None:
 
 def test_without_attacked_images_there_is_nothing_to_show() -> None:
     measured = behaviour.measure(Scripted(4), BENIGN, BENIGN, Y, CLASSES)
-    assert measured == {"attacked": 0, "mass": None, "signal": None, "examples": []}
+    assert measured == {"attacked": 0, "mass": None, "signal": None, "features": None, "examples": []}
 
 
 @pytest.mark.parametrize(("broken", "whole"), [(20, 20), (1, 20), (20, 1), (0, 3), (2, 0)])
@@ -118,3 +119,29 @@ def test_examples_are_of_both_kinds_where_there_are(broken: int, whole: int) -> 
     assert len(set(chosen.tolist())) == len(chosen) == min(behaviour.EXAMPLES, broken + whole)
     assert (~withstood[chosen]).sum() >= min(broken, behaviour.EXAMPLES // 2)
     assert withstood[chosen].sum() >= min(whole, math.floor(behaviour.EXAMPLES / 2))
+
+
+def test_features_are_the_main_axes_of_what_the_last_layer_is_given() -> None:
+    # The features are the four pixels; the attack moves the first by 0.6, the images differ a little in the second.
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    model = add_dummy_classes(model, images=torch.zeros(2, 1, 2, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].weight[3, 0], model[1].bias[3] = 10.0, -5.0  # a bright first pixel is dummy class 1, else real class 0
+        model[1].bias[0] = 0.0
+        model[1].bias[1:3] = -1.0
+    x = torch.full((20, 1, 2, 2), 0.2)
+    x[:, 0, 0, 1] += 0.1 * torch.rand(20, generator=generator)
+    attacked = x.clone()
+    attacked[:, 0, 0, 0] += 0.6
+    found = behaviour.measure(model, x, attacked, torch.zeros(20).long(), ["a", "b"])["features"]
+    counts = {kind: {part: len(places) for part, places in parts.items()} for kind, parts in found["points"].items()}
+    assert counts == {"benign": {"real": 20, "dummy": 0}, "adversarial": {"real": 0, "dummy": 20}}
+    assert {place[0] for place in found["points"]["benign"]["real"]} == {-0.3}
+    assert {place[0] for place in found["points"]["adversarial"]["dummy"]} == {0.3}
+    spread = x[:, 0, 0, 1].double()
+    expected = (spread - spread.mean()).tolist()
+    assert [place[1] for place in found["points"]["benign"]["real"]] == pytest.approx(expected, abs=1e-3)
+    assert found["explained"][0] == pytest.approx(0.09 / (0.09 + float(spread.var(correction=0))), abs=1e-3)
+    assert sum(found["explained"]) == pytest.approx(1, abs=1e-3)

@@ -2,18 +2,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ducat
 from ducat.attacks.suites import SUITES, Attack, Suite
 from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
-from ducat.evaluation import Evaluation, compare
+from ducat.evaluation import Evaluation, behaviour, compare
 from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder
 from ducat.training import train
@@ -22,7 +23,7 @@ Templates = tuple[nn.Sequential, torch.Tensor, torch.Tensor]
 THREAT = ducat.ThreatModel(eps=0.09)
 
 
-def evaluate(templates: Templates, suite: str = "quick", **kwargs: object) -> Evaluation:
+def evaluate(templates: Templates, suite: str | Suite = "quick", **kwargs: object) -> Evaluation:
     return ducat.evaluate(*templates, THREAT, suite, **{"num_classes": 4, **kwargs})
 
 
@@ -170,6 +171,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_samples(templates: Templates, tmp_path: Path) -> None:
     torch.save(templates, tmp_path / "templates.pt")
     (tmp_path / "script.py").write_text(SHARED)
@@ -202,6 +204,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return train(config, tmp_path_factory.mktemp("runs"))
 
 
+@pytest.mark.slow
 def test_a_run_evaluated_twice_gives_the_same_numbers(run: RunFolder) -> None:
     first = evaluate_run(run, "quick", samples=60)
     kept = run.evaluation_path.read_text()
@@ -218,6 +221,7 @@ def test_a_run_evaluated_twice_gives_the_same_numbers(run: RunFolder) -> None:
     assert torch.equal(deployed(stored.adversarial).argmax(1) == y, stored.robust)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["best", "last"])
 def test_an_evaluation_says_which_checkpoint_it_is_of(run: RunFolder, which: str) -> None:
     assert evaluate_run(run, "quick", samples=20, which=which)["checkpoint"] == which
@@ -225,6 +229,18 @@ def test_an_evaluation_says_which_checkpoint_it_is_of(run: RunFolder, which: str
     assert json.loads(run.evaluation_path.read_text())["checkpoint"] == which
 
 
+@pytest.mark.slow
+def test_a_run_can_be_attacked_by_a_suite_from_outside(run: RunFolder) -> None:
+    def darken(model: nn.Module, x: Tensor, y: Tensor, threat: ducat.ThreatModel, noise: torch.Generator) -> Tensor:
+        return threat.project(x - threat.eps, x)
+
+    measured = evaluate_run(run, Suite((Attack("darken", False, darken),), audit=False, name="ours"), samples=20)
+    assert measured["suite"] == "ours"
+    assert "darken" in [attack["name"] for attack in measured["attacks"]]
+    assert behaviour.read(run) is not None, "an evaluation measures the behaviour too"
+
+
+@pytest.mark.slow
 def test_a_run_can_be_attacked_in_another_ball(run: RunFolder) -> None:
     measured = evaluate_run(run, "quick", samples=20, threat=ducat.ThreatModel("l2", 0.5))
     assert (measured["threat"]["norm"], measured["threat"]["eps"]) == ("l2", 0.5)
@@ -302,3 +318,104 @@ def test_a_recovered_classifier_is_measured_with_its_own_recovery(how: str) -> N
     assert found.attacks[-1].knows_recovery
     assert found.attacks[-1].same_as is None, "the blind attacker sees the raw outputs, not the recovered ones"
     assert not ducat.evaluate(other, x, y, ducat.ThreatModel(eps=0.05), "quick", num_classes=4).clean.all()
+
+
+def in_numpy(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that decides as a linear network does, and passes no gradient."""
+    weight, bias = (parameter.detach().numpy() for parameter in (model[1].weight, model[1].bias))
+    return lambda images: torch.from_numpy(images.detach().flatten(1).numpy() @ weight.T + bias)
+
+
+def test_images_of_a_surrogate_count(templates: Templates) -> None:
+    model, x, y = templates
+    hidden = in_numpy(model)
+    alone, led = evaluate((hidden, x, y)), evaluate((hidden, x, y), surrogates=[model])
+    assert alone.robust.float().mean() > 0.9
+    assert torch.equal(led.robust, evaluate(templates).robust)
+    assert "transfer-1" in {attack.name for attack in led.attacks}
+
+
+def test_an_attack_of_the_callers_own_joins_the_worst_case(templates: Templates) -> None:
+    model, x, y = templates
+
+    def towards_the_next(classifier: nn.Module, x: torch.Tensor, y: torch.Tensor, *rest: object) -> torch.Tensor:
+        assert classifier(x).shape == (len(x), 4)
+        weight = model[1].weight.detach()
+        step = (weight[(y + 1) % 4] - weight[y]).sign().view_as(x)
+        return (x + 0.09 * step).clamp(0, 1)
+
+    idle = Suite((Attack("idle", False, lambda model, x, *rest: x),), audit=False)
+    found = evaluate(templates, idle, attacks=[towards_the_next])
+    expected = model(towards_the_next(model, x, y)).argmax(1) == y
+    assert torch.equal(found.robust, expected)
+    assert not expected.all()
+    assert found.attacks[-1].name == "own-towards_the_next"
+    with pytest.raises(ValueError, match="two have the same name"):
+        evaluate(templates, idle, attacks=[towards_the_next, towards_the_next])
+
+
+def test_a_modules_gradient_can_be_given(templates: Templates) -> None:
+    model, x, y = templates
+
+    class Rounded(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return (255 * images).round() / 255
+
+    network = nn.Sequential(Rounded(), model)
+    blocked, led = evaluate((network, x, y)), evaluate((network, x, y), replacements={"0": lambda images: images})
+    assert blocked.robust.float().mean() > 0.9
+    assert abs(led.robust.float().mean() - evaluate(templates).robust.float().mean()) < 0.06
+
+
+def test_the_second_round_can_be_limited(templates: Templates) -> None:
+    model, x, y = templates
+    suite = Suite((Attack("idle", False, lambda model, x, *rest: x),))
+    found = evaluate((in_numpy(model), x, y), suite, second_round_seconds=0.0)
+    second = found.scrutiny.second_round
+    assert second is not None
+    assert second.stopped
+    assert second.broken == {}
+    assert found.at_most
+    assert Evaluation.load(saved(found)).scrutiny == found.scrutiny
+
+
+def saved(evaluation: Evaluation) -> Path:
+    path = Path(tempfile.mkdtemp()) / "evaluation.json"
+    evaluation.save(path)
+    return path
+
+
+def test_a_copy_that_would_be_another_network_is_not_attacked() -> None:
+    """The stem of a pre-activation network feeds a shortcut too, which folding the norm after it would change."""
+    x, _ = ducat.data.load_test("digits", 20)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ducat.models.build("preact-resnet20", 10, channels=1, width=4)
+        with torch.no_grad():
+            for _ in range(5):
+                network.train()(x)
+    network.eval()
+    labels = network(x).argmax(1)
+    found = ducat.evaluate(network, x, labels, ducat.ThreatModel(eps=0.1), "quick", num_classes=10)
+    assert found.scrutiny.folded
+    images = ducat.attacks.adaptive(network, x, labels, ducat.ThreatModel(eps=0.1), "quick")
+    assert abs(float(found.robust.float().mean()) - float((network(images).argmax(1) == labels).float().mean())) <= 0.1
+
+
+def test_a_folded_copy_that_goes_astray_on_adversarial_images_is_given_up(
+    templates: Templates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, _y = templates
+
+    class Astray(nn.Module):
+        """Right on images that are near those of the test or of the random start, and wrong at the edge of the ball."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            far = torch.cdist(images.flatten(1), x.flatten(1), p=1).amin(1) / 64 > 0.07
+            return torch.where(far[:, None], 100 * model(x[:1]), model(images))
+
+    monkeypatch.setattr("ducat.evaluation.engine.fold_batch_norm", lambda network, images: Astray())
+    found = evaluate(templates)
+    assert not found.scrutiny.folded
+    monkeypatch.undo()
+    assert torch.equal(found.robust, evaluate(templates).robust)

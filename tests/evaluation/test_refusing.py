@@ -168,6 +168,7 @@ def test_a_random_network_is_not_measured_and_says_so() -> None:
     assert any("refusing was not measured" in warning for warning in measured.warnings)
 
 
+@pytest.mark.slow
 def test_the_estimator_refuses_its_share() -> None:
     generator = np.random.default_rng(0)
     y = generator.integers(0, 2, 300)

@@ -12,6 +12,8 @@ from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder
 from ducat.training import train
 
+pytestmark = pytest.mark.slow  # all of them need three trained networks
+
 SAMPLES = 80
 
 
@@ -115,7 +117,7 @@ def test_corruption_error_is_the_mean_over_corruptions_and_severities(
         assert (name, samples) == ("digits-c", SAMPLES)
         return [(*key, images, y) for key, images in corrupted.items()]
 
-    monkeypatch.setattr(analysis, "load_corruptions", load)
+    monkeypatch.setattr(studies, "load_corruptions", load)
     found = studies.corruption(runs[2], "digits-c", samples=SAMPLES)
     right = {key: (predictions(runs[2], images) == y.numpy()).mean() for key, images in corrupted.items()}
     for kind in ("brighter", "darker"):
@@ -124,3 +126,37 @@ def test_corruption_error_is_the_mean_over_corruptions_and_severities(
     assert len(set(right.values())) > 3, "the corruptions must tell the severities apart"
     with pytest.raises(ValueError, match="no corrupted images of digits"):
         studies.corruption(runs[2])
+
+
+def test_a_targeted_attack_counts_where_the_wanted_class_wins(
+    runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ducat.cli import main
+
+    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    plain = studies.pgd
+
+    def watched(network, x, wanted, *arguments, **options):
+        found = plain(network, x, wanted, *arguments, **options)
+        seen.append((x, wanted, found))
+        return found
+
+    monkeypatch.setattr(studies, "pgd", watched)
+    y = ducat.data.load_test("digits", SAMPLES)[1].numpy()
+    for run, attackers in ((runs[0], ["blind"]), (runs[2], ["blind", "aware"])):
+        seen.clear()
+        found = studies.targeted(run, samples=SAMPLES, steps=5).to_dict()
+        assert list(found["withstood"]) == attackers
+        for attacker, (x, wanted, images) in zip(attackers, seen, strict=True):
+            assert RunFolder(run).config.threat.build(None).allows(images, x).all()
+            assert (wanted.numpy() != y).all()
+            predicted = predictions(run, images)
+            assert found["withstood"][attacker] == pytest.approx((predicted != wanted.numpy()).mean())
+            assert found["correct"][attacker] == pytest.approx((predicted == y).mean())
+            assert found["correct"][attacker] <= found["withstood"][attacker]
+    # An attacker who knows recovery gets the wanted class more often.
+    assert found["withstood"]["aware"] < found["withstood"]["blind"]
+    figure = tmp_path / "targeted.svg"
+    assert main(["analyze", "targeted", str(runs[2]), "--samples", "20", "--figure", str(figure)]) == 0
+    assert figure.stat().st_size > 1000
+    assert main(["analyze", "targeted", *map(str, runs)]) == 2

@@ -288,11 +288,9 @@ def test_robust_exceeds_neither_blind_nor_what_any_attack_left(seed: int, kind: 
 
     x = torch.rand(12, 1, 3, 3, generator=generator)
     y = (x.flatten(1) @ weights[:4].T).argmax(1)
-    try:
-        found = ducat.evaluate(model, x, y, ducat.ThreatModel(eps=0.1), "quick", num_classes=4)
-    except ValueError as error:
-        assert kind == "nan", error
+    if kind == "nan" and not model(x).isfinite().all():
         return
+    found = ducat.evaluate(model, x, y, ducat.ThreatModel(eps=0.1), "quick", num_classes=4)
     numbers = found.to_dict()
     left = [row["accuracy"] for row in numbers["attacks"]]
     assert numbers["robust"] <= min([numbers["blind"], numbers["clean"]["accuracy"], *left]) + 1e-6

@@ -13,9 +13,9 @@ from torch import nn
 
 import ducat
 from ducat import models
+from ducat.architecture import Architecture, describe_foreign
 from ducat.dummy import dummy_heads
 from ducat.models import doors
-from ducat.models.architecture import Architecture, describe_foreign
 from ducat.models.outputs import Logits
 
 NETS = """
@@ -123,14 +123,18 @@ def test_a_function_in_a_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("{file}:text", "nets.py:text returns a str: it must return an nn.Module"),
         ("nowhere.py:net", "nowhere.py does not exist"),
         ("no_such_package.nets:net", "there is no Python module no_such_package.nets here"),
-        ("nets.py:", "must be file.py:function or package.module:function"),
+        ("nets.py:", "is no name of a function: give file.py:function or package.module:function"),
     ],
 )
 def test_what_is_no_function_of_theirs_is_said(nets: Path, name: str, message: str) -> None:
     name = name.format(file=nets)
-    models.allow_code(name)
-    with pytest.raises(ValueError, match=message):
+
+    def make() -> None:
+        models.allow_code(name)
         describe_foreign(asked(name), normalize=True)
+
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_images_of_a_size_that_it_does_not_take(nets: Path) -> None:

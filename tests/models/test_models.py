@@ -162,3 +162,12 @@ def test_what_must_raise(arguments, message):
 def test_grey_images_do_not_broadcast_into_a_colour_model():
     with pytest.raises(ValueError, match="the images have 1 channels, but the model was built for 3"):
         build("small", 10)(torch.rand(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize(("init", "deviation"), [("he", 0.0416), ("torch", 0.0170)])
+def test_convolutions_begin_as_asked(init: str, deviation: float) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weight = build("resnet18-bottleneck", 10, width=64, init=init).network.layer2[1].conv2.weight
+    # 3 x 3 x 128 in and out: sqrt(2 / 1152), and sqrt(1 / (3 * 1152)).
+    assert weight.std().item() == pytest.approx(deviation, rel=0.01)

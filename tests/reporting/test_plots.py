@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ducat.evaluation.studies import STUDIES
 from ducat.reporting import plots
 
 
@@ -26,6 +27,10 @@ FIGURES = {
     "signal": lambda: plots.reliability(SIGNAL),
 }
 figures = pytest.mark.parametrize("name", FIGURES)
+
+
+def test_every_study_has_a_figure() -> None:
+    assert set(plots.FIGURES) == set(STUDIES)
 
 
 def test_the_trade_off_stands_where_the_numbers_say() -> None:

@@ -77,7 +77,7 @@ def trades_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-FORMATS: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any]]] = {
+WRAPPED: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any]]] = {
     "bare": ("weights.pt", lambda weights: weights),
     "nested": ("weights.pth", lambda weights: {"epoch": 3, "best": 0.5, "state_dict": weights}),
     "nested twice": ("weights.pt", lambda weights: {"model": {"net": weights}}),
@@ -96,10 +96,10 @@ def write(path: Path, content: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WRAPPED)
 def test_the_recovered_prediction_right_after_the_copy_is_the_originals(tmp_path: Path, name: str) -> None:
     model = original()
-    file, wrap = FORMATS[name]
+    file, wrap = WRAPPED[name]
     source = write(tmp_path / file, wrap(bare(model)))
     # With a learning rate of 0 the weights stay those of the copy; batch-norm statistics are put back below.
     folder = adapt(source, TINY, tmp_path)
@@ -145,6 +145,7 @@ def test_names_of_other_code(tmp_path: Path, name: str, normalization: Any, rena
     torch.testing.assert_close(recover(adapted(x)), model(x), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_of_ours_brings_its_settings_and_its_network_along(tmp_path: Path) -> None:
     trained = train(
         replace(
@@ -171,6 +172,7 @@ def test_a_run_of_ours_brings_its_settings_and_its_network_along(tmp_path: Path)
     assert (tmp_path / "base-adapted-recovery-aware").is_dir()
 
 
+@pytest.mark.slow
 def test_the_command_begins_with_the_settings_of_the_run(tmp_path: Path) -> None:
     trained = replace(TINY, name="base", dummy=DummyConfig("off"), threat=ThreatConfig(eps=0.07, steps=1))
     folder = train(trained, tmp_path)
@@ -194,6 +196,7 @@ def test_settings_of_a_run_with_epochs_that_the_tail_has_not(tmp_path: Path) -> 
     assert settings(tmp_path / "run").train.averaging_start_epoch == 0
 
 
+@pytest.mark.slow
 def test_adapting_trains_and_can_be_resumed(tmp_path: Path) -> None:
     source = write(tmp_path / "weights.pt", bare(original()))
     chosen = replace(TINY, dummy=DummyConfig("published"), train=replace(TINY.train, epochs=2, learning_rate=0.05))
@@ -268,6 +271,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: bytes) -> N
         adapt(tmp_path / file, TINY, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_network_that_has_dummy_classes_keeps_them_and_is_trained_on(tmp_path: Path) -> None:
     published = train(replace(TINY, name="published", dummy=DummyConfig("published", start_epoch=0)), tmp_path)
     cured = adapt(published.path, replace(TINY, name="cured"), tmp_path)
@@ -289,6 +293,7 @@ def test_weights_of_another_network_name_the_one_that_they_fit(tmp_path: Path) -
         adapt(source, asked, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_must_raise(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no\.pt does not exist: give a run folder, or a file of weights"):
         adapt(tmp_path / "no.pt", TINY, tmp_path)

@@ -47,6 +47,7 @@ def test_a_run_leaves_its_folder_and_its_deployed_model(tmp_path: Path) -> None:
     assert model(x).shape == (10, 10)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path: Path) -> None:
     runs = [replace(TINY, name=f"run{n}", train=replace(TINY.train, seed=seed)) for n, seed in enumerate((0, 0, 1))]
     before = torch.random.get_rng_state()
@@ -78,6 +79,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[methods.Objective]:
     return objectives
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["published", "recovery-aware"])
 def test_dummy_classes_come_in_at_the_start_epoch(tmp_path: Path, kind: str, seen: list[methods.Objective]) -> None:
     train(with_dummies(kind, start_epoch=2), tmp_path)
@@ -85,6 +87,7 @@ def test_dummy_classes_come_in_at_the_start_epoch(tmp_path: Path, kind: str, see
     assert [objective.targets is not None for objective in seen] == [False] * (2 * steps) + [True] * steps
 
 
+@pytest.mark.slow
 def test_recovery_aware_dummy_rows_are_copies_until_the_switch(tmp_path: Path) -> None:
     config = with_dummies("recovery-aware", start_epoch=2)
     after = dummy_head(train(replace(config, name="after"), tmp_path).load("last"))
@@ -103,6 +106,7 @@ def _stop_after(config: Config, root: Path, epochs: int) -> RunFolder:
     return RunFolder.open(root / config.name)
 
 
+@pytest.mark.slow
 def test_best_is_chosen_by_robust_validation_accuracy_with_dummy_classes_in_use(tmp_path: Path) -> None:
     robust = iter([0.9, 0.3, 0.5, 0.4])
     best = []
@@ -120,6 +124,7 @@ def test_best_is_chosen_by_robust_validation_accuracy_with_dummy_classes_in_use(
     assert best == [None, 1, 2, 2], "epoch 0 is before dummy classes, epoch 3 is worse than epoch 2"
 
 
+@pytest.mark.slow
 def test_test_images_are_never_looked_at(tmp_path: Path) -> None:
     dataset = ducat.data.load("digits", samples=64)
     ruined = replace(dataset, test=replace(dataset.test, images=torch.zeros_like(dataset.test.images)))
@@ -147,6 +152,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_the_model_learns_and_adversarial_training_makes_it_robust(tmp_path: Path) -> None:
     settings = TrainConfig(epochs=12, batch_size=64, learning_rate=0.3, schedule="one-cycle", validate_every=12)
     accuracy: dict[str, dict] = {}
@@ -173,6 +179,7 @@ def test_settings_that_do_not_fit_the_data_are_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "a run folder was made for a run that could not start"
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_trained_like_any_other(tmp_path: Path) -> None:
     # In a process of its own, since the tests' type checker cannot be traced. What may fail on a network of ours is the
     # tracing; what a C compiler makes of it is PyTorch's.
@@ -195,6 +202,7 @@ sys.exit(main(["train", "--config", {str(tmp_path / "config.yaml")!r}, "--runs",
     assert all(torch.allclose(found[name].float(), plain[name].float(), atol=1e-3) for name in plain)
 
 
+@pytest.mark.slow
 def test_training_goes_on_without_a_compiler_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(network: torch.nn.Module) -> torch.nn.Module:
         class Broken(torch.nn.Module):

@@ -53,7 +53,7 @@ def variant(name: str, **changes: Any) -> Config:
 
 
 # Steps along the gradient itself carry rounding on as it is.
-L2 = ThreatConfig("l2", eps=0.5, steps=3)
+L2 = ThreatConfig("l2", eps=0.5, step_size=0.125, steps=3)
 SMOOTH = [
     variant("pgd-at", threat=L2),
     variant("mart", threat=L2, method=MethodConfig("mart")),

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ducat
+import ducat.weights
+from ducat.architecture import Architecture
 from ducat.attacks.adaptive import BUDGETS, Round
-from ducat.attacks.objectives import OBJECTIVES
-from ducat.attacks.objectives import Objective as Goal
+from ducat.attacks.objectives import OBJECTIVES, Goal
 from ducat.attacks.suites import SUITES, Attack, Suite
 from ducat.config import DummyConfig, MethodConfig
 from ducat.methods import ATTACKS, METHODS, InnerAttack, Method, Objective
 from ducat.models import MODELS
-from ducat.models.architecture import Architecture
 from ducat.training import Initial, resume, train
 from tests.support import TINY, Watcher, unvalidated
 
@@ -82,11 +82,11 @@ def test_a_suite_and_an_attack_of_ones_own_measure_a_network_of_ones_own() -> No
 
     def brighter(model: nn.Module, x: Tensor, y: Tensor, threat: ducat.ThreatModel, generator: Any) -> Tensor:
         calls.append("brighter")
-        return threat.project(x + threat.radius, x)
+        return threat.project(x + threat.eps, x)
 
     def darker(model: nn.Module, x: Tensor, y: Tensor, threat: ducat.ThreatModel, generator: Any) -> Tensor:
         calls.append("darker")
-        return threat.project(x - threat.radius, x)
+        return threat.project(x - threat.eps, x)
 
     suite = Suite((Attack("brighter", True, brighter),), audit=False, name="light and shade")
     threat = ducat.ThreatModel(eps=0.3)
@@ -100,6 +100,7 @@ def test_a_suite_and_an_attack_of_ones_own_measure_a_network_of_ones_own() -> No
     assert (dict(SUITES), dict(BUDGETS)) == tables
 
 
+@pytest.mark.slow
 def test_a_network_that_is_given_is_what_is_trained(tmp_path: Path) -> None:
     given = ducat.models.build("small", 10, channels=1, mean=(0.5,), std=(0.5,))
     config = replace(TINY, train=replace(TINY.train, learning_rate=0.0, weight_decay=0.0))
@@ -108,12 +109,41 @@ def test_a_network_that_is_given_is_what_is_trained(tmp_path: Path) -> None:
     after = dict(folder.load("last").named_parameters())
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert folder.manifest["initial"] == {"file": "a network given to train"}
-    with pytest.raises(ValueError, match=r"model: .* differs from the small that the settings ask for"):
+    with pytest.raises(ValueError, match="model: it has 7 outputs, and 10 are needed for 10 classes"):
         train(replace(config, name="other"), tmp_path, model=ducat.models.build("small", 7, channels=1))
-    with pytest.raises(ValueError, match="differs from the small"):
-        train(replace(config, name="other"), tmp_path, model=Outsider(10))
+    with pytest.raises(ValueError, match=r"model: it does not take the data's images \(RuntimeError: "):
+        train(replace(config, name="other"), tmp_path, model=nn.Sequential(nn.Flatten(), nn.Linear(5, 10)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["off", "recovery-aware"])
+@pytest.mark.parametrize("as_object", [False, True])
+def test_a_network_of_ones_own_trains_and_goes_on(tmp_path: Path, kind: str, as_object: bool) -> None:
+    class Wrapped(Outsider):
+        def forward(self, x: Tensor) -> Any:
+            return {"logits": super().forward(x)}
+
+    def given() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            return Wrapped(10) if as_object else Outsider(10)
+
+    config = replace(TINY, dummy=DummyConfig(kind, start_epoch=1))  # type: ignore[arg-type]
+    whole = train(config, tmp_path / "whole", model=given(), validate=unvalidated)
+    with pytest.raises(ValueError, match=r"the network is a .*(Outsider|Wrapped) that was given to train"):
+        whole.load("last")
+    model = given()
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, Watcher(leave_after=1), model=model, validate=unvalidated)
+    with pytest.raises(ValueError, match="give it to resume as model="):
+        resume(tmp_path / "run", validate=unvalidated)
+    continued = resume(tmp_path / "run", model=given(), validate=unvalidated)
+    states = [ducat.weights.read(folder.checkpoint_path("last")).weights for folder in (whole, continued)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.slow
 def test_a_run_with_an_objective_of_its_own_goes_on_with_it_alone(tmp_path: Path) -> None:
     def objective(epoch: int) -> Objective:
         return ducat.objective(METHOD, "off")

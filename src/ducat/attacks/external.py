@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from foolbox.attacks.base import MinimizationAttack
     from pyautoattack import AutoAttack
 
-Images = Float[Tensor, "batch channels height width"]
+Batch = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
 
 TARGETED_DLR = 4  # classes: the targeted loss of AutoAttack divides by a difference of the first, third and fourth
@@ -30,11 +30,11 @@ SQUARE_L1 = 5  # pixels: in l1 Square begins with a grid of five tiles a side
 
 def autoattack(
     model: nn.Module,
-    x: Images,
+    x: Batch,
     y: Labels,
     threat: ThreatModel,
     generator: torch.Generator | None = None,
-) -> Images:
+) -> Batch:
     """AutoAttack in its standard version (Croce & Hein 2020, arXiv 2003.01690), from `pyautoattack`.
 
     It runs APGD on cross-entropy, targeted APGD, targeted FAB and Square, each on the samples that withstood the ones
@@ -69,13 +69,13 @@ def autoattack(
 
 def square(
     model: nn.Module,
-    x: Images,
+    x: Batch,
     y: Labels,
     threat: ThreatModel,
     generator: torch.Generator | None = None,
     *,
     queries: int = 1000,
-) -> Images:
+) -> Batch:
     """Square, a random search that uses no gradients (Andriushchenko et al. 2020, arXiv 1912.00049).
 
     Where it does better than gradients, the gradients mislead. Arguments and result as for `autoattack`; `queries` is
@@ -97,14 +97,14 @@ def square(
 
 def carlini_wagner(
     model: nn.Module,
-    x: Images,
+    x: Batch,
     y: Labels,
     threat: ThreatModel,
     generator: torch.Generator | None = None,
     *,
     steps: int = 200,
     searches: int = 6,
-) -> Images:
+) -> Batch:
     """The L2 attack of Carlini & Wagner (2017, arXiv 1608.04644), from `foolbox`.
 
     It looks for the closest image that fools the model. Arguments and result as for `autoattack`; `steps` is the
@@ -121,13 +121,13 @@ def carlini_wagner(
 
 def ddn(
     model: nn.Module,
-    x: Images,
+    x: Batch,
     y: Labels,
     threat: ThreatModel,
     generator: torch.Generator | None = None,
     *,
     steps: int = 100,
-) -> Images:
+) -> Batch:
     """Decoupled direction and norm, a fast search for the closest image in L2 (Rony et al. 2019, arXiv 1811.09600).
 
     From `foolbox`. Arguments and result as for `autoattack`.
@@ -137,14 +137,14 @@ def ddn(
     """
     from foolbox.attacks import DDNAttack
 
-    return _closest(DDNAttack(init_epsilon=threat.radius, steps=steps), model, x, y, threat, generator)
+    return _closest(DDNAttack(init_epsilon=threat.eps, steps=steps), model, x, y, threat, generator)
 
 
 def _autoattack(model: nn.Module, x: Tensor, threat: ThreatModel, seed: int) -> "AutoAttack":
     from pyautoattack import AutoAttack
 
     norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[threat.norm]
-    attack = AutoAttack(model, norm=norm, eps=threat.radius, seed=seed, device=x.device)
+    attack = AutoAttack(model, norm=norm, eps=threat.eps, seed=seed, device=x.device)
     # What AutoAttack has to say about the model, `ducat.evaluate` says in its own warnings.
     silent = logging.Logger("autoattack", level=logging.CRITICAL + 1)
     attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = silent

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import collections
 import itertools
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -202,10 +204,10 @@ def classifiers_inside(
     found: list[tuple[str, nn.Module]] = []
     outputs: list[Tensor] = []
     parts = [(name, part) for name, part in modules_within(model) if part is not model and name]
-    heard: dict[int, Any] = {}
+    heard: dict[int, list[Any]] = {id(part): [] for _, part in parts}
 
     def listen(module: nn.Module, inputs: Any, output: Any) -> None:
-        heard[id(module)] = output
+        heard[id(module)].append(output)
 
     with attackable(network), torch.no_grad():
         handles = [part.register_forward_hook(listen) for _, part in parts]
@@ -214,12 +216,15 @@ def classifiers_inside(
         finally:
             for handle in handles:
                 handle.remove()
+        blocked = _blocked(network, x)
         for name, part in parts:
-            direct = _Cast(part)
-            for asked, answer in (
-                (Inside(network, part), lambda p=part: heard[id(p)]),
-                (direct, lambda d=direct: d(x)),
-            ):
+            asked, answers = heard[id(part)], list[tuple[nn.Module, Callable[[], Any]]]()
+            if asked:
+                answers.append((Inside(network, part), partial(operator.getitem, asked, -1)))
+            # What is asked once, for the whole answer, is no other network when it is asked directly.
+            if len(asked) != 1 or blocked:
+                answers.append((direct := _Cast(part), partial(direct, x)))
+            for candidate, answer in answers:
                 try:
                     logits = logits_of(answer())
                 except Exception:  # a part that is not asked, or does not take images, fails in any way there is
@@ -231,11 +236,17 @@ def classifiers_inside(
                 logits = logits.float()
                 if not any(logits.shape == other.shape and torch.allclose(logits, other) for other in outputs):
                     outputs.append(logits)
-                    found.append((name, asked))
+                    found.append((name, candidate))
                     if logits.shape[1] == 2 * num_classes and outputs[0].shape[1] == num_classes:
-                        found += [(f"{name}, half {half + 1}", _Half(asked, half)) for half in range(2)]
-                break  # what is fed by another part is no classifier of images
+                        found += [(f"{name}, half {half + 1}", _Half(candidate, half)) for half in range(2)]
     return found
+
+
+def _blocked(network: nn.Module, x: Tensor) -> bool:
+    with torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        logits = network(x)
+        return not logits.requires_grad or not bool(torch.autograd.grad(logits.abs().sum(), x)[0].any())
 
 
 def mixtures(parts: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
@@ -346,6 +357,7 @@ _ROUNDED = _names(
     "round", "floor", "ceil", "trunc", "sign", "sgn", "fix", "round_", "floor_", "ceil_", "trunc_", "sign_"
 )
 _DETACHED = _names("detach", "detach_") | {Tensor.data.__get__}  # type: ignore[attr-defined]
+_TAKEN_OUT = _names("numpy", "__array__", "tolist", "item", "__bool__", "__float__", "__int__")
 _ABOVE = _names("gt", "ge", "greater", "greater_equal", "__gt__", "__ge__")
 _BELOW = _names("lt", "le", "less", "less_equal", "__lt__", "__le__")
 _CAST = _names(
@@ -401,6 +413,8 @@ class _Softening(TorchFunctionMode):
         first = arguments[0] if arguments else None
         if function in _DETACHED:
             return first
+        if function in _TAKEN_OUT and isinstance(first, Tensor):
+            return function(first.detach(), *arguments[1:], **keywords)
         if not isinstance(first, Tensor):
             return self._other(function, arguments, keywords)
         if function in _ROUNDED and first.requires_grad:

@@ -22,8 +22,8 @@ PerSample = Float[Tensor, " batch"]
 
 
 @dataclass(frozen=True)
-class Objective:
-    """A row of the table.
+class Goal:
+    """What an attack raises, and when it believes to have won: a row of the table.
 
     Attributes:
         value: `(logits, y, reference)` to a value per sample, which the attack raises. `reference` is what
@@ -42,7 +42,7 @@ class Objective:
     reference: Callable[[Tensor, Tensor], Tensor] | None = None
     targeted: bool = False
     success: Callable[[Tensor, Tensor], Tensor] | None = None
-    recovered: "Objective | None" = None
+    recovered: "Goal | None" = None
 
     def fooled(self, logits: Logits, y: Labels) -> Bool[Tensor, " batch"]:
         """Tell which samples this attacker believes to be misclassified; when `targeted`, classified as y."""
@@ -100,48 +100,46 @@ def _negative_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return -losses.cross_entropy(logits, y)
 
 
-def _recovered(value: Callable[[Tensor, Tensor], Tensor], how: str, targeted: bool = False) -> Objective:
-    return Objective(
-        lambda logits, y, reference: value(recover(logits, how), y), knows_recovery=True, targeted=targeted
-    )
+def _recovered(value: Callable[[Tensor, Tensor], Tensor], how: str, targeted: bool = False) -> Goal:
+    return Goal(lambda logits, y, reference: value(recover(logits, how), y), knows_recovery=True, targeted=targeted)
 
 
-def _blind(value: Callable[[Tensor, Tensor], Tensor], how: str, targeted: bool = False) -> Objective:
+def _blind(value: Callable[[Tensor, Tensor], Tensor], how: str, targeted: bool = False) -> Goal:
     """Return a blind objective, whose counterpart has the same value on logits recovered by `how`."""
     counterpart = _recovered(value, how, targeted)
-    return Objective(lambda logits, y, reference: value(logits, y), targeted=targeted, recovered=counterpart)
+    return Goal(lambda logits, y, reference: value(logits, y), targeted=targeted, recovered=counterpart)
 
 
-_RECOVERED_KL = Objective(
+_RECOVERED_KL = Goal(
     lambda logits, y, clean: losses.kl(recover(clean, "logsumexp"), recover(logits, "logsumexp")),
     knows_recovery=True,
     reference=_clean,
 )
-BLIND: dict[str, Objective] = {
+BLIND: dict[str, Goal] = {
     "cross-entropy": _blind(losses.cross_entropy, "logsumexp"),
     "margin": _blind(losses.margin, "max"),
     "dlr": _blind(dlr, "max"),
-    "kl": Objective(lambda logits, y, clean: losses.kl(clean, logits), reference=_clean, recovered=_RECOVERED_KL),
+    "kl": Goal(lambda logits, y, clean: losses.kl(clean, logits), reference=_clean, recovered=_RECOVERED_KL),
     "targeted-cross-entropy": _blind(_negative_cross_entropy, "logsumexp", targeted=True),
 }
 
 
-OBJECTIVES: dict[str, Objective] = {
+OBJECTIVES: dict[str, Goal] = {
     **BLIND,
     **{f"recovered-{name}": row.recovered for name, row in BLIND.items() if row.recovered is not None},
     "recovered-max-cross-entropy": _recovered(losses.cross_entropy, "max"),
-    "weighted-pair": Objective(lambda logits, y, reference: weighted_pair(logits, y), knows_recovery=True),
-    **{f"targeted-pair-{rank + 1}": Objective(targeted_pair, True, runner_up(rank)) for rank in range(9)},
+    "weighted-pair": Goal(lambda logits, y, reference: weighted_pair(logits, y), knows_recovery=True),
+    **{f"targeted-pair-{rank + 1}": Goal(targeted_pair, True, runner_up(rank)) for rank in range(9)},
 }
 
 
-def find(objective: str | Objective) -> Objective:
+def find(objective: str | Goal) -> Goal:
     """Return the objective of that name, or the objective itself.
 
     Raises:
         ValueError: if there is none of that name.
     """
-    if isinstance(objective, Objective):
+    if isinstance(objective, Goal):
         return objective
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {objective!r} is unknown: choose from {', '.join(OBJECTIVES)}")

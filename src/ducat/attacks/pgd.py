@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ducat.attacks.objectives import Objective, find
+from ducat.attacks.objectives import Goal, find
 from ducat.threat import ThreatModel
 
-Images = Float[Tensor, "batch channels height width"]
+Batch = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
 KEEP = ("best", "first", "last")
 
@@ -43,19 +43,19 @@ def attackable(model: nn.Module) -> Iterator[None]:
 
 def pgd(
     model: nn.Module,
-    x: Images,
+    x: Batch,
     y: Labels,
     threat: ThreatModel,
-    objective: str | Objective = "cross-entropy",
+    objective: str | Goal = "cross-entropy",
     restarts: int = 1,
     generator: torch.Generator | None = None,
     *,
-    start: Images | None = None,
+    start: Batch | None = None,
     keep: str = "best",
     adaptive_steps: bool = False,
-    strides: Sequence[float] | None = None,
+    step_sizes: Sequence[float] | None = None,
     judge: nn.Module | None = None,
-) -> Images:
+) -> Batch:
     """Projected gradient ascent (Madry et al. 2018, arXiv 1706.06083).
 
     Each image moves `threat.steps` times by `threat.step_size` in the steepest direction of the norm
@@ -67,8 +67,8 @@ def pgd(
         x: benign images.
         y: labels, shape (B,); for an objective that knows recovery they are of the C = K / 2 real classes.
         threat: ball, step size (in the units of eps, on images in [0, 1]) and number of steps.
-        objective: a name in `objectives.OBJECTIVES`, or an `Objective`. It also says whether a sample counts as
-            fooled by its raw or by its recovered prediction.
+        objective: a name in `objectives.OBJECTIVES`, or a `Goal`. It also says whether a sample counts as fooled by
+            its raw or by its recovered prediction.
         restarts: independent starts, at least 1; later ones attack only the samples that survived the earlier ones.
         generator: source of the random starts; PyTorch's global one by default.
         start: where the first start begins, inside the ball, instead of at random in it.
@@ -81,8 +81,8 @@ def pgd(
             `threat.step_size` is then not used.
         judge: another model of as many classes whose prediction decides what counts as fooled, while `model` leads; it
             is asked at every step.
-        strides: length of each step, in the units of eps, instead of `threat.steps` steps of `threat.step_size`; with
-            keep="last" only.
+        step_sizes: length of each step, in the units of eps, instead of `threat.steps` steps of `threat.step_size`;
+            with keep="last" only.
 
     Returns:
         Images inside the ball and inside [0, 1], of x's shape and dtype.
@@ -96,8 +96,8 @@ def pgd(
         raise ValueError(f"keep={keep!r} is unknown: choose from {', '.join(KEEP)}")
     if keep == "last" and (restarts > 1 or adaptive_steps):
         raise ValueError("keep='last' looks at no iterate: it takes neither restarts nor adaptive_steps")
-    if keep != "last" and strides is not None:
-        raise ValueError(f"strides are for keep='last', not for keep={keep!r}")
+    if keep != "last" and step_sizes is not None:
+        raise ValueError(f"step_sizes are for keep='last', not for keep={keep!r}")
     if len(x) != len(y):
         raise ValueError(f"{len(x)} images but {len(y)} labels")
     goal = find(objective)
@@ -108,8 +108,8 @@ def pgd(
                 reference = goal.reference(model(x).to(x.dtype), y)
         if keep == "last":
             start = threat.random_start(x, generator) if start is None else start
-            strides = [threat.stride] * threat.steps if strides is None else strides
-            return _last_iterate(model, x, y, threat, goal, reference, start, strides)
+            step_sizes = [threat.step_size] * threat.steps if step_sizes is None else step_sizes
+            return _last_iterate(model, x, y, threat, goal, reference, start, step_sizes)
         best = x.clone()
         best_value = x.new_full((len(x),), -torch.inf)
         alive = torch.arange(len(x), device=x.device)
@@ -138,7 +138,7 @@ def pgd(
 
 
 def _gradient(
-    model: nn.Module, adversarial: Tensor, y: Tensor, goal: Objective, reference: Tensor | None
+    model: nn.Module, adversarial: Tensor, y: Tensor, goal: Goal, reference: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits, objective and gradient of the input."""
     with torch.enable_grad():
@@ -156,20 +156,20 @@ def _last_iterate(
     x: Tensor,
     y: Tensor,
     threat: ThreatModel,
-    goal: Objective,
+    goal: Goal,
     reference: Tensor | None,
     start: Tensor,
-    strides: Sequence[float],
+    step_sizes: Sequence[float],
 ) -> Tensor:
     adversarial = start
-    for stride in strides:
+    for step_size in step_sizes:
         _, _, gradient = _gradient(model, adversarial, y, goal, reference)
-        adversarial = threat.project(threat.ascend(adversarial, gradient, stride), x)
+        adversarial = threat.project(threat.ascend(adversarial, gradient, step_size), x)
     return adversarial
 
 
 @dataclass
-class _Search:
+class _Ascent:
     """The state of an ascent: a row per sample that is still attacked."""
 
     row: Tensor  # its place in the batch
@@ -178,7 +178,7 @@ class _Search:
     reference: Tensor | None
     now: Tensor
     before: Tensor
-    stride: Tensor
+    step_size: Tensor
     best: Tensor
     best_value: Tensor
     best_gradient: Tensor
@@ -188,10 +188,10 @@ class _Search:
     checkpoint_value: Tensor  # `best_value` at the last checkpoint
     halved: Tensor  # whether the last checkpoint halved the step
 
-    def select(self, mask: Tensor) -> "_Search":
+    def select(self, mask: Tensor) -> "_Ascent":
         state = {field.name: getattr(self, field.name) for field in fields(self)}
         chosen: dict[str, Any] = {name: None if tensor is None else tensor[mask] for name, tensor in state.items()}
-        return _Search(**chosen)
+        return _Ascent(**chosen)
 
 
 def _checkpoints(steps: int) -> set[int]:
@@ -213,7 +213,7 @@ def _best_iterate(
     x: Tensor,
     y: Tensor,
     threat: ThreatModel,
-    goal: Objective,
+    goal: Goal,
     reference: Tensor | None,
     start: Tensor,
     *,
@@ -225,14 +225,14 @@ def _best_iterate(
     size = len(x)
     unset = x.new_full((size,), -torch.inf)
     no = torch.zeros(size, dtype=torch.bool, device=x.device)
-    search = _Search(
+    search = _Ascent(
         row=torch.arange(size, device=x.device),
         x=x,
         y=y,
         reference=reference,
         now=start,
         before=start,
-        stride=x.new_full((size,), 2 * threat.radius if adaptive else threat.stride),
+        step_size=x.new_full((size,), 2 * threat.eps if adaptive else threat.step_size),
         best=start.clone(),
         best_value=unset.clone(),
         best_gradient=torch.zeros_like(x),
@@ -272,13 +272,13 @@ def _best_iterate(
         if step in checkpoints:
             stalled = search.rises < PROGRESS * (step - last_checkpoint)
             stalled |= ~search.halved & (search.best_value <= search.checkpoint_value)
-            search.stride = torch.where(stalled, search.stride / 2, search.stride)
+            search.step_size = torch.where(stalled, search.step_size / 2, search.step_size)
             columns = _columns(stalled, x)
             search.now = torch.where(columns, search.best, search.now)
             gradient = torch.where(columns, search.best_gradient, gradient)
             search.checkpoint_value, search.halved = search.best_value.clone(), stalled
             search.rises, last_checkpoint = torch.zeros_like(search.rises), step
-        ahead = threat.project(threat.ascend(search.now, gradient, _columns(search.stride, x)), search.x)
+        ahead = threat.project(threat.ascend(search.now, gradient, _columns(search.step_size, x)), search.x)
         if adaptive and step:
             drift = search.now - search.before
             ahead = search.now + MOMENTUM * (ahead - search.now) + (1 - MOMENTUM) * drift

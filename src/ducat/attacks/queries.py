@@ -59,7 +59,7 @@ def decisions(
         furthest = torch.full((size,), 1.0 / unit, device=x.device)
         reach = torch.where(wrong(signs, furthest), furthest, torch.inf)
         asked, blocks, block = 1, 1, 0
-        while asked < queries and bool((reach > threat.radius).any()):
+        while asked < queries and bool((reach > threat.eps).any()):
             length = -(-pixels // blocks)
             low, high = block * length, min((block + 1) * length, pixels)
             trial = signs.flatten(1).clone()
@@ -82,5 +82,5 @@ def decisions(
             block += 1
             if block * length >= pixels:
                 blocks, block = (min(2 * blocks, pixels) if blocks < pixels else 1), 0
-        nearest = torch.where(reach <= threat.radius, reach, threat.radius)
+        nearest = torch.where(reach <= threat.eps, reach, threat.eps)
         return threat.project(at(signs, nearest), x)

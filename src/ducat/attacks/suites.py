@@ -115,7 +115,7 @@ def through(guide: nn.Module, steps: int = 50) -> Run:
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
     """The fast gradient sign method: one step of length eps from the benign image (Goodfellow et al. 2015)."""
-    single = replace(threat, steps=1, step_size=threat.radius)
+    single = replace(threat, steps=1, step_size=threat.eps)
     return pgd(model, x, y, single, "recovered-cross-entropy", start=x, keep="last")
 
 

@@ -5,8 +5,9 @@ Images are uint8 in this package and float32 in [0, 1] everywhere else; normalis
 
 from ducat.data.augment import Augmentation
 from ducat.data.batches import Batches
-from ducat.data.images import Dataset, Images
+from ducat.data.images import Dataset, Images, Source
 from ducat.data.loading import load, load_corruptions, load_test
+from ducat.data.own import own
 from ducat.data.prepare import Status, list_datasets, prepare, verify
 from ducat.data.specs import SPECS, DataSpec
 
@@ -17,11 +18,13 @@ __all__ = [
     "DataSpec",
     "Dataset",
     "Images",
+    "Source",
     "Status",
     "list_datasets",
     "load",
     "load_corruptions",
     "load_test",
+    "own",
     "prepare",
     "verify",
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from ducat.data import autoaugment
@@ -18,6 +19,9 @@ class Augmentation:
     """Which random changes a training image goes through, in this order.
 
     Attributes:
+        resized_crop: smallest share of an image's area that a random crop keeps, which is then brought to the one size
+            (C. Szegedy et al., 2015, arXiv 1409.4842); 0 is none. It happens where an image is decoded, so only
+            images that are decoded as they come can have it.
         crop_padding: pixels of black added on each side before a random crop back to the image's size; 0 is no crop.
         flip: mirror left to right with probability 1/2.
         autoaugment: apply AutoAugment's CIFAR-10 policy (E. Cubuk et al., 2019).
@@ -29,8 +33,11 @@ class Augmentation:
     flip: bool = False
     autoaugment: bool = False
     cutout: int = 0
+    resized_crop: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.resized_crop <= 1:
+            raise ValueError(f"resized_crop={self.resized_crop} is outside [0, 1]: give a share of the area")
         for name in ("crop_padding", "cutout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative: give pixels, 0 for none")
@@ -38,7 +45,7 @@ class Augmentation:
     @classmethod
     def base(cls, spec: DataSpec) -> Augmentation:
         """Return what adversarial training usually augments with: random crop and flip, as fits the data set."""
-        return cls(spec.crop_padding, spec.flip)
+        return cls(0 if spec.resized_crop else spec.crop_padding, spec.flip, resized_crop=spec.resized_crop)
 
     @classmethod
     def strong(cls, spec: DataSpec) -> Augmentation:
@@ -46,7 +53,7 @@ class Augmentation:
 
         Random crop and flip, then AutoAugment, then cutout of half the image's side.
         """
-        return cls(spec.crop_padding, spec.flip, autoaugment=True, cutout=spec.shape[1] // 2)
+        return replace(cls.base(spec), autoaugment=True, cutout=spec.shape[1] // 2)
 
     def __call__(
         self,
@@ -77,6 +84,34 @@ class Augmentation:
             places = torch.rand(total, 2, generator=generator)[mine] * torch.tensor(images.shape[2:])
             images = cutout(images, places.long().to(images.device), self.cutout)
         return images
+
+
+TRIES = 10
+"""Crops that are drawn for an image, of which the first that fits is taken."""
+
+
+def window(draws: Float[Tensor, "tries 4"], size: tuple[int, int], smallest: float) -> tuple[int, int, int, int]:
+    """Return the part of an image that a random resized crop keeps: (left, top, right, bottom) in pixels.
+
+    Its area is a uniform share of the image's, and its sides are in a ratio between 3/4 and 4/3, uniform in its
+    logarithm. Where no try fits into the image, the largest part with a ratio in that range is cut from its middle.
+
+    Args:
+        draws: uniform numbers in [0, 1): area, ratio, and place down and right, of each try.
+        size: (height, width) of the image.
+        smallest: share of the area, above 0.
+    """
+    height, width = size
+    for area, ratio, down, right in draws.tolist():
+        pixels = (smallest + area * (1 - smallest)) * height * width
+        sides = math.exp((2 * ratio - 1) * math.log(4 / 3))
+        columns, rows = round(math.sqrt(pixels * sides)), round(math.sqrt(pixels / sides))
+        if 0 < columns <= width and 0 < rows <= height:
+            top, left = int(down * (height - rows + 1)), int(right * (width - columns + 1))
+            return left, top, left + columns, top + rows
+    columns, rows = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - columns) // 2, (height - rows) // 2
+    return left, top, left + columns, top + rows
 
 
 def crop_and_flip(

@@ -1,22 +1,34 @@
 """Batches for training: a function of the seed, the epoch and the step, whatever the device and number of processes."""
 
+import os
+import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from ducat.data.augment import Augmentation
-from ducat.data.images import Images, floats
+from ducat.data.augment import TRIES, Augmentation
+from ducat.data.encoded import Encoded
+from ducat.data.images import Images, Lazy, Source, floats
+from ducat.data.own import Items
 from ducat.seeding import generator
 
 RESIDENT_BYTES = 4 * 2**30
-"""Larger sets of images stay where they are, mapped from their file, and are fetched batch by batch."""
+"""Images in more bytes are not moved to an accelerator, but fetched batch by batch."""
 
-WORKERS = 2
-"""Threads that fetch the next batches of such a set: enough to hide a disk, since a GPU does the augmentation."""
+HOST_BYTES = 2**26
+"""Images in more bytes than this are not read into the host's memory: the system keeps their file at hand anyhow."""
+
+THREADS = 2
+"""Threads that read the next batches from a file: enough to hide a disk."""
+
+MOST_WORKERS = 8
+"""Processes that decode images, unless told otherwise, at most."""
 
 
 class Batches:
@@ -26,7 +38,8 @@ class Batches:
     entered at any step, and any number of processes sees the same batches: each takes its rows of them.
 
     Args:
-        images: the training images; up to `RESIDENT_BYTES` of them are moved to `device` once, as uint8.
+        images: the training images. On a GPU, up to `RESIDENT_BYTES` of prepared ones are moved to it once, as uint8;
+            others are fetched as they are needed, and those that are still encoded are decoded by worker processes.
         batch_size: rows of the global batch, over all processes.
         seed: the run's seed.
         augment: what each view goes through; None leaves the images as they are.
@@ -35,14 +48,16 @@ class Batches:
         drop_last: leave out an epoch's last batch when it would be short.
         rank: this process's number, in [0, world_size).
         world_size: how many processes share the global batch.
+        workers: processes that decode images; 0 decodes in this one, None takes the cores there are, `MOST_WORKERS` at
+            most. The batches do not depend on it.
 
     Raises:
-        ValueError: the batch size does not fit the number of images or of processes.
+        ValueError: the batch size does not fit the number of images or of processes, or the augmentation the images.
     """
 
     def __init__(
         self,
-        images: Images,
+        images: Source,
         batch_size: int,
         *,
         seed: int,
@@ -52,6 +67,7 @@ class Batches:
         drop_last: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        workers: int | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise ValueError(
@@ -65,7 +81,12 @@ class Batches:
             raise ValueError(f"rank={rank} is outside [0, {world_size - 1}]")
         if views < 1:
             raise ValueError(f"views={views} is less than 1")
-        self.streams = images.images.nbytes > RESIDENT_BYTES
+        pixels = images.pixels if isinstance(images, Lazy) else None
+        self.decodes = pixels is not None and pixels.decodes
+        if augment is not None and augment.resized_crop and not isinstance(pixels, Encoded):
+            raise ValueError("resized_crop needs images that are decoded as they come: prepare them from folder:PATH")
+        held = isinstance(images, Images) or torch.device(device).type != "cpu"
+        self.streams = self.decodes or images.nbytes > (RESIDENT_BYTES if held else HOST_BYTES)
         self.images = images if self.streams else images.to(device)
         self.device = device
         self.batch_size = batch_size
@@ -75,6 +96,8 @@ class Batches:
         self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.workers = max(1, min(MOST_WORKERS, cores // world_size)) if workers is None else workers
 
     def __len__(self) -> int:
         """Return the number of steps in an epoch."""
@@ -88,30 +111,75 @@ class Batches:
         Args:
             epoch: which epoch; each has an order and augmentations of its own.
             start_step: the first step to yield; the batches are those that a whole epoch would have yielded.
+
+        Raises:
+            ValueError: an image cannot be decoded; the message names it.
+            OSError: a process that decodes images has died, or the file cannot be read.
         """
         order = torch.randperm(len(self.images), generator=generator(self.seed, "order", epoch))
         batches = order.split(self.batch_size)[start_step : len(self)]
-        for step, (rows, batch) in enumerate(zip(batches, self._fetch(batches), strict=True), start_step):
-            views = [self._view(batch.images, epoch, step, view, len(rows)) for view in range(self.views)]
-            yield floats(torch.stack(views) if self.views > 1 else views[0]), batch.labels
+        fetched = self._decode(batches, epoch, start_step) if self.decodes else self._fetch(batches)
+        for step, (rows, (pixels, labels)) in enumerate(zip(batches, fetched, strict=True), start_step):
+            views = [
+                self._view(pixels[min(view, len(pixels) - 1)], epoch, step, view, len(rows))
+                for view in range(self.views)
+            ]
+            yield floats(torch.stack(views) if self.views > 1 else views[0]), labels
 
     def _mine(self, total: int) -> tuple[int, int]:
         start, stop = (total * rank // self.world_size for rank in (self.rank, self.rank + 1))
         return start, stop
 
-    def _fetch(self, batches: Sequence[Tensor]) -> Iterator[Images]:
+    def _fetch(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield pixels, with a dimension in front, and labels of this process's rows."""
         mine = (rows[slice(*self._mine(len(rows)))] for rows in batches)
         if not self.streams:
-            yield from (self.images.select(rows.to(self.images.labels.device)) for rows in mine)
+            for rows in mine:
+                chosen = self.images.select(rows.to(self.images.labels.device))
+                yield chosen.images[None], chosen.labels
             return
-        with ThreadPoolExecutor(WORKERS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             waiting: deque[Future[Images]] = deque()
+
+            def first() -> tuple[Tensor, Tensor]:
+                chosen = waiting.popleft().result().to(self.device)
+                return chosen.images[None], chosen.labels
+
             for rows in mine:
                 waiting.append(pool.submit(self.images.select, rows))
-                if len(waiting) > 2 * WORKERS:
-                    yield waiting.popleft().result().to(self.device)
+                if len(waiting) > 2 * THREADS:
+                    yield first()
             while waiting:
-                yield waiting.popleft().result().to(self.device)
+                yield first()
+
+    def _decode(self, batches: Sequence[Tensor], epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the same of images that worker processes decode, with as many views in front as differ."""
+        loader = DataLoader(
+            _Steps(self, batches, epoch, start_step),
+            batch_size=None,
+            num_workers=self.workers,
+            worker_init_fn=_leave_signals,
+            # Else it takes a number from the caller's global generator.
+            generator=generator(self.seed, "workers", epoch),
+            pin_memory=torch.device(self.device).type == "cuda",
+        )
+        steps = iter(loader)
+        try:
+            while True:
+                try:
+                    pixels, labels, error = next(steps)
+                except StopIteration:
+                    return
+                except RuntimeError as death:
+                    if "DataLoader worker" not in str(death):
+                        raise
+                    reason = " ".join(str(death).split())
+                    raise OSError(f"a process that decodes images has died ({reason}): try --data.workers 1") from death
+                if error:
+                    raise ValueError(error)
+                yield pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        finally:
+            del steps  # ends the workers
 
     def _view(self, images: Tensor, epoch: int, step: int, view: int, total: int) -> Tensor:
         if self.augment is None:
@@ -119,3 +187,46 @@ class Batches:
         return self.augment(
             images, generator(self.seed, "augmentation", epoch, step, view), self._mine(total)[0], total
         )
+
+
+class _Steps(Dataset[tuple[Tensor, Tensor, str]]):
+    """The steps of an epoch: pixels and labels of one process's rows, and what was wrong with them, else nothing."""
+
+    def __init__(self, batches: Batches, steps: Sequence[Tensor], epoch: int, start: int) -> None:
+        assert isinstance(batches.images, Lazy)
+        self.batches, self.images, self.steps, self.epoch, self.start = batches, batches.images, steps, epoch, start
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
+        rows, augment = self.steps[index], self.batches.augment
+        mine = slice(*self.batches._mine(len(rows)))
+        try:
+            if isinstance(self.images.pixels, Items):
+                chosen = self.images.subset(rows[mine])
+                views = [
+                    self.images.pixels.draw(chosen.rows, self.batches.seed, self.epoch, view)
+                    for view in range(self.batches.views)
+                ]
+                return torch.stack(views), chosen.labels, ""
+            if augment is None or not augment.resized_crop:
+                fetched = self.images.select(rows[mine])
+                return fetched.images[None], fetched.labels, ""
+            key = self.batches.seed, "crop", self.epoch, self.start + index
+            draws = [
+                torch.rand(len(rows), TRIES, 4, generator=generator(*key, view))[mine]
+                for view in range(self.batches.views)
+            ]
+            encoded: Any = self.images.pixels
+            pixels = encoded.crops(self.images.rows[rows[mine]], torch.stack(draws), augment.resized_crop)
+            return pixels, self.images.labels[rows[mine]], ""
+        except (ValueError, OSError) as error:
+            # An error that crosses processes as such comes out with a traceback for a message.
+            return torch.empty(0), torch.empty(0), str(error)
+
+
+def _leave_signals(worker: int) -> None:
+    """Let the training process decide when to stop: whoever interrupts it interrupts its workers, too."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)

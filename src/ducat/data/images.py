@@ -1,10 +1,13 @@
-"""Images in memory, their splits and their fingerprint."""
+"""Labelled images in memory, in a file or still encoded; their splits and their fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,11 +17,59 @@ from torch import Tensor
 from ducat.data.specs import DataSpec
 
 SPLIT_SEED = 2410
+CHUNK_BYTES = 2**22
+"""Most bytes of pixels that are read at once where all of a set goes by."""
+
+
+class Source(ABC):
+    """Labelled images, 8 bits a channel, that are fetched by their positions.
+
+    Attributes:
+        labels: (n,), int64, in [0, number of classes).
+        ids: (n,), int64, each image's position in the split that its publisher calls train or test.
+    """
+
+    labels: Int64[Tensor, n]
+    ids: Int64[Tensor, n]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of each image."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pixels."""
+        return len(self) * math.prod(self.shape)
+
+    @abstractmethod
+    def select(self, indices: Int64[Tensor, m]) -> Images:
+        """Fetch the images at these positions, in this order, into memory."""
+
+    @abstractmethod
+    def subset(self, indices: Int64[Tensor, m]) -> Source:
+        """Return the images at these positions, in this order, without fetching them."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Images:
+        """Return the same images in the memory of `device`."""
+
+    def floats(self) -> Float[Tensor, "n channels height width"]:
+        """Return all images as float32 in [0, 1], the form that models and attacks take."""
+        return self.to(self.labels.device).floats()
+
+    def chunks(self) -> Iterator[Images]:
+        """Fetch all images in order, `CHUNK_BYTES` at a time."""
+        for rows in torch.arange(len(self)).split(max(1, CHUNK_BYTES // math.prod(self.shape))):
+            yield self.select(rows)
 
 
 @dataclass(frozen=True)
-class Images:
-    """Labelled images as they are stored: 8 bits a channel.
+class Images(Source):
+    """Labelled images in memory.
 
     Attributes:
         images: (n, channels, height, width), uint8.
@@ -30,8 +81,11 @@ class Images:
     labels: Int64[Tensor, n]
     ids: Int64[Tensor, n]
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of each image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     def to(self, device: torch.device | str) -> Images:
         """Return the same images on `device`."""
@@ -44,6 +98,89 @@ class Images:
     def select(self, indices: Int64[Tensor, m]) -> Images:
         """Return the images at these positions, in this order."""
         return Images(self.images[indices], self.labels[indices], self.ids[indices])
+
+    subset = select
+
+
+@runtime_checkable
+class Pixels(Protocol):
+    """Where the pixels of images are fetched from, by row; `decodes` says that fetching is work for the processor."""
+
+    shape: tuple[int, int, int]
+    decodes: bool
+
+    def read(self, rows: Int64[Tensor, m]) -> UInt8[Tensor, "m channels height width"]:
+        """Fetch these rows."""
+
+
+class Lazy(Source):
+    """Labelled images that are in memory only where they are fetched.
+
+    Args:
+        pixels: where they are.
+        labels: as in `Source`.
+        ids: as in `Source`.
+        rows: the row of `pixels` of each image; None is all of them in order.
+    """
+
+    def __init__(
+        self, pixels: Pixels, labels: Int64[Tensor, n], ids: Int64[Tensor, n], rows: Int64[Tensor, n] | None = None
+    ) -> None:
+        self.pixels, self.labels, self.ids = pixels, labels, ids
+        self.rows = torch.arange(len(labels)) if rows is None else rows
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of each image."""
+        return self.pixels.shape
+
+    @property
+    def images(self) -> UInt8[Tensor, "n channels height width"]:
+        """All the pixels, fetched into memory."""
+        return self.to("cpu").images
+
+    def select(self, indices: Int64[Tensor, m]) -> Images:
+        """Fetch the images at these positions, in this order, into memory."""
+        return Images(self.pixels.read(self.rows[indices]), self.labels[indices], self.ids[indices])
+
+    def subset(self, indices: Int64[Tensor, m]) -> Lazy:
+        """Return the images at these positions, in this order, without fetching them."""
+        return Lazy(self.pixels, self.labels[indices], self.ids[indices], self.rows[indices])
+
+    def to(self, device: torch.device | str) -> Images:
+        """Return the same images in the memory of `device`, fetched a chunk at a time."""
+        there = torch.empty((len(self), *self.shape), dtype=torch.uint8, device=device)
+        start = 0
+        for chunk in self.chunks():
+            there[start : start + len(chunk)] = chunk.images.to(device)
+            start += len(chunk)
+        return Images(there, self.labels.to(device), self.ids.to(device))
+
+
+class _Joined:
+    """The rows of two sources, one after the other."""
+
+    def __init__(self, first: Source, second: Source) -> None:
+        self.first, self.second, self.shape = first, second, first.shape
+        self.decodes = any(isinstance(source, Lazy) and source.pixels.decodes for source in (first, second))
+
+    def read(self, rows: Int64[Tensor, m]) -> UInt8[Tensor, "m channels height width"]:
+        """Fetch these rows."""
+        fetched = torch.empty((len(rows), *self.shape), dtype=torch.uint8)
+        late = rows >= len(self.first)
+        fetched[~late] = self.first.select(rows[~late]).images
+        fetched[late] = self.second.select(rows[late] - len(self.first)).images
+        return fetched
+
+
+def join(first: Source, second: Source) -> Source:
+    """Return the images of two sources of one shape, one after the other."""
+    labels, ids = torch.cat([first.labels, second.labels]), torch.cat([first.ids, second.ids])
+    if isinstance(first, Images) and isinstance(second, Images):
+        return Images(torch.cat([first.images, second.images]), labels, ids)
+    if isinstance(first, Lazy) and isinstance(second, Lazy) and first.pixels is second.pixels:
+        return Lazy(first.pixels, labels, ids, torch.cat([first.rows, second.rows]))
+    return Lazy(_Joined(first, second), labels, ids)
 
 
 def floats(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -67,9 +204,9 @@ class Dataset:
 
     spec: DataSpec
     classes: tuple[str, ...]
-    train: Images
-    validation: Images
-    test: Images
+    train: Source
+    validation: Source
+    test: Source
     fingerprint: str
 
 
@@ -90,7 +227,7 @@ def stratified_order(labels: Int64[Tensor, n], seed: int = SPLIT_SEED) -> Int64[
     return torch.from_numpy(shuffled[np.argsort(place, kind="stable")])
 
 
-def stratified_subset(images: Images, samples: int, option: str = "data.samples") -> Images:
+def stratified_subset(images: Source, samples: int, option: str = "data.samples") -> Source:
     """Return a fixed stratified subset of `samples` images, in their stored order.
 
     Raises:
@@ -98,10 +235,10 @@ def stratified_subset(images: Images, samples: int, option: str = "data.samples"
     """
     if not 1 <= samples <= len(images):
         raise ValueError(f"{option}={samples} is outside [1, {len(images)}], the number of images there are")
-    return images.select(stratified_order(images.labels.cpu())[:samples].sort().values)
+    return images.subset(stratified_order(images.labels.cpu())[:samples].sort().values)
 
 
-def hold_out(images: Images, count: int) -> tuple[Images, Images]:
+def hold_out(images: Source, count: int) -> tuple[Source, Source]:
     """Split off a fixed stratified part of `count` images: (the rest, the part), each in its stored order.
 
     Raises:
@@ -110,20 +247,34 @@ def hold_out(images: Images, count: int) -> tuple[Images, Images]:
     if not 0 < count < len(images):
         raise ValueError(f"cannot hold {count} images out of {len(images)}: both parts need at least one")
     order = stratified_order(images.labels)
-    return images.select(order[count:].sort().values), images.select(order[:count].sort().values)
+    return images.subset(order[count:].sort().values), images.subset(order[:count].sort().values)
 
 
-def named_tensors(train: Images, validation: Images, test: Images) -> dict[str, Tensor]:
-    """Return the tensors of the three parts by name, as a prepared data set stores them."""
+def named_tensors(train: Source, validation: Source, test: Source) -> dict[str, Tensor | Source]:
+    """Return what a prepared data set stores of the three parts, by name: pixels, labels and ids."""
     parts = {"train": train, "validation": validation, "test": test}
-    return {f"{part}.{item}": tensor for part, images in parts.items() for item, tensor in vars(images).items()}
+    named: dict[str, Tensor | Source] = {}
+    for part, images in parts.items():
+        named |= {f"{part}.images": images, f"{part}.labels": images.labels, f"{part}.ids": images.ids}
+    return named
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hash the exact images and labels: "sha256:" and 64 hexadecimal digits. `ids` do not count."""
+def fingerprint(tensors: Mapping[str, Tensor | Source]) -> str:
+    """Hash the exact images and labels: "sha256:" and 64 hexadecimal digits. `ids` do not count.
+
+    Args:
+        tensors: by name; of images, their pixels count.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        if not name.endswith(".ids"):
-            digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}\n".encode())
-            digest.update(tensors[name].contiguous().numpy().data)
+        if name.endswith(".ids"):
+            continue
+        tensor = tensors[name]
+        if isinstance(tensor, Source):
+            digest.update(f"{name} {(len(tensor), *tensor.shape)} {torch.uint8}\n".encode())
+            for chunk in tensor.chunks():
+                digest.update(chunk.images.contiguous().numpy().data)
+        else:
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.contiguous().numpy().data)
     return f"sha256:{digest.hexdigest()}"

@@ -1,5 +1,6 @@
 """Prepared data sets, as the rest of the package takes them."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,19 +9,23 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ducat.data import cache
-from ducat.data.images import Dataset, Images, fingerprint, hold_out, named_tensors, stratified_subset
+from ducat.data import cache, streams
+from ducat.data.images import Dataset, Lazy, Source, fingerprint, hold_out, join, named_tensors, stratified_subset
+from ducat.data.prepare import prepare
 from ducat.data.readers import CORRUPTIONS, read_digits
 from ducat.data.specs import SPECS
+from ducat.data.stored import Stored
+
+PARTS = ("train", "validation", "test")
 
 
 def load(
-    name: str, *, samples: int | None = None, root: Path | None = None, held_out: float | int | None = None
+    name: str, *, samples: int | None = None, root: Path | str | None = None, held_out: float | int | None = None
 ) -> Dataset:
     """Load a prepared data set, whole or with a fixed stratified subset of its training images.
 
     Args:
-        name: a row of `ducat data list`.
+        name: a row of `ducat data list`, or a stream: "wds:SHARDS", "hf:NAME" or "folder:PATH".
         samples: how many training images to keep; validation and test images stay as they are.
         root: the cache folder; None is `DUCAT_DATA`, or the user's cache folder.
         held_out: how many training images to hold out for validation, a number or a share below 1, a fixed stratified
@@ -38,23 +43,28 @@ def load(
         train, validation = _held_out_anew(train, validation, held_out)
     if samples is not None:
         train = stratified_subset(train, samples)
-    measured = fingerprint(named_tensors(train, validation, dataset.test))
+    if isinstance(train, Lazy) and train.pixels.decodes:
+        # Which images these are follows from all there are and these numbers.
+        exact = f"{dataset.fingerprint} {samples}" + ("" if held_out is None else f" {held_out}")
+        measured = f"sha256:{hashlib.sha256(exact.encode()).hexdigest()}"
+    else:
+        measured = fingerprint(named_tensors(train, validation, dataset.test))
     return replace(dataset, train=train, validation=validation, fingerprint=measured)
 
 
-def _held_out_anew(train: Images, validation: Images, held_out: float | int) -> tuple[Images, Images]:
-    together = Images(*(torch.cat(pair) for pair in zip(vars(train).values(), vars(validation).values(), strict=True)))
-    together = together.select(together.ids.argsort(stable=True))
+def _held_out_anew(train: Source, validation: Source, held_out: float | int) -> tuple[Source, Source]:
+    together = join(train, validation)
+    together = together.subset(together.ids.argsort(stable=True))
     count = held_out * len(together) if held_out < 1 else held_out
     if held_out >= 1 and count != int(count):
-        raise ValueError(f"data.held_out={held_out} is neither a number of images nor a share below 1")
+        raise ValueError(f"data.held_out={held_out:g} is neither a number of images nor a share below 1")
     if not 0 <= count < len(together):
-        raise ValueError(f"data.held_out={held_out} is outside [0, {len(together) - 1}], of the training images")
-    return hold_out(together, round(count)) if round(count) else (together, together.select(torch.arange(0)))
+        raise ValueError(f"data.held_out={held_out:g} is outside [0, {len(together) - 1}], of the training images")
+    return hold_out(together, round(count)) if round(count) else (together, together.subset(torch.arange(0)))
 
 
 def load_test(
-    name: str, samples: int | None = None, root: Path | None = None
+    name: str, samples: int | None = None, root: Path | str | None = None
 ) -> tuple[Float[Tensor, "n channels height width"], Int64[Tensor, "n"]]:
     """Load test images as float32 in [0, 1], and their labels.
 
@@ -74,7 +84,7 @@ def load_test(
 
 
 def load_corruptions(
-    name: str, samples: int | None = None, root: Path | None = None
+    name: str, samples: int | None = None, root: Path | str | None = None
 ) -> Iterator[tuple[str, int, Float[Tensor, "n channels height width"], Int64[Tensor, "n"]]]:
     """Yield (corruption, severity, images, labels) for each corruption that is there and severities 1 to 5.
 
@@ -93,17 +103,21 @@ def load_corruptions(
     if name not in SPECS or SPECS[name].corruption_of is None:
         raise ValueError(f"{name} holds no corruptions; {', '.join(n for n, s in SPECS.items() if s.corruption_of)} do")
     tensors, _ = cache.read(name, root)
-    count = len(tensors["labels"])
+    labels = tensors["labels"]
+    assert isinstance(labels, Tensor)
+    count = len(labels)
     for corruption in CORRUPTIONS:
         if corruption in tensors:
-            for severity, images in enumerate(tensors[corruption].split(count), start=1):
-                part = Images(images, tensors["labels"], torch.arange(count))
+            pixels = tensors[corruption]
+            assert isinstance(pixels, Stored)
+            for severity, rows in enumerate(torch.arange(5 * count).split(count), start=1):
+                part: Source = Lazy(pixels, labels, torch.arange(count), rows)
                 if samples is not None:
                     part = stratified_subset(part, samples, option="samples")
                 yield corruption, severity, part.floats(), part.labels
 
 
-def _load(name: str, root: Path | None, verify: bool = False) -> Dataset:
+def _load(name: str, root: Path | str | None, verify: bool = False) -> Dataset:
     if name == "digits":
         splits = read_digits()
         assert splits.validation is not None
@@ -114,9 +128,21 @@ def _load(name: str, root: Path | None, verify: bool = False) -> Dataset:
             f"{name} holds corrupted test images of {SPECS[name].corruption_of}: "
             "train on that, and take these from ducat.data.load_corruptions"
         )
+    if streams.parse(name) is not None:
+        prepare(name, root=root)
+        name = streams.entry_name(name)
     tensors, header = cache.read(name, root, verify=verify)
+    if header.stream is not None:
+        header.stream.check()
+        index = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        packed = {key.removeprefix("rows."): tensor for key, tensor in index.items()}
+        pixels = streams.pixels(streams.STREAMS[header.stream.kind].unpack(header.stream, packed), header.spec)
+        train, validation, test = (
+            Lazy(pixels, *[index[f"{part}.{item}"] for item in ("labels", "ids", "rows")]) for part in PARTS
+        )
+        return Dataset(header.spec, header.classes, train, validation, test, header.fingerprint)
     train, validation, test = (
-        Images(*(tensors[f"{part}.{item}"] for item in ("images", "labels", "ids")))
-        for part in ("train", "validation", "test")
+        Lazy(*(tensors[f"{part}.{item}"] for item in ("images", "labels", "ids")))  # type: ignore[arg-type]
+        for part in PARTS
     )
     return Dataset(header.spec, header.classes, train, validation, test, header.fingerprint)

@@ -1,22 +1,34 @@
 """`ducat data list | prepare | verify`: from a publisher's files to a prepared data set."""
 
 import hashlib
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from dataclasses import replace as replace_fields
+from importlib import resources
+from pathlib import Path, PurePath
 
+import PIL
 import torch
+from torch import Tensor
 
-from ducat.data import cache
-from ducat.data.archives import open_files
+from ducat.data import cache, streams
+from ducat.data.archives import Files, open_files
 from ducat.data.download import download
-from ducat.data.images import Images, fingerprint, hold_out, named_tensors
-from ducat.data.loading import load
-from ducat.data.readers import READERS, Splits, read_corruptions, read_folder
+from ducat.data.images import Lazy, Source, fingerprint, hold_out, named_tensors, stratified_order
+from ducat.data.readers import READERS, Splits, read_corruptions, read_digits, read_folder
 from ducat.data.specs import SPECS, DataSpec
+from ducat.data.stored import Stored
+
+LARGEST_SIDE = 2**12
+"""Pixels: the largest side that images can be brought to."""
+
+SMALLEST_CROP = 0.08
+"""Share of the area that the random resized crop of streamed images of several sizes keeps at least, as is usual."""
+
+MEASURED = 2000
+"""Training images of a stream that its mean and deviation are measured on, a fixed stratified part."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,7 @@ class Status:
         title: what tables and figures call it.
         prepared: whether it can be loaded.
         sizes: how many images it has: "train", "validation" and "test", or one key for each corruption.
+        classes: how many classes it has.
         fingerprint: "sha256:..." of what is prepared, else empty.
         notice: what the user should know of it, else empty.
     """
@@ -36,11 +49,12 @@ class Status:
     title: str
     prepared: bool
     sizes: dict[str, int]
+    classes: int = 0
     fingerprint: str = ""
     notice: str = ""
 
 
-def list_datasets(root: Path | None = None) -> list[Status]:
+def list_datasets(root: Path | str | None = None) -> list[Status]:
     """Return every data set there is a row for, then the image folders prepared under names of their own."""
     own = sorted(path.stem for path in cache.folder(root).glob("*.safetensors") if path.stem not in SPECS)
     statuses = []
@@ -55,82 +69,187 @@ def list_datasets(root: Path | None = None) -> list[Status]:
     return statuses
 
 
-def prepare(name: str, source: Path | None = None, *, size: int | None = None, root: Path | None = None) -> Status:
+def prepare(
+    name: str,
+    source: Path | str | None = None,
+    *,
+    size: int | None = None,
+    replace: bool = False,
+    test_images: Path | str | None = None,
+    root: Path | str | None = None,
+) -> Status:
     """Prepare a data set: read its publisher's files, hold out validation images, and write it to the cache.
 
+    Images are decoded and written a few at a time, whatever their number. An interrupted preparation is continued by
+    the next one from the same files.
+
     Args:
-        name: a row of `ducat data list`, or a new name for an image folder.
+        name: a row of `ducat data list`, or a new name for an image folder; or a stream, as for `source`.
         source: a local archive or folder in the publisher's layout, which may be a subset; None is what the operating
-            system has, else a download, and leaves a data set that is prepared already as it is.
+            system has, else a download, and leaves a data set that is prepared already as it is. "folder:PATH",
+            "wds:SHARDS" and "hf:NAME" are streams: only where each image is gets prepared, and its content hashed.
         size: for an image folder under a name of its own: bring every image to size x size pixels.
+        replace: replace a data set of that name that holds other images.
+        test_images: of a folder that is a stream: a file that names the test images to keep, one a line; folders before
+            a name do not count.
         root: the cache folder; None is `DUCAT_DATA`, or the user's cache folder.
 
     Raises:
         FileNotFoundError: there is nothing at `source`.
-        ValueError: the name cannot be used, or a file is damaged, unsafe or of another data set. What was prepared
-            before is then still there.
+        ValueError: the name cannot be used, a file is damaged, unsafe or of another data set, or other images are
+            prepared under the name. What was prepared before is then still there.
+        OSError: the disk is full; nothing is left of the attempt.
     """
     spec = SPECS.get(name)
-    if size is not None and (spec is not None or size < 1):
+    stream = streams.parse(str(source or name))
+    if spec is not None and spec.resized_crop and source is not None and stream is None:
+        stream = "folder", str(source)  # whatever is cropped as it is decoded cannot be decoded beforehand
+    entry = cache.entry(streams.entry_name(name) if streams.parse(name) else name, root)
+    if size is not None and (spec is not None or not 1 <= size <= LARGEST_SIDE):
         raise ValueError(
-            f"size={size} does not fit: it is a number of pixels, for image folders without a row of their own"
+            f"size={size} does not fit: it is a number of pixels in [1, {LARGEST_SIDE}], for image folders without a "
+            "row of their own"
         )
-    if name == "digits" or (source is None and cache.entry(name, root).is_file()):
+    if test_images is not None and (stream is None or stream[0] != "folder"):
+        raise ValueError(f"test_images={test_images} does not fit: it is for folders that are decoded as they come")
+    if name == "digits" and source is not None:
+        raise ValueError(f"--from {source}: the digits come with scikit-learn and are always there")
+    if name == "digits" or (source is None and entry.is_file()):
         return _status(name, root)
-    if spec is None:
-        if source is None:
-            raise ValueError(
-                f"data set {name} is unknown (known: {', '.join(SPECS)}); an image folder needs --from FOLDER"
-            )
-        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
-            raise ValueError(f"{name!r} cannot name a data set: use a-z, 0-9, '.', '_' and '-'")
-    with _source(spec, source, root) as path, open_files(path) as files:
+    if stream is not None:
+        tensors, header = _stream(name, spec, stream, size, None if test_images is None else Path(test_images))
+        cache.write(entry, tensors, header, replace=replace)
+        return _status(name, root)
+    if spec is None and source is None:
+        raise ValueError(f"data set {name} is unknown (known: {', '.join(SPECS)}); an image folder needs --from FOLDER")
+    with _source(spec, None if source is None else Path(source), root) as path, open_files(path) as files:
         notices = [] if spec is None else _provenance(spec, path)
+        stamp = _stamp(files, size)
+        origin = path.resolve().name
         if spec is not None and spec.layout == "corruptions":
-            classes, tensors = spec.classes or (), read_corruptions(files, spec)
+            tensors, classes, held_out = read_corruptions(files, spec), spec.classes or (), False
         else:
             splits = read_folder(files, None, size) if spec is None else READERS[spec.layout](files, spec)
             if not (len(splits.train) and len(splits.test)):
                 raise ValueError(f"{path} has no {'test' if len(splits.train) else 'training'} images")
-            spec = spec or _folder_spec(name, splits)
             sizes = len(splits.train), len(splits.test)
-            if spec.sizes not in (None, sizes):
+            if spec is not None and spec.sizes not in (None, sizes):
                 notices.append(f"a subset of {sizes[0]:,} training and {sizes[1]:,} test images")
-                spec = replace(spec, title=f"{spec.title} (subset)")
+                spec = replace_fields(spec, title=f"{spec.title} (subset)")
             notices += splits.notices
-            classes, tensors = splits.classes, named_tensors(*_parts(spec, splits))
-        header = cache.Header(spec, classes, fingerprint(tensors), path.resolve().name, "; ".join(notices))
-        cache.write(cache.entry(name, root), tensors, header)
+            classes, held_out = splits.classes, splits.validation is None
+            tensors = named_tensors(*_parts(spec, splits))
+        own = spec is None
+        spec = spec or _folder_spec(name, splits.train.shape)
+
+        def finish(written: Mapping[str, Tensor | Stored]) -> cache.Header:
+            everything = {key: value.source() if isinstance(value, Stored) else value for key, value in written.items()}
+            assert spec is not None
+            row = measured(spec, everything, held_out) if own else spec
+            return cache.Header(row, classes, fingerprint(everything), origin, "; ".join(notices))
+
+        draft = cache.Header(spec, classes, f"sha256:{64 * '0'}", origin, "; ".join(notices))
+        cache.write(entry, tensors, draft, stamp=stamp, finish=finish, replace=replace)
     return _status(name, root)
 
 
-def verify(name: str, root: Path | None = None) -> Status:
+def _stream(
+    name: str, spec: DataSpec | None, stream: tuple[str, str], size: int | None, listed: Path | None
+) -> tuple[dict[str, Tensor | Source], cache.Header]:
+    """Return what the index of a stream holds, and what it says of itself."""
+    kind, source = stream
+    scanned = streams.STREAMS[kind].scan(source, spec, size)
+    splits, notices = scanned.splits, list(scanned.splits.notices)
+    assert splits.survey is not None
+    if not (len(splits.train) and len(splits.test)):
+        raise ValueError(f"{source} has no {'test' if len(splits.train) else 'training'} images")
+    sizes = len(splits.train), len(splits.test)
+    if spec is not None and spec.sizes not in (None, sizes):
+        notices.append(f"a subset of {sizes[0]:,} training and {sizes[1]:,} test images")
+        spec = replace_fields(spec, title=f"{spec.title} (subset)")
+    train, validation, test = _parts(spec, splits)
+    if listed is not None:
+        test = _listed(test, scanned.rows, listed)
+        notices.append(f"the {len(test):,} test images that {listed.name} names")
+    if spec is None:
+        row = _folder_spec(name, splits.survey.shape)
+        row = replace_fields(row, title=f"{Path(source).name or source}, streamed" if name.startswith(kind) else name)
+        if not splits.survey.even:
+            row = replace_fields(row, resized_crop=SMALLEST_CROP)
+        some = splits.train.subset(stratified_order(splits.train.labels)[:MEASURED].sort().values)
+        row = measured(row, {"train.images": some}, held_out=False)
+    else:
+        row = spec
+    tensors: dict[str, Tensor | Source] = {f"rows.{key}": tensor for key, tensor in scanned.rows.pack().items()}
+    for part, images in (("train", train), ("validation", validation), ("test", test)):
+        assert isinstance(images, Lazy)
+        tensors |= {f"{part}.labels": images.labels, f"{part}.ids": images.ids, f"{part}.rows": images.rows}
+    parts = {key: tensor for key, tensor in tensors.items() if not key.startswith("rows.")}
+    exact = f"{scanned.origin.digest} {row.shape} {row.shorter} {row.resample} {fingerprint(parts)}"
+    exact = f"sha256:{hashlib.sha256(exact.encode()).hexdigest()}"
+    return tensors, cache.Header(row, _named(splits.classes, row), exact, source, "; ".join(notices), scanned.origin)
+
+
+def _named(classes: tuple[str, ...], spec: DataSpec) -> tuple[str, ...]:
+    """Return the names of classes that go by WordNet ids, or by their number in the order of these."""
+    if spec.words is None:
+        return classes
+    lines = resources.files("ducat.data").joinpath(spec.words).read_text(encoding="utf-8").splitlines()
+    words = dict(line.split("\t") for line in lines)
+    if classes == tuple(map(str, range(len(words)))):
+        return tuple(words.values())
+    return tuple(words.get(name, name) for name in classes)
+
+
+def _listed(test: Source, rows: streams.Rows, listed: Path) -> Source:
+    """Return the test images that a file names."""
+    assert isinstance(test, Lazy)
+    wanted = {PurePath(line.strip()).name for line in listed.read_text().splitlines() if line.strip()}
+    names = [PurePath(rows.name(row)).name for row in test.rows.tolist()]
+    missing = sorted(wanted - set(names))
+    if missing or not wanted:
+        raise ValueError(f"{listed} names {missing[0] if missing else 'nothing'}, which is not among the test images")
+    return test.subset(torch.tensor([place for place, name in enumerate(names) if name in wanted]))
+
+
+def verify(name: str, root: Path | str | None = None) -> Status:
     """Read all that is prepared of a data set again, and compare it with what was recorded then.
 
     Raises:
         FileNotFoundError: it is not prepared.
         ValueError: its file is damaged or has changed.
     """
-    if name != "digits":
-        cache.read(name, root, verify=True)
+    if name == "digits":
+        return _status(name, root)
+    entry = streams.entry_name(name) if streams.parse(name) else name
+    _, header = cache.read(entry, root, verify=True)
+    if header.stream is not None:
+        spec, origin = SPECS.get(name), header.stream
+        again = streams.STREAMS[origin.kind].scan("::".join(origin.paths), spec, origin.size).origin
+        if again.digest != origin.digest:
+            raise ValueError(f"{header.source} has changed since it was prepared: prepare {name} again")
     return _status(name, root)
 
 
-def _status(name: str, root: Path | None) -> Status:
+def _status(name: str, root: Path | str | None) -> Status:
     if name == "digits":
-        dataset = load(name)
-        sizes = {part: len(getattr(dataset, part)) for part in ("train", "validation", "test")}
-        return Status(name, dataset.spec.title, True, sizes, dataset.fingerprint)
-    tensors, header = cache.read(name, root)
+        splits = read_digits()
+        assert splits.validation is not None
+        parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+        sizes = {part: len(images) for part, images in parts.items()}
+        return Status(name, SPECS[name].title, True, sizes, len(splits.classes), fingerprint(named_tensors(**parts)))
+    tensors, header = cache.read(streams.entry_name(name) if streams.parse(name) else name, root)
     if header.spec.corruption_of:
         sizes = {key: len(tensor) for key, tensor in tensors.items() if key != "labels"}
     else:
         sizes = {part: len(tensors[f"{part}.labels"]) for part in ("train", "validation", "test")}
-    return Status(name, header.spec.title, True, sizes, header.fingerprint, header.notice)
+    # A stream without a name of its own goes by its prefix and place.
+    name = header.spec.name if header.spec.layout == "folder" else name
+    return Status(name, header.spec.title, True, sizes, len(header.classes), header.fingerprint, header.notice)
 
 
 @contextmanager
-def _source(spec: DataSpec | None, source: Path | None, root: Path | None) -> Iterator[Path]:
+def _source(spec: DataSpec | None, source: Path | None, root: Path | str | None) -> Iterator[Path]:
     if source is not None:
         yield source
     elif spec is not None and spec.system_folder and Path(spec.system_folder).is_dir():
@@ -159,30 +278,42 @@ def _hash(path: Path, known: str) -> str:
         return f"{algorithm}:{hashlib.file_digest(file, algorithm).hexdigest()}"
 
 
-def _parts(spec: DataSpec, splits: Splits) -> tuple[Images, Images, Images]:
+def _stamp(files: Files, size: int | None) -> str:
+    """Return what tells whether an interrupted preparation was of the same files: names, sizes, times, and the rule."""
+    digest = hashlib.sha256(f"{cache.FORMAT} {PIL.__version__} {size}".encode())
+    paths = [files.path / name for name in files.names] if files.path.is_dir() else [files.path]
+    for path in paths:
+        found = path.stat()
+        digest.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _parts(spec: DataSpec | None, splits: Splits) -> tuple[Source, Source, Source]:
     if splits.validation is not None:
         return splits.train, splits.validation, splits.test
-    train, validation = hold_out(splits.train, max(1, min(spec.validation, len(splits.train) // 10)))
+    wanted = DataSpec.validation if spec is None else spec.validation
+    train, validation = hold_out(splits.train, max(1, min(wanted, len(splits.train) // 10)))
     return train, validation, splits.test
 
 
-def _folder_spec(name: str, splits: Splits) -> DataSpec:
-    images = splits.train.images
-    counts = [channel.flatten().bincount(minlength=256).double() for channel in images.unbind(1)]
+def _folder_spec(name: str, shape: tuple[int, int, int]) -> DataSpec:
+    unknown = (0.0,) * shape[0]
+    return DataSpec(name, name, "folder", shape, unknown, unknown, crop_padding=shape[1] // 8)
+
+
+def measured(spec: DataSpec, tensors: Mapping[str, Tensor | Source], held_out: bool) -> DataSpec:
+    """Return a row with the mean and deviation of all training images, of which some may have been held out."""
+    counts = torch.zeros(spec.shape[0], 256, dtype=torch.int64)
+    for part in ("train", "validation") if held_out else ("train",):
+        images = tensors[f"{part}.images"]
+        assert isinstance(images, Source)
+        for chunk in images.chunks():
+            for count, channel in zip(counts, chunk.images.unbind(1), strict=True):
+                count += channel.flatten().bincount(minlength=256)
     levels = torch.arange(256, dtype=torch.float64) / 255
-    means = [float(count @ levels / count.sum()) for count in counts]
+    shares = counts.double() / counts.sum(1, keepdim=True)
+    means = (shares * levels).sum(1)
     # A channel that is the same everywhere must not be divided by zero.
-    deviations = [
-        max(float((count @ (levels - mean).square() / count.sum()).sqrt()), 1 / 255)
-        for count, mean in zip(counts, means, strict=True)
-    ]
-    channels, height, width = images.shape[1:]
-    return DataSpec(
-        name=name,
-        title=name,
-        layout="folder",
-        shape=(channels, height, width),
-        mean=tuple(round(mean, 4) for mean in means),
-        std=tuple(round(deviation, 4) for deviation in deviations),
-        crop_padding=height // 8,
-    )
+    deviations = (shares * (levels - means[:, None]).square()).sum(1).sqrt().clamp_min(1 / 255)
+    rounded = [tuple(round(value, 4) for value in values.tolist()) for values in (means, deviations)]
+    return replace_fields(spec, mean=rounded[0], std=rounded[1])

@@ -1,23 +1,47 @@
 """One reader a layout: from a publisher's files to labelled images."""
 
+from __future__ import annotations
+
 import gzip
+import hashlib
 import io
 import math
 import struct
+import unicodedata
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ducat.data.archives import ALWAYS_ALLOWED, Files
-from ducat.data.images import Images, hold_out
+from ducat.data import decode
+from ducat.data.archives import ALWAYS_ALLOWED, Files, is_hidden, shown
+from ducat.data.encoded import Encoded
+from ducat.data.images import Images, Lazy, Source, hold_out
+from ducat.data.progress import shown_progress
 from ducat.data.specs import SPECS, DataSpec
 from ducat.data.unpickle import unpickle
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the headers of images say.
+
+    Attributes:
+        shape: channels, height and width that all of them fit, or are brought to.
+        even: whether all of them have that height and width already.
+        remarks: what the rule of decoding changes in them.
+    """
+
+    shape: tuple[int, int, int]
+    even: bool
+    remarks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -26,17 +50,50 @@ class Splits:
 
     Attributes:
         classes: the class names, in the order of the labels.
-        train: the training images.
-        test: the test images.
+        train: the training images; while the files are open, if they are decoded as they are asked for.
+        test: the test images, likewise.
         validation: the validation images, where the publisher holds some out.
         notices: what the user should know of how these came about.
+        survey: what the images' headers say, where they were looked at.
     """
 
     classes: tuple[str, ...]
-    train: Images
-    test: Images
-    validation: Images | None = None
+    train: Source
+    test: Source
+    validation: Source | None = None
     notices: tuple[str, ...] = ()
+    survey: Survey | None = None
+
+    @classmethod
+    def of(
+        cls,
+        classes: tuple[str, ...],
+        everything: Lazy,
+        counts: Sequence[int],
+        notices: Sequence[str] = (),
+        survey: Survey | None = None,
+    ) -> Splits:
+        """Divide images that come as train, val and test: without test, val is the test, or else a tenth of train.
+
+        Args:
+            classes: the class names.
+            everything: the images of train, then those of val, then those of test.
+            counts: how many there are of each.
+            notices: what the user should know besides.
+            survey: of all of them.
+        """
+        starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+        train, val, test = (
+            Lazy(everything.pixels, part.labels, torch.arange(len(part)), part.rows)
+            for part in (everything.subset(torch.arange(*edges)) for edges in pairwise(starts))
+        )
+        if len(test):
+            return cls(classes, train, test, val if len(val) else None, tuple(notices), survey)
+        if len(val):
+            return cls(classes, train, val, None, ("there is no test part: val is the test", *notices), survey)
+        rest, tenth = hold_out(train, max(1, len(train) // 10))
+        said = "there is no test part: a fixed tenth of train is the test"
+        return cls(classes, rest, tenth, None, (said, *notices), survey)
 
 
 def read_digits() -> Splits:
@@ -144,87 +201,193 @@ def read_tiny_imagenet(files: Files, spec: DataSpec) -> Splits:
     """
 
     def lines(name: str) -> list[str]:
-        return files.read(name).decode(errors="replace").splitlines()
+        return [line for line in files.read(name).decode(errors="replace").splitlines() if line.strip()]
 
-    wnids = sorted(filter(None, map(str.strip, lines(files.find("wnids.txt")))))
+    listed = files.find("wnids.txt")
+    wnids = sorted(set(map(str.strip, lines(listed))))
     words = {wnid: name for wnid, _, name in (line.partition("\t") for line in lines(files.find("words.txt")))}
     classes = tuple(words.get(wnid, wnid).split(",")[0] for wnid in wnids)
     label = {wnid: number for number, wnid in enumerate(wnids)}
 
-    annotations = files.find("val_annotations.txt")
-    root = annotations.removesuffix("val/val_annotations.txt")
-    train = [
-        (name, name.removeprefix(root).split("/")[1])
-        for name in files.names
-        if name.startswith(f"{root}train/") and name.endswith(".JPEG")
-    ]
-    test = [
-        (f"{root}val/images/{name}", wnid)
-        for name, wnid, *_ in (f"{line}\t".split("\t") for line in lines(annotations))
-    ]
+    root = listed.removesuffix("wnids.txt")
+    images: dict[str, list[int]] = {"train": [], "val": []}
+    for position, name in enumerate(files.names):
+        part = name.removeprefix(root).split("/")[0]
+        if part in images and name.startswith(root) and name.endswith(".JPEG") and not is_hidden(name):
+            images[part].append(position)
 
-    def read(part: list[tuple[str, str]]) -> Images:
-        for name, wnid in part:
-            if wnid not in label:
-                raise ValueError(f"{files.path}: the class of {name}, {wnid!r}, is not in wnids.txt")
-        return _decode(files, [(name, label[wnid]) for name, wnid in part], spec.shape)
+    def classed(positions: list[int], wnid: Sequence[str]) -> Source:
+        for position, name in zip(positions, wnid, strict=True):
+            if name not in label:
+                raise ValueError(
+                    f"{files.path}: the class of {shown(files.names[position])}, {name!r}, is not in wnids.txt"
+                )
+        return _decoded(files, positions, [label[name] for name in wnid], spec.shape)
 
-    return Splits(classes, read(train), read(test))
+    train = classed(
+        images["train"], [files.names[position].removeprefix(root).split("/")[1] for position in images["train"]]
+    )
+    # By its annotations, in their order, wherever a usual script may have moved an image within val; without them by
+    # the folders that such a script makes.
+    there = {PurePosixPath(files.names[position]).name: position for position in images["val"]}
+    if f"{root}val/val_annotations.txt" in files.names:
+        annotated = [f"{line}\t".split("\t")[:2] for line in lines(f"{root}val/val_annotations.txt")]
+        for name, _ in annotated:
+            if name not in there:
+                raise ValueError(f"{files.path} has no {root}val/images/{shown(name)}")
+        test = classed([there[name] for name, _ in annotated], [wnid for _, wnid in annotated])
+    else:
+        folders = [files.names[position].removeprefix(root).split("/")[1] for position in images["val"]]
+        test = classed(images["val"], folders)
+    return Splits(classes, train, test)
 
 
-_SUFFIXES = (".png", ".jpg", ".jpeg")
-
-
-def read_folder(files: Files, spec: DataSpec | None, size: int | None = None) -> Splits:
-    """Read an image folder: `train/CLASS/*.png|jpg`, and `val` and `test` likewise where they are there.
+def read_folder(
+    files: Files, spec: DataSpec | None, size: int | None = None, update: Callable[[bytes], None] | None = None
+) -> Splits:
+    """Read an image folder: `train/CLASS/FILE`, and `val` and `test` likewise where they are there.
 
     The classes are the folders of `train`, sorted. Without `test`, `val` is the test; without both, a fixed stratified
-    tenth of `train` is. Images are all grey, or all RGB if any is not grey.
+    tenth of `train` is. Images are all grey, or all RGB if any is not grey; `ducat.data.decode` says how they are read.
 
     Args:
         files: the folder, or an archive of it; `train` may lie in another folder.
         spec: its row, if it has one: the images must then have its shape.
         size: bring every image to size x size, the shorter side by bicubic resampling and the longer by cropping.
+        update: of a stream: told the hash of every image's content, in turn.
 
     Raises:
         ValueError: the layout is another one, a class or an image cannot be used; the message names the file.
     """
-    parts: dict[str, list[tuple[str, str]]] = {"train": [], "val": [], "test": []}
+    parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     roots = set()
-    for name in files.names:
-        path = PurePosixPath(name)
-        if path.suffix.lower() not in _SUFFIXES or path.name.startswith(".") or path.parts[0] == "__MACOSX":
+    left_out: list[str] = []
+    for position, name in enumerate(files.names):
+        parents = name.split("/")[:-1]
+        if is_hidden(name):
             continue
-        if len(path.parts) < 3 or path.parts[-3] not in parts:
-            raise ValueError(f"{files.path}: {name} is not at train/CLASS/FILE, val/CLASS/FILE or test/CLASS/FILE")
-        roots.add(path.parts[:-3])
-        parts[path.parts[-3]].append((name, path.parts[-2]))
+        if not name.lower().endswith(decode.SUFFIXES):
+            if any(part in parts for part in parents):
+                left_out.append(name)
+            continue
+        if len(parents) < 2 or parents[-2] not in parts:
+            raise ValueError(
+                f"{files.path}: {shown(name)} is not at train/CLASS/FILE, val/CLASS/FILE or test/CLASS/FILE"
+            )
+        roots.add("/".join(parents[:-2]))
+        parts[parents[-2]].append(position)
     if len(roots) > 1:
-        raise ValueError(
-            f"{files.path} holds more than one image folder: {', '.join('/'.join(r) or '.' for r in roots)}"
-        )
-    classes = tuple(sorted({name for _, name in parts["train"]}))
+        raise ValueError(f"{files.path} holds more than one image folder: {', '.join(r or '.' for r in sorted(roots))}")
+    # Systems write an accented letter as one character or as two.
+    names = [unicodedata.normalize("NFC", files.names[position].split("/")[-2]) for position in parts["train"]]
+    classes = tuple(sorted(set(names)))
     if len(classes) < 2:
-        raise ValueError(f"{files.path} has {len(classes)} classes under train/: put images into train/CLASS/*.png|jpg")
+        raise ValueError(f"{files.path} has {len(classes)} classes under train/: put images into train/CLASS/")
+    for name in classes:
+        if not name.isprintable():
+            raise ValueError(f"{files.path}: the class {name!a} has characters that cannot be shown: rename it")
     if spec is not None and spec.classes not in (None, classes):
         raise ValueError(f"{files.path} does not have the classes of {spec.title} under train/")
 
     number = {name: label for label, name in enumerate(classes)}
-    labelled = []
-    for name, class_name in (image for part in parts.values() for image in part):
-        if class_name not in number:
-            raise ValueError(f"{files.path}: the class of {name} is not among those of train/")
-        labelled.append((name, number[class_name]))
+    labels = []
+    for position in (position for part in parts.values() for position in part):
+        name = unicodedata.normalize("NFC", files.names[position].split("/")[-2])
+        if name not in number:
+            raise ValueError(f"{files.path}: the class of {shown(files.names[position])} is not among those of train/")
+        labels.append(number[name])
     # Together, so that the splits share one shape.
-    everything = _decode(files, labelled, None if spec is None else spec.shape, size)
-    counts = [len(part) for part in parts.values()]
-    train, val, test = map(_images, everything.images.split(counts), everything.labels.split(counts))
-    if len(test):
-        return Splits(classes, train, test, val if len(val) else None)
-    if len(val):
-        return Splits(classes, train, val, notices=("there is no test folder: val is the test",))
-    train, test = hold_out(train, max(1, len(train) // 10))
-    return Splits(classes, train, test, notices=("there is no test folder: a fixed tenth of train is the test",))
+    positions = [position for part in parts.values() for position in part]
+    notices = [
+        *_left_out(files, left_out),
+        *_without_images(files, f"{''.join(f'{root}/' for root in roots if root)}train/", classes),
+    ]
+    found = None
+    if spec is None or update is not None:
+        found = survey(files.read, naming(files), positions, None if spec is None else spec.shape, size, update)
+        notices += found.remarks
+    shape = spec.shape if spec is not None else found.shape if found is not None else None
+    assert shape is not None
+    everything = _decoded(files, positions, labels, shape, resize=size is not None)
+    return Splits.of(classes, everything, [len(part) for part in parts.values()], notices, found)
+
+
+def _left_out(files: Files, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    kinds = Counter(PurePosixPath(name).suffix.lower() or "no ending" for name in names)
+    counts = ", ".join(f"{count:,} {shown(kind)}" for kind, count in kinds.most_common(5))
+    return [f"left out, as no image by the name's ending: {counts} (the first is {shown(names[0])})"]
+
+
+def _without_images(files: Files, train: str, classes: Sequence[str]) -> list[str]:
+    """Name the folders of `train` in which there is nothing to learn from."""
+    inside = {
+        name.removeprefix(train).split("/")[0]
+        for name in files.names
+        if name.startswith(train) and "/" in name.removeprefix(train)
+    }
+    inside |= {name.removeprefix(train).split("/")[0] for name in files.empty if name.startswith(train)}
+    lost = sorted({unicodedata.normalize("NFC", name) for name in inside} - set(classes))
+    lost = [name for name in lost if not is_hidden(name)]
+    if not lost:
+        return []
+    more = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
+    return [f"no class, for want of images: {', '.join(map(shown, lost[:5]))}{more}"]
+
+
+def survey(
+    read: Callable[[int], bytes],
+    name: Callable[[int], str],
+    rows: Sequence[int],
+    shape: tuple[int, int, int] | None,
+    size: int | None,
+    update: Callable[[bytes], None] | None = None,
+) -> Survey:
+    """Read the headers of images.
+
+    Args:
+        read: returns the file of a row.
+        name: returns what messages call it.
+        rows: which to read.
+        shape: what they are brought to; None is their own, which must then be one.
+        size: or this many pixels a side, with the channels that they need.
+        update: told the hash of every image's content, in turn.
+
+    Raises:
+        ValueError: one is no image, or their sizes differ and there is neither a shape nor a size.
+    """
+    sides = None if shape is None else shape[1:]
+    sides = sides if size is None else (size, size)
+    grey, even, remarks = True, True, Counter[str]()
+    with shown_progress("Looking through the images", len(rows)) as advance:
+        for row in rows:
+            content = read(row)
+            try:
+                outline = decode.outline(content)
+            except ValueError as error:
+                raise ValueError(f"{name(row)} {error}") from error
+            sides = sides or outline.size
+            even &= outline.size == sides
+            if not even and size is None and shape is None:
+                raise ValueError(
+                    f"{name(row)} is {outline.size[0]} x {outline.size[1]}, not {sides[0]} x {sides[1]}: all images "
+                    "need one size; --size N brings them to N x N"
+                )
+            grey &= outline.grey
+            remarks.update(outline.remarks)
+            if update is not None:
+                update(hashlib.sha256(content).digest())
+            advance(1)
+    if sides is None:
+        raise ValueError("there are no images")
+    channels = shape[0] if shape is not None else 1 if grey else 3
+    return Survey((channels, *sides), even, tuple(f"{count:,} images are {said}" for said, count in remarks.items()))
+
+
+def naming(files: Files) -> Callable[[int], str]:
+    """Return what messages call the files."""
+    return lambda row: f"{files.path}: {shown(files.names[row])}"
 
 
 CORRUPTIONS = (
@@ -251,36 +414,67 @@ CORRUPTIONS = (
 """The 15 corruptions of the benchmark, then the 4 extra ones."""
 
 
-def read_corruptions(files: Files, spec: DataSpec) -> dict[str, Tensor]:
+def read_corruptions(files: Files, spec: DataSpec) -> dict[str, Tensor | Source]:
     """Read CIFAR-10-C or CIFAR-100-C: a .npy file a corruption, the test images at severities 1 to 5 in turn.
 
     Returns:
         "labels" of the test images, and the uint8 images of each corruption that is there, (5 n, channels, height,
         width). Source: D. Hendrycks, T. Dietterich (2019), arXiv 1903.12261.
     """
-    there = {PurePosixPath(name).name for name in files.names}
+    there = {PurePosixPath(name).name for name in files.names if not is_hidden(name)}
     channels, height, width = spec.shape
 
-    def array(name: str) -> np.ndarray:
+    def array(name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+        where = f"{files.path}: {name}.npy"
+        content = io.BytesIO(files.read(files.find(f"{name}.npy")))
         try:
-            return np.load(io.BytesIO(files.read(files.find(f"{name}.npy"))), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{files.path}: {name}.npy is not an array ({error})") from error
+            version = np.lib.format.read_magic(content)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            found, _, dtype = read_header[version](content)
+            # Before anything of that size is asked for.
+            if len(found) != len(shape) or any(b is not None and a != b for a, b in zip(found, shape, strict=True)):
+                wanted = ", ".join("n" if side is None else str(side) for side in shape)
+                raise ValueError(f"{where} is {dtype} of shape {found}, not of shape ({wanted})")
+            if math.prod(found) * dtype.itemsize > len(content.getbuffer()):
+                raise EOFError("it ends before its last number")
+            content.seek(0)
+            return np.load(content, allow_pickle=False)
+        except (ValueError, EOFError, OSError, KeyError, SyntaxError) as error:
+            if str(error).startswith(where):
+                raise
+            raise ValueError(f"{where} is not an array ({error})") from error
 
-    labels = array("labels")
+    labels = array("labels", (None,))
     count = len(labels) // 5
-    if len(labels) != 5 * count or not (labels.reshape(5, -1) == labels[:count]).all():
+    if not count or len(labels) != 5 * count or not (labels.reshape(5, -1) == labels[:count]).all():
         raise ValueError(f"{files.path}: labels.npy does not hold the same labels for five severities")
-    tensors = {"labels": _labels(labels[:count].tolist(), count, len(spec.classes or ()), f"{files.path}: labels.npy")}
+
+    class Corruption:
+        """The images of one file, which is read again for each part: all of them are 3 GB."""
+
+        shape, decodes = spec.shape, False
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def read(self, rows: Tensor) -> Tensor:
+            return torch.from_numpy(images(self.name)[rows.numpy()].transpose(0, 3, 1, 2).copy())
+
+    @lru_cache(1)
+    def images(name: str) -> np.ndarray:
+        found = array(name, (5 * count, height, width, channels))
+        if found.dtype != np.uint8:
+            raise ValueError(f"{files.path}: {name}.npy is {found.dtype}, not uint8")
+        return found
+
+    where = f"{files.path}: labels.npy"
+    tensors: dict[str, Tensor | Source] = {
+        "labels": _labels(labels[:count].tolist(), count, len(spec.classes or ()), where)
+    }
     for name in CORRUPTIONS:
         if f"{name}.npy" in there:
-            images = array(name)
-            if images.dtype != np.uint8 or images.shape != (5 * count, height, width, channels):
-                raise ValueError(
-                    f"{files.path}: {name}.npy is {images.dtype} of shape {images.shape}, "
-                    f"not uint8 of shape {(5 * count, height, width, channels)}"
-                )
-            tensors[name] = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+            every = torch.arange(5 * count)
+            tensors[name] = Lazy(Corruption(name), torch.zeros_like(every), every)
     if len(tensors) == 1:
         raise ValueError(f"{files.path} has labels.npy but no corruption, for example gaussian_noise.npy")
     return tensors
@@ -299,55 +493,13 @@ def _labels(labels: object, count: int, num_classes: int, where: str) -> Tensor:
     return torch.tensor(labels, dtype=torch.int64)
 
 
-def _decode(
-    files: Files,
-    labelled: Sequence[tuple[str, int]],
-    shape: tuple[int, int, int] | None = None,
-    size: int | None = None,
-) -> Images:
-    # Without a shape to keep, the first image sets the height and width, and any image in colour makes all RGB.
-    sides: tuple[int, int] | None = None if shape is None else shape[1:]
-    sides = (size, size) if size is not None else sides
-    arrays = []
-    for name, _ in _progress(labelled, f"Reading {files.path.name}"):
-        array = _decode_one(files, name, sides, resize=size is not None)
-        sides = array.shape[1], array.shape[2]
-        arrays.append(array)
-    channels = max((len(array) for array in arrays), default=1) if shape is None else shape[0]
-    images = np.empty((len(arrays), channels, *(sides or (1, 1))), np.uint8)
-    for row, array in zip(images, arrays, strict=True):
-        row[:] = array
-    return _images(torch.from_numpy(images), torch.tensor([label for _, label in labelled], dtype=torch.int64))
-
-
-def _decode_one(files: Files, name: str, sides: tuple[int, int] | None, resize: bool) -> np.ndarray:
-    from PIL import Image, ImageOps
-
-    content = io.BytesIO(files.read(name))
-    try:
-        # The header is read first, so that no more pixels are unpacked than are wanted.
-        with Image.open(content, formats=("PNG", "JPEG")) as image:
-            if sides is not None and not resize and image.size != sides[::-1]:
-                raise ValueError(
-                    f"{files.path}: {name} is {image.height} x {image.width}, not {sides[0]} x {sides[1]}: "
-                    "all images need one size; --size N brings an image folder to N x N"
-                )
-            if image.mode.startswith(("I", "F")):
-                raise OSError(f"it has {image.mode} pixels: save it with 8 bits a channel")
-            pixels = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-            if resize and sides is not None:
-                pixels = ImageOps.fit(pixels, sides[::-1], Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{files.path}: {name} is not a PNG or JPEG that can be read ({error})") from error
-    array = np.asarray(pixels)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-
-
-def _progress(items: Sequence[Any], description: str) -> Iterable[Any]:
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, description, console=Console(stderr=True), transient=True, disable=len(items) < 5000)
+def _decoded(
+    files: Files, positions: Sequence[int], labels: Sequence[int], shape: tuple[int, int, int], resize: bool = False
+) -> Lazy:
+    """Return images that are decoded as they are asked for."""
+    encoded = Encoded(files.read, naming(files), shape, resize=resize)
+    count = torch.arange(len(positions))
+    return Lazy(encoded, torch.tensor(labels, dtype=torch.int64), count, torch.tensor(positions, dtype=torch.int64))
 
 
 READERS: dict[str, Callable[[Files, DataSpec], Splits]] = {

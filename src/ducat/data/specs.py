@@ -36,12 +36,18 @@ class DataSpec:
         mean: mean of each channel over the training images, in [0, 1]; for the model's normalisation layer.
         std: standard deviation of each channel, likewise.
         classes: the class names, in the order of the labels; None where the files say.
+        words: file of this package that names the classes whose folders are called by WordNet ids.
         sizes: how many training and test images the publisher offers; None where that is open.
         validation: how many training images are held out for choosing checkpoints, at most a tenth of them.
         eps: the L-inf budget an attacker is given unless told otherwise, in [0, 1].
         model: the network trained on it unless told otherwise.
         crop_padding: pixels of black added on each side before the random crop; 0 is no crop.
         flip: whether a mirrored image is still an image of its class.
+        resized_crop: smallest share of the area that a random resized crop keeps, which then takes the place of the
+            padded one; 0 is none.
+        shorter: pixels that the shorter side is brought to before the middle is cut out for evaluation; None cuts the
+            largest part of the wanted shape.
+        resample: how images are resized, "bicubic" or "bilinear".
         sources: the files to download, all of them needed.
         system_folder: where an operating system's package puts the same files.
         corruption_of: the data set whose test images these are, corrupted.
@@ -54,12 +60,16 @@ class DataSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...] | None = None
+    words: str | None = None
     sizes: tuple[int, int] | None = None
     validation: int = 1000
     eps: float = 8 / 255
     model: str = "resnet18"
     crop_padding: int = 4
     flip: bool = True
+    resized_crop: float = 0.0
+    shorter: int | None = None
+    resample: str = "bicubic"
     sources: tuple[Source, ...] = ()
     system_folder: str | None = None
     corruption_of: str | None = None
@@ -189,6 +199,22 @@ SPECS = {
                     ("sha256:6198c8ae015e2b3e007c7841da39ec069199b9aa3bfa943a462022fe5e43c821",),
                 ),
             ),
+        ),
+        # O. Russakovsky et al. (2015), arXiv 1409.0575; evaluated as usual: shorter side 256, the middle 224.
+        DataSpec(
+            name="imagenet",
+            title="ImageNet",
+            layout="folder",
+            shape=(3, 224, 224),
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            words="imagenet.txt",
+            sizes=(1_281_167, 50_000),
+            eps=4 / 255,
+            crop_padding=0,
+            resized_crop=0.08,
+            shorter=256,
+            resample="bilinear",
         ),
         replace(
             _CIFAR10,

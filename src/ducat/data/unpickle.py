@@ -1,4 +1,4 @@
-"""The Python 2 pickles of the CIFAR archives, without running what a pickle may ask for."""
+"""The pickles of the CIFAR archives, Python 2's or Python 3's, without running what a pickle may ask for."""
 
 import io
 import pickle
@@ -11,8 +11,9 @@ import numpy as np
 def unpickle(data: bytes, source: str) -> dict[bytes, Any]:
     """Read the dictionary that an official CIFAR file holds.
 
-    Only plain containers, byte strings, numbers and uint8 arrays are built, the arrays by our own code: of all that
-    the pickle may name, nothing in numpy or elsewhere is imported or called. So it reads alike under any numpy.
+    Only plain containers, strings, numbers and arrays of uint8 or int64 are built, the arrays by our own code: of all
+    that the pickle may name, nothing in numpy or elsewhere is imported or called. So it reads alike under any numpy.
+    Strings come as bytes, as Python 2 wrote them, and arrays of int64 as lists.
 
     Args:
         data: the file's content.
@@ -26,7 +27,7 @@ def unpickle(data: bytes, source: str) -> dict[bytes, Any]:
         content = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         if not isinstance(content, dict):
             raise TypeError(f"it is a {type(content).__name__}, not a dictionary")
-        return {key: value.array if isinstance(value, _Array) else value for key, value in content.items()}
+        return {_as_python2(key): _as_python2(value) for key, value in content.items()}
     except _RefusedError as error:
         raise ValueError(
             f"{source} asks for {error}, which no CIFAR file does: it may be malicious; nothing was run"
@@ -39,37 +40,70 @@ class _RefusedError(Exception):
     pass
 
 
+def _as_python2(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, list):
+        return [_as_python2(item) if isinstance(item, str) else item for item in value]
+    if isinstance(value, _Array):
+        return value.array if value.array.dtype == np.uint8 else value.array.tolist()
+    return value
+
+
 class _Array:
-    """Stands in for numpy.ndarray: takes its state, and believes it only if it is a whole array of bytes."""
+    """Stands in for numpy.ndarray: takes its state, and believes it only if it is a whole array of plain numbers."""
 
     array: np.ndarray
 
-    def __setstate__(self, state: tuple[int, tuple[int, ...], "_Dtype", bool, bytes]) -> None:
+    def __setstate__(self, state: tuple[int, tuple[int, ...], "_Dtype", bool, bytes | bytearray]) -> None:
         _, shape, dtype, fortran, content = state
-        if dtype.name != b"u1":
-            raise _RefusedError(f"an array of {dtype.name!r}")
-        self.array = np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
+        self.array = np.frombuffer(content, dtype.plain()).reshape(shape, order="F" if fortran else "C")
 
 
 class _Dtype:
     """Stands in for numpy.dtype."""
 
-    def __init__(self, name: bytes, *_: object) -> None:
-        self.name = name
+    order: object = b"|"
 
-    def __setstate__(self, state: object) -> None:
-        pass
+    def __init__(self, name: bytes | str, *_: object) -> None:
+        self.name = name.encode() if isinstance(name, str) else name
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        self.order = state[1]
+
+    def plain(self) -> str:
+        """Return the dtype's name for numpy, if it is one that an honest file has."""
+        if self.name == b"u1":
+            return "u1"
+        if self.name == b"i8" and self.order in ("<", b"<"):
+            return "<i8"
+        raise _RefusedError(f"an array of {self.name!r}")
 
 
 def _reconstruct(*_: object) -> _Array:
     return _Array()
 
 
+def _from_buffer(content: bytes | bytearray, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", content))
+    return array
+
+
+def _encode(text: str, codec: str) -> bytes:
+    if codec != "latin1":
+        raise _RefusedError(f"the codec {codec!r}")
+    return text.encode("latin1")
+
+
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _encode,
 }
 
 

@@ -24,10 +24,11 @@ from ducat.threat import ThreatModel
 AUDITED = 100  # correctly classified ones that the measurements are made on
 STEPS = (1, 10, 50)
 QUERIES = 500
-OBJECTIVES = ("recovered-cross-entropy", "weighted-pair")
+EXAMINED = ("recovered-cross-entropy", "weighted-pair")
 VANISHED = 1e-12  # largest entry of an input gradient, in logits per unit of brightness
 FAR = 0.5  # at this distance in L-inf every image can be made one flat grey
 
+FAILURE = "a failure of ours"  # how a warning of one begins
 SINK_GAP = 0.01
 SHORTFALL = 0.005  # of our ensemble against AutoAttack
 CHANCE = 2  # samples by which two attacks of the same strength differ now and then
@@ -68,7 +69,7 @@ def measure_signs(
         return generator(seed, "audit", key)
 
     def iterate(steps: int) -> Tensor:
-        ball = replace(threat, steps=steps, step_size=threat.radius if steps == 1 else threat.stride)
+        ball = replace(threat, steps=steps, step_size=threat.eps if steps == 1 else threat.step_size)
         goal = "recovered-cross-entropy"
         return pgd(network, x, y, ball, goal, generator=noise("steps"), keep="last")
 
@@ -81,7 +82,7 @@ def measure_signs(
     limit = 1.0 if threat.norm == "linf" else float("inf")
     pixels = x[0].numel()
     far = {"linf": FAR, "l2": FAR * pixels**0.5, "l1": FAR * pixels}[threat.norm]
-    ball = ThreatModel(threat.norm, max(far, threat.radius))
+    ball = ThreatModel(threat.norm, max(far, threat.eps))
     distant = adaptive(deployed, x, y, ball, generator=noise("far"))
     only_black_box = 0
     if queries:
@@ -109,10 +110,10 @@ def measure_signs(
     start = threat.random_start(x, noise("gradients"))
     return Audit(
         samples=len(x),
-        vanishing={name: _vanishing(network, start, y, name) for name in OBJECTIVES},
+        vanishing={name: _vanishing(network, start, y, name) for name in EXAMINED},
         standing_after_steps={steps: int(standing(iterate(steps)).sum()) for steps in STEPS},
-        standing=at(threat.radius),
-        standing_at_double_eps=at(min(2 * threat.radius, limit)),
+        standing=at(threat.eps),
+        standing_at_double_eps=at(min(2 * threat.eps, limit)),
         standing_far=int(standing(distant).sum()),
         only_black_box=only_black_box,
         only_guided=found - int(left.sum()),
@@ -151,7 +152,7 @@ def causes(evaluation: Evaluation) -> list[str]:
     if not evaluation.robust.any():
         return []
     found = [f"the network is {name}" for name in scrutiny.nature]
-    if scrutiny.opinion is not None and scrutiny.opinion.broken:
+    if _opinion(evaluation):
         found.append("a plain attack broke what the suite had left")
     if evaluation.unrepeatable and not scrutiny.nature:
         found.append("adversarial images were classified otherwise when they were looked at again")
@@ -160,7 +161,7 @@ def causes(evaluation: Evaluation) -> list[str]:
         signs = [sign for sign, _ in _signs(audit, evaluation.threat)] if audit is not None else []
         signs += ["AutoAttack beats our ensemble"] * bool(_shortfalls(evaluation.attacks))
         found += signs or ["the network passes no gradient"]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def find_warnings(evaluation: Evaluation) -> list[str]:
@@ -183,10 +184,10 @@ def find_warnings(evaluation: Evaluation) -> list[str]:
 
 def _opinion(evaluation: Evaluation) -> str | None:
     opinion = evaluation.scrutiny.opinion
-    if opinion is None or not opinion.broken:
+    if opinion is None or not opinion.broken or "random" in evaluation.scrutiny.nature:  # luck breaks some of these
         return None
     return (
-        f"a failure of ours: a plain PGD on the network as it was given breaks {opinion.broken} of {opinion.samples} "
+        f"{FAILURE}: a plain PGD on the network as it was given breaks {opinion.broken} of {opinion.samples} "
         "samples that the whole suite had left standing; they count as broken, and robust accuracy may be lower still; "
         "please report this network"
     )
@@ -237,7 +238,7 @@ def _shortfalls(attacks: Sequence[AttackResult]) -> Sequence[str]:
 
 
 def _unrepeatable(evaluation: Evaluation) -> str | None:
-    if not evaluation.unrepeatable:
+    if not evaluation.unrepeatable or evaluation.scrutiny.nature:
         return None
     return (
         f"{evaluation.unrepeatable} saved adversarial images were classified otherwise when they were looked at again; "
@@ -305,7 +306,7 @@ def _signs(audit: Audit | None, threat: ThreatModel | None) -> list[tuple[str, s
             )
         )
     if audit.standing > NOISE * audit.samples and audit.standing_at_double_eps >= audit.standing:
-        radius = f" at eps {threat.radius:.4g}" if threat else ""
+        radius = f" at eps {threat.eps:.4g}" if threat else ""
         found.append(
             (
                 "a larger eps does not lower accuracy",

@@ -13,18 +13,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ducat import checkpoint, data
+from ducat.dummy import dummy_head
 from ducat.evaluation.result import Evaluation
+from ducat.models.heads import find_heads
 from ducat.runs import RunFolder
 
-Images = Float[Tensor, "samples channels height width"]
+Samples = Float[Tensor, "samples channels height width"]
 Labels = Int[Tensor, " samples"]
 
 BINS = 10
 EXAMPLES = 8
+SHOWN = 150  # images whose features are drawn, benign and attacked
 
 
 def measure(
-    model: nn.Module, x: Images, adversarial: Images, y: Labels, classes: Sequence[str], *, batch_size: int = 500
+    model: nn.Module, x: Samples, adversarial: Samples, y: Labels, classes: Sequence[str], *, batch_size: int = 500
 ) -> dict[str, Any]:
     """Look at a network's outputs on benign images and on the adversarial images made of them.
 
@@ -41,12 +44,13 @@ def measure(
     Returns:
         The content of behaviour.json: "attacked", the number of images; "mass", where probability goes on average, by
         kind of image; "signal", how well the pairs tell adversarial images from benign ones (None without dummy
-        classes); "examples", a few images with predictions.
+        classes); "features", the last layer's inputs on their two main axes (None where no layer gives the logits);
+        "examples", a few images with predictions.
     """
     attacked = (x != adversarial).flatten(1).any(1)
     count = int(attacked.sum())
     if not count:
-        return {"attacked": 0, "mass": None, "signal": None, "examples": []}
+        return {"attacked": 0, "mass": None, "signal": None, "features": None, "examples": []}
     x, adversarial, y = x[attacked], adversarial[attacked], y[attacked]
     benign, attacks = (_probabilities(model, images, batch_size) for images in (x, adversarial))
     paired = benign.shape[1] == 2 * len(classes)
@@ -55,6 +59,7 @@ def measure(
         "attacked": count,
         "mass": {kind: _mass(p, y, len(classes)) for kind, p in outputs.items()},
         "signal": _reliability(_signal(benign), _signal(attacks)) if paired else None,
+        "features": _features(model, x, adversarial, len(classes)),
         "examples": _examples(x, adversarial, y, benign, attacks, classes),
     }
 
@@ -63,6 +68,49 @@ def measure(
 def _probabilities(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     device = next(model.parameters()).device
     return torch.cat([model(chunk.to(device)).double().softmax(1).cpu() for chunk in images.split(batch_size)])
+
+
+def _features(model: nn.Module, x: Tensor, adversarial: Tensor, num_classes: int) -> dict[str, Any] | None:
+    """Project what the last layer is given of benign and of adversarial images onto the main axes of both together.
+
+    "points" has for each kind of image a list for those whose largest output is real, and one for those where it is a
+    dummy class; "explained" is the share of the variance along each axis.
+    """
+    device = next(model.parameters()).device
+    images = torch.cat([x[:SHOWN], adversarial[:SHOWN]]).to(device)
+    try:
+        head = dummy_head(model) or next(iter(find_heads(model, images[:2]).values()))
+    except ValueError:
+        return None
+    given: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            dummy = (model(images).argmax(1) >= num_classes).cpu()
+    finally:
+        hook.remove()
+    features = given[-1].double().cpu()
+    # A convolution that gives the logits has features at every position, whose mean counts.
+    features = features.flatten(2).mean(2) if features.ndim > 2 else features
+    if len(features) != len(images) or min(features.shape) < 2:
+        return None
+    centred = features - features.mean(0)
+    left, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
+    # The sign of an axis is arbitrary: its largest part points up.
+    signs = axes.gather(1, axes.abs().argmax(1, keepdim=True)).squeeze(1).sign()
+    places = (left * sizes * signs)[:, :2]
+    half = len(images) // 2
+    kinds = {"benign": slice(0, half), "adversarial": slice(half, None)}
+    return {
+        "explained": [round(float(share), 4) for share in (sizes.square() / sizes.square().sum().clamp_min(1e-12))[:2]],
+        "points": {
+            kind: {
+                part: [[round(value, 3) for value in row] for row in places[rows][chosen[rows]].tolist()]
+                for part, chosen in (("real", ~dummy), ("dummy", dummy))
+            }
+            for kind, rows in kinds.items()
+        },
+    }
 
 
 def _mass(p: Tensor, y: Tensor, num_classes: int) -> dict[str, float]:

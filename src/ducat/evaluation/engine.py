@@ -475,7 +475,7 @@ def _conclude(
     least = torch.stack([outcome.clean, *(one.correct if one.shares is None else one.shares for one in attacks)])
     least = least.float().amin(0)
     audit = opinion = second = None
-    searched = job.threat.radius > 0 and bool(clean.any())
+    searched = job.threat.eps > 0 and bool(clean.any())
     guess = subject.deployed(job.attacked[0])
 
     def join(strategy: str, rows: Tensor, found: Tensor, seconds: float) -> int:
@@ -493,6 +493,15 @@ def _conclude(
         least.copy_(torch.minimum(least, share))
         return broken
 
+    if suite.audit and searched and standing.any():
+        progress("second opinion")
+        rows = standing.nonzero().squeeze(1)[: second_opinion.SAMPLES]
+        given, labels = job.to_device(x[rows], y[rows])
+        began = time.perf_counter()
+        found = second_opinion.plain_pgd(
+            subject.network, given, labels, job.threat.norm, job.threat.eps, subject.how, job.seed
+        )
+        opinion = Opinion(len(rows), join(SECOND_OPINION, rows, found, time.perf_counter() - began))
     if suite.audit and searched:
         progress("audit")
         by_gradients = torch.stack([clean, *(a.correct for a in attacks if not a.black_box)]).all(0)
@@ -525,15 +534,6 @@ def _conclude(
             if len(rows):
                 second, found = second_round(scene(rows), not nature.names, progress)
                 join(SECOND_ROUND, rows, found, second.seconds)
-    if suite.audit and searched and standing.any():
-        progress("second opinion")
-        rows = standing.nonzero().squeeze(1)[: second_opinion.SAMPLES]
-        given, labels = job.to_device(x[rows], y[rows])
-        began = time.perf_counter()
-        found = second_opinion.plain_pgd(
-            subject.network, given, labels, job.threat.norm, job.threat.radius, subject.how, job.seed
-        )
-        opinion = Opinion(len(rows), join(SECOND_OPINION, rows, found, time.perf_counter() - began))
     last = LAST_REPEATS if nature.random else 1
     looks = [
         job.look_again(*chunk, last)

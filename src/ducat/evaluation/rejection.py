@@ -15,14 +15,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ducat.attacks.adaptive import Round, SilentDummies, is_recovered, tournament
-from ducat.attacks.objectives import Objective
+from ducat.attacks.objectives import Goal
 from ducat.attacks.pgd import attackable, pgd
 from ducat.dummy import RecoveredClassifier, dummy_head, recover
 from ducat.evaluation.statistics import mcnemar, wilson
 from ducat.seeding import generator as seeded
 from ducat.threat import ThreatModel
 
-Images = Float[Tensor, "samples channels height width"]
+Samples = Float[Tensor, "samples channels height width"]
 Labels = Int[Tensor, " samples"]
 Flags = Bool[Tensor, " samples"]
 Logits = Float[Tensor, "batch outputs"]
@@ -195,7 +195,7 @@ def _read(network: nn.Module, x: Tensor, signal: Signal, batch_size: int = 500) 
 
 def calibrate(
     model: nn.Module,
-    x: Images,
+    x: Samples,
     y: Labels,
     share: float | int,
     signal: str = "confidence",
@@ -280,15 +280,15 @@ DENIAL_STEPS: dict[str, tuple[int, int]] = {"quick": (20, 1), "standard": (40, 3
 
 def wrong_and_accepted(
     model: nn.Module,
-    x: Images,
+    x: Samples,
     y: Labels,
     threat: ThreatModel,
     signal: str | Signal,
     threshold: float,
     budget: str = "standard",
     generator: torch.Generator | None = None,
-    starts: Sequence[Images] = (),
-) -> Images:
+    starts: Sequence[Samples] = (),
+) -> Samples:
     """Look for images that are accepted with a wrong class: the attacker knows the signal and the threshold.
 
     It maximises, over images and wrong classes k, min(lead of k, acceptance of k - threshold): exactly, and smoothed so
@@ -319,7 +319,7 @@ def wrong_and_accepted(
         prediction = chosen.decision(logits).argmax(1)
         return (prediction != labels) & (_of(prediction, chosen.acceptance(logits)) >= threshold)
 
-    def aim(objective: str, target: Tensor | None) -> Objective:
+    def aim(objective: str, target: Tensor | None) -> Goal:
         smooth = objective.endswith("smooth")
 
         def value(logits: Tensor, labels: Tensor, wanted: Tensor | None) -> Tensor:
@@ -330,7 +330,7 @@ def wrong_and_accepted(
             return near.logsumexp(1) if smooth else near.amax(1)
 
         fixed = None if target is None else lambda clean_logits, labels: target
-        return Objective(value, knows_recovery=True, reference=fixed, success=success)
+        return Goal(value, knows_recovery=True, reference=fixed, success=success)
 
     rounds = WRONG_BUDGETS[budget]
     return tournament(opened(model), x, y, threat, rounds, score, aim, generator, starts)
@@ -338,14 +338,14 @@ def wrong_and_accepted(
 
 def denied(
     model: nn.Module,
-    x: Images,
+    x: Samples,
     y: Labels,
     threat: ThreatModel,
     signal: str | Signal,
     threshold: float,
     budget: str = "standard",
     generator: torch.Generator | None = None,
-) -> Images:
+) -> Samples:
     """Look for images that are not both right and accepted: the attacker wants to be refused, or to be wrong.
 
     Arguments and result as for `wrong_and_accepted`.
@@ -358,8 +358,8 @@ def denied(
         prediction = chosen.decision(logits).argmax(1)
         return (prediction != labels) | (_of(prediction, chosen.acceptance(logits)) < threshold)
 
-    def objective(smooth: bool) -> Objective:
-        return Objective(
+    def objective(smooth: bool) -> Goal:
+        return Goal(
             lambda logits, labels, reference: -_of(labels, nearness(logits, chosen, threshold, smooth=smooth)),
             knows_recovery=True,
             success=success,
@@ -465,7 +465,7 @@ class Rejection:
                 if more > fewer and mcnemar(more, fewer) < SURE:
                     found.append(
                         f"with {share:.0%} refused by {result.signal}, {_percent(served)} are served and robust at eps "
-                        f"{self.threat.radius:.4g}, more than the {_percent(self.half)} that are robust at half of it "
+                        f"{self.threat.eps:.4g}, more than the {_percent(self.half)} that are robust at half of it "
                         "without refusing. A detector that good would make a better classifier at eps/2 (Tramèr 2022): "
                         "suspect the attack before you believe the number"
                     )
@@ -501,7 +501,7 @@ class Rejection:
             "robust": share_of(result.robust(threshold)),
             "served": share_of(result.served(threshold, y)),
             "denial": [
-                {"eps": round(radius * self.threat.radius, 6), **share_of(right < threshold)}
+                {"eps": round(radius * self.threat.eps, 6), **share_of(right < threshold)}
                 for radius, right in zip(RADII, result.right, strict=True)
             ],
         }
@@ -545,13 +545,13 @@ def _percent(flags: Tensor) -> str:
 
 def measure(
     model: nn.Module,
-    x: Images,
+    x: Samples,
     y: Labels,
     threat: ThreatModel,
     shares: Sequence[float | int],
     *,
     held_out: tuple[Float[Tensor, "held_out channels height width"], Int[Tensor, " held_out"]] | None = None,
-    found: Sequence[Images] = (),
+    found: Sequence[Samples] = (),
     attacked: nn.Module | None = None,
     signals: Mapping[str, Signal] | None = None,
     budget: str = "standard",
@@ -633,7 +633,7 @@ class Seen:
         self, network: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, signals: Mapping[str, Signal]
     ) -> None:
         self.network, self.x, self.y, self.threat, self.signals = network, x, y, threat, signals
-        self.balls = [replace(threat, eps=radius * threat.radius, step_size=None) for radius in RADII]
+        self.balls = [ThreatModel(threat.norm, radius * threat.eps, steps=threat.steps) for radius in RADII]
         self.benign = {name: _read(network, x, signal) for name, signal in signals.items()}
         self.wrong = {name: read.wrong(y) for name, read in self.benign.items()}
         self.right = {name: read.right(y).repeat(len(RADII), 1) for name, read in self.benign.items()}
@@ -718,6 +718,6 @@ class _Part(Seen):
         # From the smallest ball and the most lenient threshold up: what is denied there is denied everywhere.
         for number, ball in enumerate(self.balls):
             for share, threshold in sorted(self.thresholds[name].items()):
-                progress(f"denied by {name}, {share:.0%} refused, eps {ball.radius:.4g}")
+                progress(f"denied by {name}, {share:.0%} refused, eps {ball.eps:.4g}")
                 standing = self.right[name][number] >= threshold
                 self.look(self.attacked(standing, denied, ball, name, threshold, "denied", number))

@@ -17,7 +17,7 @@ from ducat.evaluation.statistics import mcnemar, wilson
 from ducat.runs import RunFolder
 from ducat.threat import ThreatModel
 
-Images = Float[Tensor, "samples channels height width"]
+Samples = Float[Tensor, "samples channels height width"]
 Labels = Int[Tensor, " samples"]
 Flags = Bool[Tensor, " samples"]
 Shares = Float[Tensor, " samples"]
@@ -203,7 +203,7 @@ class Evaluation:
     clean: Flags = field(repr=False)
     robust: Flags = field(repr=False)
     attacks: Sequence[AttackResult] = field(repr=False)
-    adversarial: Images = field(repr=False)
+    adversarial: Samples = field(repr=False)
     unrepeatable: int = 0
     dummy_classes: bool = True
     clean_shares: Shares | None = field(default=None, repr=False)
@@ -259,7 +259,7 @@ class Evaluation:
             "seed": self.seed,
             "suite": self.suite,
             "batch_size": self.batch_size,
-            "threat": {"norm": threat.norm, "eps": threat.radius, "step_size": threat.stride, "steps": threat.steps},
+            "threat": {"norm": threat.norm, "eps": threat.eps, "step_size": threat.step_size, "steps": threat.steps},
             "clean": _share(accuracies["clean"], samples),
             "attacks": [
                 {
@@ -411,7 +411,7 @@ def compare(first: Evaluation, second: Evaluation) -> dict[str, Difference]:
             f"the evaluations are not of the same samples ({first.data or 'data'}, {len(first.clean)}, and "
             f"{second.data or 'data'}, {len(second.clean)}): evaluate both with the same data and --samples"
         )
-    balls = [(one.threat.norm, one.threat.radius) for one in (first, second)]
+    balls = [(one.threat.norm, one.threat.eps) for one in (first, second)]
     if balls[0] != balls[1]:
         raise ValueError(f"the evaluations are of different threat models, {balls[0]} and {balls[1]}")
     return {

@@ -10,48 +10,58 @@ from typing import Any
 from torch import Tensor, nn
 
 from ducat import checkpoint, weights
+from ducat.attacks.suites import Suite
 from ducat.config import Config
 from ducat.data import load, load_test
+from ducat.evaluation import behaviour
 from ducat.evaluation.engine import evaluate
 from ducat.evaluation.rejection import calibrate
+from ducat.models import allow_code
+from ducat.models.doors import is_function
 from ducat.runs import RunFolder, Which
 from ducat.threat import ThreatModel
 
 
 def evaluate_run(
     folder: RunFolder,
-    suite: str = "standard",
+    suite: str | Suite = "standard",
     *,
     samples: int | None = None,
     seed: int = 0,
     which: Which = "best",
     threat: ThreatModel | None = None,
     reject: Sequence[float] = (),
+    surrogates: Sequence[Path | str] = (),
+    second_round_seconds: float | None = None,
     batch_size: int = 500,
     device: str = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run on its test images, write evaluation.json and evaluation.safetensors, and return the former.
 
+    What the network makes of these images is written to behaviour.json as well, see `behaviour.measure_run`.
+
     Finished chunks are kept in the run folder until the end, so an evaluation that was interrupted continues when it is
     asked for again with the same settings, and `accelerate launch` shares it among processes.
 
     Args:
         folder: the run.
-        suite: which attacks, a row of `attacks.suites.SUITES`.
+        suite: which attacks, a row of `attacks.suites.SUITES` or a `Suite`.
         samples: how many test images, a fixed stratified subset; all by default.
         seed: of the attacks.
         which: "best" or "last" checkpoint.
         threat: the ball; by default the one that the run was trained in.
         reject: shares of benign images that may be refused, see `ducat.evaluate`; the thresholds are set on validation
             images.
+        surrogates: run folders of other networks, whose adversarial images are tried too.
+        second_round_seconds: the longest that the second round may take, see `ducat.evaluate`; None for no limit.
         batch_size: samples attacked at a time.
         device: "auto", "cpu" or "cuda".
         progress: told of each attack and chunk as it starts.
     """
     config = folder.config
     model = folder.load(which)
-    return _evaluate_and_save(
+    measured = _evaluate_and_save(
         model,
         load_test(config.data.name, samples, config.data.root),
         threat or config.threat.build(None),
@@ -63,22 +73,29 @@ def evaluate_run(
         seed=seed,
         reject=reject,
         held_out=_held_out(config) if reject else None,
+        surrogates=[RunFolder.open(Path(run)).load("best") for run in surrogates],
+        second_round_seconds=second_round_seconds,
         batch_size=batch_size,
         data=folder.manifest["data"]["title"],
         progress=progress or (lambda attack: None),
     )
+    if _is_main_process():
+        behaviour.measure_run(folder)
+    return measured
 
 
 def evaluate_checkpoint(
     source: Path,
     config: Config,
-    suite: str = "standard",
+    suite: str | Suite = "standard",
     *,
     num_classes: int | None = None,
     samples: int | None = None,
     seed: int = 0,
     path: Path | None = None,
     reject: Sequence[float] = (),
+    surrogates: Sequence[Path | str] = (),
+    second_round_seconds: float | None = None,
     batch_size: int = 500,
     device: str = "auto",
     progress: Callable[[str], None] | None = None,
@@ -89,27 +106,38 @@ def evaluate_checkpoint(
         source: file of weights, as `weights.read` takes it.
         config: its `data`, `model` and `threat` say what to evaluate and how; the rest of it is not used. A head with
             twice as many outputs as the data have classes has dummy classes.
-        suite: which attacks, a row of `attacks.suites.SUITES`.
+        suite: which attacks, a row of `attacks.suites.SUITES` or a `Suite`.
         num_classes: C, checked against the data; None does not check.
         samples: how many test images, a fixed stratified subset; all by default.
         seed: of the attacks.
         path: the .json file to write, with a .safetensors beside it; nothing is written by default.
         reject: shares of benign images that may be refused, see `ducat.evaluate`; the thresholds are set on validation
             images.
+        surrogates: run folders of other networks, whose adversarial images are tried too.
+        second_round_seconds: the longest that the second round may take, see `ducat.evaluate`; None for no limit.
         batch_size: samples attacked at a time.
         device: "auto", "cpu" or "cuda".
         progress: told of each attack and chunk as it starts.
 
     Raises:
         FileNotFoundError: if there are no such weights or data.
+        FileExistsError: if `path` or the .safetensors beside it is there already.
         ValueError: if the weights do not fit the network, or the data have another number of classes.
     """
+    if path is not None:
+        for file in (path, path.with_suffix(".safetensors")):
+            if file.exists():
+                raise FileExistsError(
+                    f"{file} exists, and nothing is overwritten: choose another name than {path.name}"
+                )
     dataset = load(config.data.name, root=config.data.root)
     classes = len(dataset.classes)
     if num_classes not in (None, classes):
         raise ValueError(f"num_classes={num_classes}, but {config.data.name} has {classes} classes")
     config = config.resolve(dataset.spec)
-    _, model = weights.read(source).network(config.architecture(dataset))
+    if config.model.name is not None and is_function(config.model.name):
+        allow_code(config.model.name)  # whoever makes settings has asked for it
+    _, model = weights.read(source).network(config.described(config.architecture(dataset)))
     return _evaluate_and_save(
         model,
         load_test(config.data.name, samples, config.data.root),
@@ -122,6 +150,8 @@ def evaluate_checkpoint(
         seed=seed,
         reject=reject,
         held_out=_held_out(config) if reject else None,
+        surrogates=[RunFolder.open(Path(run)).load("best") for run in surrogates],
+        second_round_seconds=second_round_seconds,
         batch_size=batch_size,
         data=dataset.spec.title,
         progress=progress or (lambda attack: None),
@@ -186,10 +216,17 @@ def _evaluate_and_save(
     if device == "cuda" and processes.device.type != "cuda":
         raise ValueError("device=cuda: PyTorch finds no GPU here; choose cpu or auto")
     parts = path.with_suffix(".parts") if path is not None else None
-    evaluation = evaluate(model.to(processes.device), *test, threat, parts=parts, **settings)
+    others = [other.to(processes.device) for other in settings.pop("surrogates")]
+    evaluation = evaluate(model.to(processes.device), *test, threat, parts=parts, surrogates=others, **settings)
     evaluation = replace(evaluation, checkpoint=which)
     processes.wait_for_everyone()
     if path is not None and parts is not None and processes.is_main_process:
         evaluation.save(path)
         shutil.rmtree(parts)
     return evaluation.to_dict()
+
+
+def _is_main_process() -> bool:
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)

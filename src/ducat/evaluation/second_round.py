@@ -31,7 +31,7 @@ RANDOM_GUIDES = 5  # of a random network, whose guides cost as many passes as th
 SIGNS = 32  # samples that an equal network is examined with
 QUERIES = 5000
 DECISIONS = 2000
-OBJECTIVES = ("cross-entropy", "margin")
+MAXIMISED = ("cross-entropy", "margin")
 Judge = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -184,7 +184,7 @@ def _follow(guide: nn.Module, scene: Scene, noise: torch.Generator, x: Tensor, y
     """Go along a guide's gradient from a random point and from the image that came closest, on two objectives."""
     found, standing = kept.clone(), torch.arange(len(x), device=x.device)
     ball = replace(scene.threat, steps=STEPS)
-    for objective in OBJECTIVES:
+    for objective in MAXIMISED:
         for start in (None, found):
             if not len(standing):
                 return found

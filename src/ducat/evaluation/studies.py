@@ -1,20 +1,32 @@
-"""What evaluated runs say together: samples that always fail, attacks that transfer, and corrupted images."""
+"""What runs say beyond one evaluation: samples that always fail, transfer, corrupted images, a class that is wanted."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ducat.data import SPECS, load_corruptions
+from ducat.attacks.pgd import pgd
+from ducat.data import SPECS, load_corruptions, load_test
 from ducat.data import load as load_data
+from ducat.dummy import dummy_head, recover
 from ducat.evaluation.result import Evaluation
 from ducat.runs import RunFolder, Which, load
+from ducat.seeding import generator
 
 Flags = Bool[Tensor, " samples"]
+Progress = Callable[[str], None]
+
+
+class Sheet(NamedTuple):
+    """A study's numbers as text: a title, the names of the columns, and the rows."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,18 @@ class AlwaysFailed:
             },
         }
 
+    def sheet(self) -> Sheet:
+        """Return a row for each class."""
+        numbers = self.to_dict()
+        title = (
+            f"{numbers['failed_on_every']} of {numbers['samples']} test images fail on every model, each under its own "
+            f"attack: {100 * numbers['share_of_samples']:.1f} % of the test images, "
+            f"{100 * numbers['share_of_failures']:.1f} % of those that fail on some model"
+        )
+        counts = {"images": "samples", "fail on some": "failed_on_some", "fail on every": "failed_on_every"}
+        rows = [[name, *(str(row[key]) for key in counts.values())] for name, row in numbers["classes"].items()]
+        return Sheet(title, ["class", *counts], rows)
+
 
 def always_failed(runs: Sequence[Path]) -> AlwaysFailed:
     """Find the samples whose own adversarial images fail on every one of several evaluated runs.
@@ -112,10 +136,22 @@ class Transfer:
             },
         }
 
+    def sheet(self) -> Sheet:
+        """Return a row for each source."""
+        title = (
+            "Of the images that the target (column) classifies correctly, the share in % that the source's (row) "
+            "adversarial images make it lose: all / effective on the source / ineffective on it"
+        )
+        numbers = [str(number) for number in range(1, len(self.runs) + 1)]
+        layers = torch.stack([self.success, self.effective, self.ineffective], dim=-1).tolist()
+        rows = [
+            [number, name, *(" / ".join("-" if x != x else f"{100 * x:.1f}" for x in cell) for cell in row)]
+            for number, name, row in zip(numbers, self.runs, layers, strict=True)
+        ]
+        return Sheet(title, ["", "source", *(f"on {number}" for number in numbers)], rows)
 
-def transfer(
-    runs: Sequence[Path], which: Which | None = None, progress: Callable[[str], None] = lambda target: None
-) -> Transfer:
+
+def transfer(runs: Sequence[Path], which: Which | None = None, progress: Progress = lambda target: None) -> Transfer:
     """Show every evaluated run the adversarial images of every other.
 
     Args:
@@ -175,6 +211,12 @@ class Corruption:
             "mean_error": self.mean_error,
         }
 
+    def sheet(self) -> Sheet:
+        """Return a row for each corruption."""
+        title = f"Accuracy in % by severity; mean error {100 * self.mean_error:.1f} %"
+        rows = [[name, *(f"{100 * value:.1f}" for value in values)] for name, values in self.accuracy.items()]
+        return Sheet(title, ["corruption", *"12345"], rows)
+
 
 def corruption(
     run: Path,
@@ -182,7 +224,7 @@ def corruption(
     *,
     samples: int | None = None,
     which: Which = "best",
-    progress: Callable[[str], None] = lambda corruption: None,
+    progress: Progress = lambda corruption: None,
 ) -> Corruption:
     """Measure a run on corrupted images, with the recovered classifier.
 
@@ -210,12 +252,126 @@ def corruption(
     return Corruption(run.name, name, {kind: tuple(values) for kind, values in accuracy.items()})
 
 
+@dataclass(frozen=True)
+class Targeted:
+    """How often an attacker who wants one particular wrong class gets it, for attackers blind and aware of recovery.
+
+    The targeted protocol of the paper (arXiv 2410.12671) counts a sample as robust unless the class that was wanted
+    wins; untargeted accuracy under the same images stands beside it.
+
+    Attributes:
+        run: name of the model.
+        samples: test images, of all classes.
+        steps: of PGD.
+        withstood: by attacker, the share of samples on which the wanted class does not win.
+        correct: by attacker, the share of samples on which the true class still wins.
+    """
+
+    run: str
+    samples: int
+    steps: int
+    withstood: Mapping[str, float]
+    correct: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers."""
+        return {
+            "run": self.run,
+            "samples": self.samples,
+            "steps": self.steps,
+            "withstood": dict(self.withstood),
+            "correct": dict(self.correct),
+        }
+
+    def sheet(self) -> Sheet:
+        """Return a row for each attacker."""
+        title = (
+            f"PGD-{self.steps} towards a class that is drawn for each of {self.samples} test images, in %: withstood "
+            "is where that class does not win, correct where the true one still does"
+        )
+        rows = [
+            [attacker, f"{100 * share:.1f}", f"{100 * self.correct[attacker]:.1f}"]
+            for attacker, share in self.withstood.items()
+        ]
+        return Sheet(title, ["attacker", "withstood", "correct"], rows)
+
+
+def targeted(
+    run: Path,
+    *,
+    steps: int = 20,
+    samples: int | None = None,
+    seed: int = 0,
+    which: Which = "best",
+    batch_size: int = 500,
+    progress: Callable[[str], None] = lambda attacker: None,
+) -> Targeted:
+    """Attack a run with PGD towards a wrong real class that is drawn for each sample, in the ball of its training.
+
+    Args:
+        run: a run folder.
+        steps: of PGD, from one random start.
+        samples: test images, a fixed stratified subset; all by default.
+        seed: of the wanted classes and the starts.
+        which: the checkpoint, "best" or "last".
+        batch_size: samples attacked at a time.
+        progress: told of each attacker as its turn comes.
+    """
+    folder = RunFolder.open(run)
+    config = folder.config
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = folder.load(which).to(device)
+    paired = dummy_head(network) is not None
+    x, y = load_test(config.data.name, samples, config.data.root)
+    classes = len(_classes(run))
+    wanted = (y + torch.randint(1, classes, y.shape, generator=generator(seed, "wanted"))) % classes
+    threat = replace(config.threat.build(None), steps=steps)
+    withstood, correct = {}, {}
+    for attacker, objective in {"blind": "targeted-cross-entropy", "aware": "recovered-targeted-cross-entropy"}.items():
+        if attacker == "aware" and not paired:
+            continue  # without dummy classes there is nothing to know
+        progress(attacker)
+        predicted = []
+        for start in range(0, len(x), batch_size):
+            rows = slice(start, start + batch_size)
+            images, goal = x[rows].to(device), wanted[rows].to(device)
+            found = pgd(network, images, goal, threat, objective, generator=generator(seed, attacker, start))
+            with torch.no_grad():
+                logits = network(found)
+            predicted.append((recover(logits) if paired else logits).argmax(1).cpu())
+        prediction = torch.cat(predicted)
+        withstood[attacker] = float((prediction != wanted).float().mean())
+        correct[attacker] = float((prediction == y).float().mean())
+    return Targeted(run.name, len(y), steps, withstood, correct)
+
+
+# By name: what is found in run folders, of a checkpoint, on a number of samples.
+Finding = AlwaysFailed | Transfer | Corruption | Targeted
+Study = Callable[[Sequence[Path], Which | None, int | None, Progress], Finding]
+STUDIES: dict[str, Study] = {
+    "always-failed": lambda runs, which, samples, progress: always_failed(runs),
+    "transfer": lambda runs, which, samples, progress: transfer(runs, which, progress),
+    "corruption": lambda runs, which, samples, progress: corruption(
+        _only(runs), samples=samples, which=which or "best", progress=progress
+    ),
+    "targeted": lambda runs, which, samples, progress: targeted(
+        _only(runs), samples=samples, which=which or "best", progress=progress
+    ),
+}
+
+
+def _only(runs: Sequence[Path]) -> Path:
+    if len(runs) != 1:
+        raise ValueError(f"give one run, not {len(runs)}: this study is of a single model")
+    return runs[0]
+
+
 def _evaluations(runs: Sequence[Path]) -> dict[str, Evaluation]:
     """Return the evaluations of several runs by name, all of the same samples in the same ball."""
     if len(runs) < 2:
         raise ValueError("give at least two evaluated runs: the study compares models")
     evaluations = [Evaluation.load(RunFolder.open(run).path) for run in runs]
-    settings = [(one.fingerprint, one.threat.norm, one.threat.radius) for one in evaluations]
+    settings = [(one.fingerprint, one.threat.norm, one.threat.eps) for one in evaluations]
     for run, setting in zip(runs, settings, strict=True):
         if setting != settings[0]:
             raise ValueError(

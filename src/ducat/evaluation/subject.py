@@ -252,7 +252,7 @@ def examine(
     """
     known = known or Nature()
     x = x[:PROBED].to(network.device)
-    disturbed = [threat.random_start(x, generator), threat.project(x + threat.radius * threat.direction(x - 0.5), x)]
+    disturbed = [threat.random_start(x, generator), threat.project(x + threat.eps * threat.direction(x - 0.5), x)]
     if found is not None:
         moved = found[:PROBED].to(network.device)
         disturbed.insert(0, moved)
@@ -283,7 +283,7 @@ def _one_step(network: Classifier, x: Tensor, threat: ThreatModel) -> Tensor:
         logits = network(point)
         loss = nn.functional.cross_entropy(logits, logits.argmax(1).detach(), reduction="sum")
         (gradient,) = torch.autograd.grad(loss, point)
-    return threat.project(x + threat.radius * threat.direction(gradient.nan_to_num()), x)
+    return threat.project(x + threat.eps * threat.direction(gradient.nan_to_num()), x)
 
 
 def _passes(network: Classifier, x: Tensor) -> bool:

@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ducat import checkpoint, data
+from ducat.architecture import Architecture
 from ducat.attacks.adaptive import with_silent_dummies
 from ducat.dummy import recover
 from ducat.evaluation.rejection import accepted, check_signal
 from ducat.evaluation.runs import read_calibration
-from ducat.models.architecture import Architecture
 from ducat.reporting import compare as comparing
 from ducat.runs import RunFolder, Which
 

@@ -53,6 +53,15 @@ def _percent(share: float | None) -> str:
     return NOT_MEASURED if share is None else f"{100 * share:.2f}"
 
 
+def _bound(evaluation: Mapping[str, Any]) -> str:
+    return ", an upper bound" if evaluation.get("at_most") else ""
+
+
+def _robust(evaluation: Mapping[str, Any]) -> str:
+    """Write robust accuracy, which is "at most" a number where something hid the gradients."""
+    return f"{'at most ' if evaluation.get('at_most') else ''}{_percent(evaluation['robust'])}"
+
+
 def _eps(evaluation: Mapping[str, Any]) -> str:
     """Write eps as RobustBench does, in 255ths where it is a whole number of them."""
     eps = evaluation["threat"]["eps"]
@@ -77,7 +86,7 @@ def _claim(source: Deployed) -> str:
         norm, eps, clean, robust, method = "", "", NOT_MEASURED, NOT_MEASURED, f"{NOT_MEASURED}: run `ducat evaluate`"
     else:
         norm, eps = evaluation["threat"]["norm"].capitalize(), _eps(evaluation)
-        clean, robust = _percent(evaluation["clean"]["accuracy"]), _percent(evaluation["robust"])
+        clean, robust = _percent(evaluation["clean"]["accuracy"]), _robust(evaluation)
         method = (
             f"per-sample worst case over {len(evaluation['attacks'])} attacks, blind and recovery-aware, on "
             f"{evaluation['samples']} of {manifest['data']['test']} test images (`ducat evaluate --suite "
@@ -110,7 +119,7 @@ def _claim(source: Deployed) -> str:
     if evaluation is not None:
         rows = {
             "blind worst case (the attacker does not know recovery)": evaluation["blind"],
-            "robust worst case (all attacks)": evaluation["robust"],
+            f"robust worst case (all attacks){_bound(evaluation)}": evaluation["robust"],
             "AutoAttack, blind, on the raw outputs": _autoattack(evaluation, knows_recovery=False),
             "AutoAttack, recovery-aware, on the logits of `model.py`": _autoattack(evaluation, knows_recovery=True),
         }
@@ -152,7 +161,7 @@ def _model_info(source: Deployed) -> dict[str, Any]:
         "architecture": source.classifier.architecture.name,
         "eps": None if evaluation is None else _eps(evaluation),
         "clean_acc": None if evaluation is None else _percent(evaluation["clean"]["accuracy"]),
-        "reported": None if evaluation is None else _percent(evaluation["robust"]),
+        "reported": None if evaluation is None else _robust(evaluation),
         "autoattack_acc": None if aware is None else _percent(aware),
         "unreliable": None,
     }

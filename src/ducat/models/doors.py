@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 
 from ducat.models.outputs import Logits
 
-__all__ = ["Fit", "allow_code", "door", "is_foreign"]
+__all__ = ["Fit", "allow_code", "door", "is_foreign", "is_function"]
 
 Options = Mapping[str, Any]
 
@@ -83,6 +82,11 @@ class Fit(nn.Module):
 def is_foreign(name: str) -> bool:
     """Tell whether a name is of somebody else's network."""
     return name.startswith("timm/") or ":" in name
+
+
+def is_function(name: str) -> bool:
+    """Tell whether a name is of a function, which is code to run."""
+    return is_foreign(name) and door(name)[0] is FUNCTION
 
 
 def door(name: str) -> tuple[Door, str]:
@@ -220,6 +224,7 @@ def allow_code(name: str) -> None:
 
     A run whose network was made by that function can then be loaded, if the file is the one that the run recorded.
     """
+    _split(name)
     if name not in _allowed:
         _allowed.append(name)
 
@@ -227,7 +232,7 @@ def allow_code(name: str) -> None:
 def _split(name: str) -> tuple[str, str]:
     place, _, function = name.rpartition(":")
     if not place or not function.isidentifier():
-        raise ValueError(f"model.name={name} must be file.py:function or package.module:function")
+        raise ValueError(f"{name!r} is no name of a function: give file.py:function or package.module:function")
     return place, function
 
 
@@ -307,14 +312,3 @@ DOORS = {
     "hf:": Door(_hf_record, _hf, _hf_pretrained, _hf_normalisation),
 }
 FUNCTION = Door(_function_record, _function, None, _none)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries of networks that are installed."""
-    found = {}
-    for package in ("timm", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ducat.models.outputs import logits_of
 
-__all__ = ["describe", "find_heads", "forward", "images_for"]
+__all__ = ["describe", "find_heads", "forward", "images_for", "returns_tensor"]
 
 SIZES = (32, 224, 28, 64, 8, 16, 96, 128, 256, 299, 384)  # that networks take which do not say what they take
 TOLERANCE = 1e-4  # of the largest logit: float32 in another order of summation stays below
@@ -34,6 +34,12 @@ def forward(model: nn.Module, images: Tensor) -> Tensor:
     """Return a network's logits in evaluation mode, without gradients, in float32; nothing of it is changed."""
     with _evaluating(model):
         return logits_of(model(images)).float()
+
+
+def returns_tensor(model: nn.Module, images: Tensor) -> bool:
+    """Tell whether a network's output is the logits as such."""
+    with _evaluating(model):
+        return isinstance(model(images), Tensor)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Run:
 
     Attributes:
         name: what tables call it.
-        path: its folder.
+        path: its folder; None for a checkpoint from elsewhere, of which nothing is kept.
         settings: the config by the names of the command line.
         manifest: content of manifest.json.
         metrics: lines of metrics.jsonl.
@@ -39,7 +39,7 @@ class Run:
     """
 
     name: str
-    path: Path
+    path: Path | None
     settings: Mapping[str, Any]
     manifest: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
@@ -99,6 +99,11 @@ class Group:
     def seconds(self) -> float:
         """Mean over seeds of the wall time that training took, without validation; 0 where none was noted."""
         return statistics.fmean(sum(row.get("seconds", 0) for row in run.metrics) for run in self.runs)
+
+    @property
+    def at_most(self) -> bool:
+        """Whether robust accuracy is an upper bound only, of any of the runs."""
+        return any(run.evaluation.get("at_most", False) for run in self.runs)
 
     def mean(self, quantity: str) -> float:
         return statistics.fmean(run.share(quantity) for run in self.runs)
@@ -232,7 +237,8 @@ def _pairs(runs: Sequence[Run]) -> list[Pair]:
     measured = {}
     for run in runs:
         try:
-            measured[run.name] = Evaluation.load(run.path)
+            if run.path is not None:
+                measured[run.name] = Evaluation.load(run.path)
         except FileNotFoundError:
             continue
     pairs = []
@@ -341,6 +347,8 @@ def cells(section: Section) -> list[tuple[str, ...]]:
 
 def _cell(group: Group, quantity: str) -> str:
     mean, spread = f"{100 * group.mean(quantity):.1f}", group.spread(quantity)
+    if quantity == "robust" and group.at_most:
+        mean = f"at most {mean}"
     if spread is not None:
         return f"{mean} ± {100 * spread:.1f}"
     if quantity == "sink gap":
@@ -442,6 +450,7 @@ def to_csv(comparison: Comparison) -> str:
                 for quantity in QUANTITIES[:-1]:
                     low, high = run.ci95(quantity)
                     row |= {quantity: run.share(quantity), f"{quantity}_low": low, f"{quantity}_high": high}
+                row |= {"robust_at_most": evaluation.get("at_most", False)}
                 row |= {"sink_gap": run.share("sink gap"), "warnings": "; ".join(evaluation["warnings"])}
                 rows.append(row | _refusal_columns(evaluation))
     text = io.StringIO()

@@ -56,13 +56,15 @@ def _figures(comparison: Comparison) -> dict[str, str]:
         figures[f"trade-off-{number}"] = plots.inline(plots.trade_off(points(section)), f"trade-off-{number}")
     for number, run in enumerate(comparison.runs):
         seen = run.behaviour or {}
-        if run.metrics:
+        if run.metrics and run.path is not None:
             config = Config.from_yaml(run.path / "config.yaml")
             start = config.start_epoch if config.dummy.kind != "off" else None
             name = f"training-{number}"
             figures[name] = plots.inline(plots.training_curves(run.metrics, start), name)
         if seen.get("mass"):
             figures[f"mass-{number}"] = plots.inline(plots.mass(seen["mass"]), f"mass-{number}")
+        if seen.get("features"):
+            figures[f"features-{number}"] = plots.inline(plots.features(seen["features"]), f"features-{number}")
         if seen.get("signal"):
             figures[f"signal-{number}"] = plots.inline(plots.reliability(seen["signal"]), f"signal-{number}")
         if run.evaluation.get("rejection"):
@@ -90,6 +92,13 @@ def _describe(run: Run) -> dict[str, str]:
     seen = run.behaviour or {}
     if seen.get("mass"):
         texts["mass"] = " ".join(f"{KINDS[kind]}: {_shares(parts)}." for kind, parts in seen["mass"].items())
+    if seen.get("features"):
+        counts = ", ".join(
+            f"{len(places)} {kind} seen as {'a dummy class' if part == 'dummy' else 'real'}"
+            for kind, parts in seen["features"]["points"].items()
+            for part, places in parts.items()
+        )
+        texts["features"] = f"Images by the two main axes of their features: {counts}."
     if seen.get("signal"):
         pairs = ", ".join(
             f"{100 * row['signal']:.0f} % and {100 * row['adversarial']:.0f} %" for row in seen["signal"]["bins"]
@@ -111,7 +120,7 @@ def _shares(parts: Mapping[str, float]) -> str:
 
 def reproduce(run: Run) -> list[str]:
     """Return the commands that make a run and its evaluation again, under another name."""
-    name = f"{run.path.name}-again"
+    name = f"{run.name if run.path is None else run.path.name}-again"
     if "initial" in run.manifest:
         # Its beginning is a file that only the command line of the time names.
         program, *arguments = run.manifest["command"]

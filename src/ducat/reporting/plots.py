@@ -6,7 +6,7 @@ import io
 import itertools
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +158,21 @@ def mass(shares: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
+def features(measured: Mapping[str, Any]) -> Figure:
+    """Draw benign and adversarial images by their features on two axes; `measured` is "features" of behaviour.json."""
+    figure, axes = _figure(height=4.4)
+    for (kind, parts), colour in zip(measured["points"].items(), COLOURS, strict=False):
+        for (part, places), mark in zip(parts.items(), ("o", "x"), strict=True):
+            if places:
+                across, up = zip(*places, strict=True)
+                label = f"{kind}: {part} class"
+                axes.scatter(across, up, s=18, color=colour, marker=mark, linewidths=1.2, alpha=0.7, label=label)
+    for name, share, label in zip("xy", measured["explained"], ("first", "second"), strict=True):
+        getattr(axes, f"set_{name}label")(f"{label} axis ({100 * share:.0f} % of the variance)")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
+    return figure
+
+
 def reliability(signal: Mapping[str, Any]) -> Figure:
     """Draw how often an image is adversarial against what the pairs say; `signal` is that of behaviour.json."""
     figure, axes = _figure(height=3.2)
@@ -228,6 +243,32 @@ def corruption(measured: Mapping[str, Any]) -> Figure:
     axes.set_ylabel("accuracy (%)")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK, fontsize=7)
     return figure
+
+
+def targeted(measured: Mapping[str, Any]) -> Figure:
+    """Draw how many samples withstand attackers who want one class; `measured` is `Targeted.to_dict()`."""
+    figure, axes = _figure(height=1.4 + 0.6 * len(measured["withstood"]))
+    for offset, colour, key, label in (
+        (-0.2, COLOURS[0], "withstood", "the wanted class does not win"),
+        (0.2, COLOURS[1], "correct", "the true class wins"),
+    ):
+        places = [row + offset for row in range(len(measured[key]))]
+        axes.barh(places, [100 * share for share in measured[key].values()], color=colour, label=label, height=0.35)
+    axes.set_yticks(range(len(measured["withstood"])), list(measured["withstood"]))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("test images (%)")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=INK)
+    return figure
+
+
+# By the name of the study.
+FIGURES: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
+    "always-failed": always_failed,
+    "transfer": transfer,
+    "corruption": corruption,
+    "targeted": targeted,
+}
 
 
 def save(figure: Figure, path: Path) -> None:

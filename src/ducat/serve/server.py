@@ -4,7 +4,6 @@ The server listens on 127.0.0.1 alone. It reads no file that a request names and
 of a request, is decoded in memory, and goes.
 """
 
-import io
 import socket
 import threading
 from collections.abc import Callable
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 from ducat.attacks.adaptive import SilentDummies
 from ducat.attacks.pgd import attackable
 from ducat.attacks.suites import SUITES
+from ducat.data.decode import array, decode, fit
+from ducat.data.images import floats
 from ducat.dummy import recover
 from ducat.evaluation.behaviour import png
 from ducat.evaluation.rejection import accepted
@@ -75,7 +76,7 @@ class Playground:
         return {
             "run": source.folder.name,
             "norm": self.threat.norm,
-            "eps": self.threat.radius,
+            "eps": self.threat.eps,
             "threshold": source.classifier.threshold,
             "signal": source.classifier.signal,
             "dummies": source.classifier.architecture.dummy_classes,
@@ -124,21 +125,13 @@ class Playground:
         Raises:
             ValueError: if it is not an image of that type, or too large.
         """
-        from PIL import Image as Pillow
-        from PIL import ImageOps
-
         channels, height, width = self.source.images.shape[1:]
         try:
-            with Pillow.open(io.BytesIO(content), formats=(TYPES[content_type],)) as image:
-                if image.width * image.height > LARGEST_IMAGE:
-                    raise ValueError(f"the image has {image.width} x {image.height} pixels: that is too many")
-                pixels = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-        except (OSError, SyntaxError, Pillow.DecompressionBombError) as error:
-            raise ValueError(f"this is not a {TYPES[content_type]} image that can be read") from error
-        if pixels.size != (width, height):
-            pixels = ImageOps.fit(pixels, (width, height), Pillow.Resampling.BICUBIC)
-        flat = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
-        return (flat.view(1, height, width, channels).permute(0, 3, 1, 2) / 255).contiguous()
+            image = decode(content, (TYPES[content_type],), LARGEST_IMAGE)
+        except ValueError as error:
+            raise ValueError(f"this is not a {TYPES[content_type]} image that can be read: it {error}") from error
+        pixels = torch.from_numpy(array(fit(image, (height, width)), channels).copy())
+        return floats(pixels[None])
 
     def _look(self, x: Image) -> dict[str, Any]:
         """Return what the page shows of an image: its pixels, the probability of each output, and the decision."""

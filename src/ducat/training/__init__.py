@@ -1,6 +1,7 @@
 """Training: one step, the loop around it, and what is measured on the way."""
 
-from ducat.training.loop import Initial, Listener, resume, train
+from ducat.training.initial import Initial
+from ducat.training.loop import Listener, resume, train
 from ducat.training.signals import Interrupted
 from ducat.training.step import Step
 

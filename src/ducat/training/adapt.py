@@ -4,7 +4,6 @@ Right after the copy every dummy class equals its real class, so that the recove
 is left to learn is which of the pair an image belongs to.
 """
 
-import hashlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +11,16 @@ from pathlib import Path
 from torch import nn
 
 from ducat import methods, weights
+from ducat.architecture import Architecture
 from ducat.config import Config, DummyConfig
-from ducat.dummy import add_dummy_classes
-from ducat.models.architecture import Architecture
 from ducat.runs import RunFolder
-from ducat.training.loop import Initial, Listener, train
+from ducat.training.initial import Initial, source_of
+from ducat.training.loop import Listener, train
 from ducat.training.validation import Validate
 from ducat.weights import Weights
 
 
-def settings(source: Path) -> Config:
+def settings(source: Path | str) -> Config:
     """Return the settings that `ducat adapt` begins with.
 
     They are those of the run that the checkpoint is from, or else the defaults; dummy classes are recovery-aware, and
@@ -30,6 +29,7 @@ def settings(source: Path) -> Config:
     Raises:
         FileNotFoundError: if there is no such file or folder.
     """
+    source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a run folder, or a file of weights")
     run = _run_of(source)
@@ -47,16 +47,16 @@ def settings(source: Path) -> Config:
     method, threat = config.method, config.threat
     if method.weight == methods.find(method.name).weight:
         method = replace(method, weight=None)
-    if threat.step_size == replace(threat, step_size=None).build(None).stride:
+    if threat.step_size == replace(threat, step_size=None).build(None).step_size:
         threat = replace(threat, step_size=None)
     dummy = DummyConfig("recovery-aware", start_epoch=0.0)
     return replace(config, name=None, method=method, dummy=dummy, threat=threat, train=tail)
 
 
 def adapt(
-    source: Path,
+    source: Path | str,
     config: Config | None = None,
-    root: Path = Path("runs"),
+    root: Path | str = Path("runs"),
     listener: Listener | None = None,
     *,
     validate: Validate | None = None,
@@ -68,8 +68,7 @@ def adapt(
 
     Args:
         source: a run folder, of which the best checkpoint is taken, or a file: one of our checkpoints, or a state_dict
-            as .pt, .pth or .safetensors. A state_dict may be nested (`NESTINGS`), its names may have a prefix
-            (`PREFIXES`) or be those of other code (`NAMINGS`). No code in a file is run.
+            as `weights.read` takes it. No code in a file is run.
         config: what to train, as for `train`; `settings(source)` by default. Dummy classes are in use from the first
             epoch on, whatever `dummy.start_epoch` says. `model.normalization` says what a bare state_dict was trained
             with: data if its network took normalised images, none if it took images in [0, 1] as they are. Our own
@@ -84,6 +83,7 @@ def adapt(
         ValueError: if the file is not what it should be, or does not fit the network that the settings ask for; the
             message names the keys at fault.
     """
+    source = Path(source)
     config = settings(source) if config is None else config
     if config.dummy.kind == "off":
         raise ValueError("dummy.kind=off leaves nothing to adapt: choose published or recovery-aware")
@@ -92,24 +92,24 @@ def adapt(
     if found.architecture is not None:
         if config.model.name not in (None, found.architecture.name):
             raise ValueError(f"model.name={config.model.name}, but {found.file} holds a {found.architecture.name}")
-        model = replace(config.model, name=found.architecture.name, width=found.architecture.width)
+        architecture = found.architecture
+        options = dict(architecture.options) or None
+        model = replace(config.model, name=architecture.name, width=architecture.width, options=options, weights=None)
         config = replace(config, model=model)
     if config.name is None:
         run = _run_of(source)
         stem = source.stem if run is None else run.name
         config = replace(config, name=f"{stem}-adapted-{config.dummy.kind}")
-    with open(found.file, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    initial = Initial(partial(_doubled, found), {"file": str(found.file), "sha256": digest})
+    initial = Initial(partial(_doubled, config, found), source_of(found.file))
     return train(config, root, listener, model=initial, validate=validate)
 
 
-def _doubled(found: Weights, architecture: Architecture) -> tuple[Architecture, nn.Module]:
+def _doubled(config: Config, found: Weights, architecture: Architecture) -> tuple[Architecture, nn.Module]:
     """Return the network with dummy classes, and its description; new ones are copies of their real classes."""
+    if found.architecture is None:
+        architecture = config.described(architecture)
     ours, model = found.network(replace(architecture, dummy_classes=False))
-    if ours.dummy_classes:
-        return ours, model
-    return replace(ours, dummy_classes=True), add_dummy_classes(model, init="copy")
+    return (ours, model) if ours.dummy_classes else ours.doubled(model, "copy")
 
 
 def _run_of(source: Path) -> RunFolder | None:

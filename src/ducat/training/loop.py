@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from ducat import checkpoint, methods
 from ducat import data as datasets
+from ducat.architecture import Architecture
 from ducat.config import Config
-from ducat.models.architecture import Architecture
+from ducat.data.extra import Extra, Mixed
 from ducat.runs import RunFolder, environment
 from ducat.training import tracking
+from ducat.training.initial import Initial, given
 from ducat.training.meter import Meter
 from ducat.training.signals import Interrupted, collected
 from ducat.training.step import Step
@@ -70,41 +72,9 @@ class _Position:
     best: float = -1.0
 
 
-@dataclass(frozen=True)
-class Initial:
-    """A trained network to begin with, instead of random weights.
-
-    Attributes:
-        build: makes the network and its description from the description that the settings and the data ask for.
-        source: what the manifest says of where the weights are from.
-    """
-
-    build: Callable[[Architecture], tuple[Architecture, nn.Module]]
-    source: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Initial":
-        """Begin with a network as it is; it has to be the one that the settings and the data ask for."""
-
-        def build(architecture: Architecture) -> tuple[Architecture, nn.Module]:
-            with torch.random.fork_rng(devices=[]):
-                asked = architecture.build().state_dict()
-            given = model.state_dict()
-            names = [name for name in {**asked, **given} if name not in asked or name not in given]
-            names = names or [name for name in asked if asked[name].shape != given[name].shape]
-            if names:
-                raise ValueError(
-                    f"model: {names[0]} differs from the {architecture.name} that the settings ask for: change "
-                    "model.name and model.width, or give an Initial that says what the network is"
-                )
-            return architecture, model
-
-        return cls(build, {"file": "a network given to train"})
-
-
 def train(
     config: Config,
-    root: Path = Path("runs"),
+    root: Path | str = Path("runs"),
     listener: Listener | None = None,
     *,
     model: nn.Module | Initial | None = None,
@@ -118,8 +88,9 @@ def train(
         config: the settings.
         root: the folder that the run folder is made in.
         listener: told of each step and epoch.
-        model: the network to begin with, with dummy classes if the settings use any; made from the settings, with
-            random weights, by default.
+        model: the network to begin with; by default it is made from the settings. Any network that maps images in
+            [0, 1] to C logits will do, and gets dummy classes if the settings use any and it has none. It trains as it
+            is, and is not copied. What the settings do not describe cannot be built from the run folder alone.
         data: the data set; by default the prepared one that `config.data` names.
         objective: what the epoch of that number, counted from 0, minimises; by default what the settings say.
         validate: measures the network after an epoch; by default clean, blind and robust accuracy under a short suite.
@@ -133,15 +104,13 @@ def train(
     dataset = _dataset(config, data)
     config = config.resolve(dataset.spec)
     assert config.name is not None
-    architecture = config.architecture(dataset)
     manifest: dict[str, Any] = {}
     if model is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.train.seed)
-            network = architecture.build(init=config.model.init)
+        initial = Initial.of_settings(config)
     else:
         initial = model if isinstance(model, Initial) else Initial.of(model)
-        architecture, network = initial.build(architecture)
+    architecture, network = initial.build(config.architecture(dataset))
+    if initial.source:
         manifest["initial"] = dict(initial.source)
     if objective is not None:
         manifest["objective"] = "given to train"
@@ -153,9 +122,10 @@ def train(
 
 
 def resume(
-    path: Path,
+    path: Path | str,
     listener: Listener | None = None,
     *,
+    model: nn.Module | None = None,
     data: datasets.Dataset | None = None,
     objective: Callable[[int], methods.Objective] | None = None,
     validate: Validate | None = None,
@@ -168,6 +138,8 @@ def resume(
     Args:
         path: the run folder.
         listener: told of each step and epoch.
+        model: a network like the one that was given to `train`, where the settings do not describe it; its weights
+            become the run's.
         data: what was given to `train`, as the next two.
         objective: needed again where it was given.
         validate: measures the network after an epoch.
@@ -194,9 +166,12 @@ def resume(
     if notice is not None and listener is not None:
         listener.warning(notice)
     architecture = Architecture(**state["model"])
-    with torch.random.fork_rng(devices=[]):
-        model = architecture.build()
-    loop = _Loop(config, dataset, folder.path, listener or _Silent(), architecture, model, objective, validate)
+    if model is None:
+        with torch.random.fork_rng(devices=[]):
+            network = architecture.build()
+    else:
+        network = given(model, architecture)
+    loop = _Loop(config, dataset, folder.path, listener or _Silent(), architecture, network, objective, validate)
     loop.restore(tensors, state)
     return loop.run()
 
@@ -227,27 +202,44 @@ class _Loop:
         settings = config.train
         tracking.check(settings.tracker)
         self.folder = RunFolder(path)
-        spec = dataset.spec
-        if config.data.crop_padding is not None:
-            spec = replace(spec, crop_padding=config.data.crop_padding)
         example = dataset.train.select(torch.arange(2)).floats()
         self.step = Step(config, model, example, objective=objective, notice=listener.warning)
         self.accelerator, self.model = self.step.accelerator, model
-        self.batches = datasets.Batches(
-            dataset.train,
-            settings.batch_size,
-            seed=settings.seed,
-            augment=AUGMENTATIONS[config.data.augmentation](spec),
-            device=self.accelerator.device,
-            views=self.step.views,
-            drop_last=settings.drop_last,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
+        self.extra = None
+        if config.data.extra is not None:
+            self.extra = Extra.open(config.data.extra, dataset.spec.shape, len(dataset.classes))
+        self.batches = self._made_batches(dataset)
         self.position, self.resumed = _Position(), False
         self.received: list[int] = []
         self.meter = Meter(self.accelerator.device)
         self.saved_at = time.monotonic()
+
+    def _made_batches(self, dataset: datasets.Dataset) -> datasets.Batches | Mixed:
+        settings, data, accelerator, spec = self.config.train, self.config.data, self.accelerator, dataset.spec
+        if data.crop_padding is not None:
+            spec = replace(spec, crop_padding=data.crop_padding)
+
+        def made(batch_size: int) -> datasets.Batches:
+            return datasets.Batches(
+                dataset.train,
+                batch_size,
+                seed=settings.seed,
+                augment=AUGMENTATIONS[data.augmentation](spec),
+                device=accelerator.device,
+                views=self.step.views,
+                drop_last=settings.drop_last,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                workers=data.workers,
+            )
+
+        if self.extra is None:
+            return made(settings.batch_size)
+        processes = accelerator.num_processes
+        rows = processes * round(data.extra_share * settings.batch_size / processes)
+        if not 0 < rows < settings.batch_size:
+            raise ValueError(f"data.extra_share={data.extra_share} leaves no real or no generated image in a batch")
+        return Mixed(made(settings.batch_size - rows), self.extra, rows, len(made(settings.batch_size)))
 
     def create(self, manifest: Mapping[str, Any]) -> None:
         """Make the run folder: it appears whole, with a checkpoint, so that whatever there is can be resumed."""
@@ -271,6 +263,7 @@ class _Loop:
                             "train": len(self.dataset.train),
                             "validation": len(self.dataset.validation),
                             "test": len(self.dataset.test),
+                            **self._said_of_extra(),
                         },
                         **manifest,
                     }
@@ -280,13 +273,27 @@ class _Loop:
                 folder.save("last", tensors, state)
         self.accelerator.wait_for_everyone()
 
+    def _said_of_extra(self) -> dict[str, Any]:
+        if self.extra is None:
+            return {}
+        extra = {"file": str(self.extra.path), "images": len(self.extra), "fingerprint": self.extra.fingerprint}
+        return {"extra": extra}
+
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         step = self.step
+        if self.extra is not None:
+            trained_on = self.folder.manifest["data"].get("extra", {}).get("fingerprint")
+            if trained_on != self.extra.fingerprint:
+                raise ValueError(
+                    f"{self.extra.path} holds other images than those that {self.folder.path} was trained on"
+                )
         self.model.load_state_dict(checkpoint.part("raw" if state["averaged"] else "model", tensors))
         if step.average is not None:
             step.average.module.load_state_dict(checkpoint.part("model", tensors))
             step.average.n_averaged.fill_(state["averaged"])
         checkpoint.join_optimizer(step.optimizer.optimizer, checkpoint.part("optimizer", tensors), state["optimizer"])
+        if state.get("scaler"):  # checkpoints of earlier versions have none
+            step.scaler.load_state_dict(state["scaler"])
         self.position, self.resumed = _Position(**state["position"]), True
         rank = self.accelerator.process_index
         if rank < len(state["random"]):
@@ -417,7 +424,7 @@ class _Loop:
 
     def _validated(self) -> Mapping[str, float]:
         if self.validate is not None:
-            measured = self.validate(self.step.deployed, self.dataset.validation)
+            measured = self.validate(self.step.deployed, self.dataset.validation.to("cpu"))
             shares = torch.tensor(list(measured.values()), dtype=torch.float64)
             if self.accelerator.num_processes > 1:
                 shares = self.step.mean(shares.to(self.accelerator.device))
@@ -464,6 +471,7 @@ class _Loop:
             "optimizer": rest,
             "averaged": int(average.n_averaged) if average is not None else 0,
             "random": [others for _, others in everyones],
+            "scaler": self.step.scaler.state_dict(),
             "spent": self.meter.read(),
         }
 

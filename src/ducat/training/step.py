@@ -3,8 +3,9 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,11 +18,9 @@ from ducat.dummy import dummy_heads
 from ducat.models.folded import fold_batch_norm
 from ducat.schedules import epoch_of, learning_rate
 from ducat.seeding import generator
+from ducat.threat import ThreatModel
 from ducat.training.averaging import WeightAverage, perturbed_weights, update_batch_norm
 from ducat.training.parallel import LocalRows, synchronize_batch_norm
-
-if TYPE_CHECKING:
-    pass
 
 Batch = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
@@ -42,9 +41,11 @@ class Step:
     Attributes:
         model: the network under training.
         average: the average of its weights, if the settings ask for one.
-        optimizer: SGD, as accelerate prepared it.
+        optimizer: as accelerate prepared it.
+        scaler: of the loss, for fp16; it does nothing otherwise.
         accelerator: the device, and the processes that train together.
-        threat: ball and steps of the attack.
+        threat: ball and steps of the attack, and of the validation.
+        trained_on: the same for the step that was done last, where eps grows.
 
     Raises:
         ValueError: if the settings ask for a GPU and there is none.
@@ -65,7 +66,7 @@ class Step:
 
         self.config, self.model = config, model
         self.objective = config.objective if objective is None else objective
-        self.threat = config.threat.build(None)
+        self.threat = self.trained_on = config.threat.build(None)
         settings = config.train
         # Launched processes without an accelerator would each train alone, unless told that they are CPUs.
         only_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
@@ -75,22 +76,29 @@ class Step:
             raise ValueError("train.device=cuda: PyTorch finds no GPU here; choose cpu or auto")
         self.precision = _precision(settings, device)
         # float32 convolutions on a CPU are no faster in channels_last, bf16 ones are.
-        faster = torch.channels_last if self.precision is torch.bfloat16 else torch.contiguous_format
+        faster = torch.contiguous_format if self.precision is torch.float32 else torch.channels_last
         self.layout = faster if layout is None else layout
         self.model.to(device=device, memory_format=self.layout)  # type: ignore[call-overload]
-        optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-        )
+        optimizer = _optimizer(settings, self.model)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
         example = example.to(device)
         self.folded = fold_batch_norm(self.model, example) if fold else None
         self.views = self.objective(0).method.views
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         if world_size > 1:
             synchronize_batch_norm(self.model)  # after folding, which compares outputs that need no other process
-        self.draws = LocalRows(rank, world_size, self.views) if world_size > 1 else contextlib.nullcontext()
+        parts = settings.accumulate
+        if settings.batch_size % (parts * world_size):
+            raise ValueError(
+                f"train.batch_size={settings.batch_size} cannot be divided among {world_size} processes and "
+                f"train.accumulate={parts} parts"
+            )
+        self.draws: list[contextlib.AbstractContextManager[Any]] = [
+            LocalRows(rank * parts + part, world_size * parts, self.views)
+            if world_size * parts > 1
+            else contextlib.nullcontext()
+            for part in range(parts)
+        ]
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.attacked: nn.Module = self.model if self.folded is None else self.folded
         if settings.compile:
@@ -120,29 +128,68 @@ class Step:
         self.model.train()
         objective = self.objective(epoch)
         self._set_learning_rate(epoch + (step + 0.5) / steps)
-        adversarial = self.attack(x, y, epoch, step)
-        outer = partial(self._loss, objective, x=x, adversarial=adversarial, y=y)
-        with self._perturbation(epoch, partial(outer, self.model)):
-            loss = outer(self.wrapped)
-            self.accelerator.backward(loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.trained_on = self._ramped(epoch + (step + 1) / steps)
+        losses = []
+        for part, (some, labels) in enumerate(self._parts(x, y)):
+            adversarial = self.attack(some, labels, epoch, step, part=part)
+            outer = partial(self._loss, objective, x=some, adversarial=adversarial, y=labels)
+            with self._perturbation(epoch, partial(outer, self.model)), self._exchange(part):
+                loss = outer(self.wrapped)
+                self.accelerator.backward(self.scaler.scale(loss / self.config.train.accumulate))
+            losses.append(loss.detach())
+        self._update()
         for head in self.heads if objective.reading == "real" else ():
             # Until the switch the dummy half follows the real one, so that what is saved deploys the base method.
             head.copy_real_rows()
         if self.average is not None and self.config.train.averaging == "ema" and epoch >= self.averaging_start:
             self.average.update(self.model)
-        return loss.detach()
+        return torch.stack(losses).mean()
 
-    def attack(self, x: Batch, y: Labels, epoch: int, step: int, purpose: str = "attack") -> Batch:
+    def attack(self, x: Batch, y: Labels, epoch: int, step: int, purpose: str = "attack", part: int = 0) -> Batch:
         """Return the adversarial images of a step, a function of the seed, the purpose, the epoch and the step."""
         objective = self.objective(epoch)
         # The 0 is what one process has always drawn with: the runs of earlier versions can be made again.
         noise = generator(self.config.train.seed, purpose, epoch, step, 0)
-        if self.folded is not None and objective.method.objective is not None:
+        if part == 0 and self.folded is not None and objective.method.objective is not None:
             self.folded.refresh()
-        with self._autocast(), self.draws:
-            return objective.attack(self.attacked, x, y, self.threat, noise)
+        with self._autocast(), self.draws[part]:
+            return objective.attack(self.attacked, x, y, self.trained_on, noise)
+
+    def _parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the rows of each part of a batch, all views of an image in the same part."""
+        parts = self.config.train.accumulate
+        if parts == 1:
+            yield x, y
+            return
+        images, labels = (tensor.view(self.views, parts, -1, *tensor.shape[1:]) for tensor in (x, y))
+        for part in range(parts):
+            yield images[:, part].flatten(0, 1), labels[:, part].flatten(0, 1)
+
+    def _exchange(self, part: int) -> contextlib.AbstractContextManager[Any]:
+        """Let processes exchange gradients in a batch's last part alone."""
+        last = part == self.config.train.accumulate - 1
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)
+
+    def _update(self) -> None:
+        """Move the weights along the gradient, and forget it."""
+        optimizer, clip = self.optimizer.optimizer, self.config.train.clip_norm
+        if clip:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _ramped(self, epoch: float) -> ThreatModel:
+        """Return the ball of the training attack at that time."""
+        ramp = self.config.train.eps_ramp_epochs
+        share = min(1.0, epoch / ramp) if ramp else 1.0
+        if share == 1:
+            return self.threat
+        return replace(self.threat, eps=share * self.threat.eps, step_size=share * self.threat.step_size)
 
     def end_epoch(self, batches: Iterable[tuple[Tensor, Tensor]], epoch: int) -> None:
         """Take the epoch's weights into their mean, where there is one, and measure its batch-norm statistics anew.
@@ -169,8 +216,9 @@ class Step:
     def _forwarded(self, batches: Iterable[tuple[Tensor, Tensor]], epoch: int) -> Iterator[Tensor]:
         """Yield images as this epoch's steps forwarded them."""
         for step, (x, y) in enumerate(batches):
-            adversarial = self.attack(x, y, epoch, step, "batch-norm")
-            yield from self.objective(epoch).passes(x, adversarial)
+            for part, (some, labels) in enumerate(self._parts(x, y)):
+                adversarial = self.attack(some, labels, epoch, step, "batch-norm", part)
+                yield from self.objective(epoch).passes(some, adversarial)
 
     def _compiled(self, example: Tensor, notice: Callable[[str], None]) -> Sequence[nn.Module]:
         """Return the networks compiled, or as they are with a notice where the compiler fails on a forward pass."""
@@ -188,7 +236,11 @@ class Step:
 
     def _autocast(self) -> torch.autocast:
         device = self.accelerator.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.precision is torch.bfloat16)
+        return torch.autocast(
+            device,
+            torch.float16 if self.precision is torch.float16 else torch.bfloat16,
+            enabled=self.precision is not torch.float32,
+        )
 
     def _loss(
         self, objective: methods.Objective, model: nn.Module, *, x: Tensor, adversarial: Tensor, y: Tensor
@@ -215,9 +267,24 @@ class Step:
             group["lr"] = settings.learning_rate * factor
 
 
+def _optimizer(settings: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+    # Norms, biases and the like are vectors; to pull them to 0 is not what weight decay is for.
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) is matrix] for matrix in (True, False))
+    decays = ((matrices, settings.weight_decay), (vectors, 0.0))
+    groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate)
+
+
 def _precision(settings: TrainConfig, device: torch.device) -> torch.dtype:
     if settings.precision != "auto":
-        return {"float32": torch.float32, "bf16": torch.bfloat16}[settings.precision]
+        return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32

@@ -1,10 +1,11 @@
 """What is measured on the validation split after an epoch, and what its numbers warn of."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ducat.data import Dataset, Images
 from ducat.evaluation import evaluate
@@ -12,6 +13,7 @@ from ducat.training.step import Step
 
 COLLAPSE = 0.05  # a smaller fall of PGD accuracy is noise of the validation split
 CHUNK = 500  # samples that validation attacks at a time, at most
+PIECE_BYTES = 2**26  # float32 pixels that validation holds at a time, at most
 
 
 Validate = Callable[[nn.Module, Images], Mapping[str, float]]
@@ -30,30 +32,33 @@ def validate(model: nn.Module, step: Step, dataset: Dataset, progress: Callable[
     """
     accelerator = step.accelerator
     split, processes = dataset.validation, accelerator.num_processes
-    mine = split.select(torch.arange(accelerator.process_index, len(split), processes))
-    mine = mine.to(accelerator.device)
-    # As many chunks in every process, since all agree on stopping before each.
+    # As many pieces and chunks in every process, since all agree on stopping before each.
     share = -(-len(split) // processes)
+    pieces = min(-(-share * math.prod(split.shape) * 4 // PIECE_BYTES), len(split) // processes) or 1
+    share = -(-share // pieces)
     chunk = -(-share // -(-share // CHUNK))
     single_step = step.objective(0).inner.single_step
-    measured = evaluate(
-        model,
-        mine.floats(),
-        mine.labels,
-        step.threat,
-        "single-step" if single_step else "quick",
-        num_classes=len(dataset.classes),
-        seed=step.config.train.seed,
-        batch_size=chunk,
-        progress=progress,
-    )
-    standing = {"clean": measured.clean, "blind": measured.blind, "robust": measured.robust}
-    if single_step:
-        attacks = {attack.name: attack.correct for attack in measured.attacks}
-        standing.update(fgsm=attacks["fgsm-recovered"], pgd=attacks["pgd-10-recovered"])
-    counts = torch.stack([flags.sum() for flags in standing.values()]).to(accelerator.device)
-    everyones = accelerator.reduce(counts, "sum").tolist()
-    return {name: count / len(split) for name, count in zip(standing, everyones, strict=True)}
+    counts: dict[str, Tensor] = {}
+    for rows in torch.arange(accelerator.process_index, len(split), processes).tensor_split(pieces):
+        mine = split.select(rows).to(accelerator.device)
+        measured = evaluate(
+            model,
+            mine.floats(),
+            mine.labels,
+            step.threat,
+            "single-step" if single_step else "quick",
+            num_classes=len(dataset.classes),
+            seed=step.config.train.seed,
+            batch_size=chunk,
+            progress=progress,
+        )
+        standing = {"clean": measured.clean, "blind": measured.blind, "robust": measured.robust}
+        if single_step:
+            attacks = {attack.name: attack.correct for attack in measured.attacks}
+            standing.update(fgsm=attacks["fgsm-recovered"], pgd=attacks["pgd-10-recovered"])
+        counts = {name: counts.get(name, 0) + flags.sum() for name, flags in standing.items()}
+    everyones = accelerator.reduce(torch.stack(list(counts.values())).to(accelerator.device), "sum").tolist()
+    return {name: count / len(split) for name, count in zip(counts, everyones, strict=True)}
 
 
 def catastrophic_overfitting(history: Sequence[Mapping[str, Any]]) -> bool:

@@ -16,6 +16,7 @@ from ducat.models.doors import Fit, door, is_foreign
 from ducat.models.heads import describe, forward
 
 OURS = 8  # pixels a side that each of our networks takes
+GIVEN = "given:"  # before the class of a network that was given to train as an object
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Architecture:
         stem_stride: stride of the first convolution; 2 for 64 x 64 images.
         options: what else somebody else's network is made with.
         record: what has to be the same for somebody else's network: versions, its configuration, a file's SHA-256.
-        image_size: pixels a side of the images, for somebody else's network.
+        image_size: pixels a side of the images; None in checkpoints of earlier versions.
         fit_size: pixels a side that images are resized to inside of the model; None leaves them.
         fit_channels: channels that grey images are repeated to inside of the model; None leaves them.
     """
@@ -63,10 +64,19 @@ class Architecture:
         Raises:
             ValueError: if it cannot be built; the message says why.
         """
+        if self.name.startswith(GIVEN):
+            raise ValueError(
+                f"the network is a {self.name.removeprefix(GIVEN)} that was given to train, which no run folder can "
+                "build: make it as before, load ducat.weights.read(RUN).weights into it, or give it to resume as model="
+            )
         model = self._foreign(pretrained) if is_foreign(self.name) else self._ours(pretrained, init)
-        size = self.image_size or OURS
+        return self.doubled(model)[1] if self.dummy_classes else model
+
+    def doubled(self, model: nn.Module, dummies: str = "random") -> tuple[Architecture, nn.Module]:
+        """Add dummy classes to the network, and return its description with them, and the network."""
+        size = self.image_size if is_foreign(self.name) and self.image_size else OURS
         images = torch.zeros(1, self.channels, size, size)
-        return add_dummy_classes(model, init="random", images=images) if self.dummy_classes else model
+        return replace(self, dummy_classes=True), add_dummy_classes(model, dummies, images=images)
 
     def _ours(self, pretrained: bool, init: str) -> nn.Module:
         if pretrained:

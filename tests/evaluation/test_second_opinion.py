@@ -1,0 +1,49 @@
+"""A fault of the suite does not stay silent."""
+
+import pytest
+import torch
+from torch import nn
+
+import ducat
+from ducat.attacks.suites import Attack, Suite
+from ducat.evaluation.second_opinion import plain_pgd
+
+Templates = tuple[nn.Sequential, torch.Tensor, torch.Tensor]
+
+
+def idle(model: nn.Module, x: torch.Tensor, *rest: object) -> torch.Tensor:
+    return x
+
+
+def test_a_suite_that_attacks_nothing_is_called_a_failure_of_ours(templates: Templates) -> None:
+    model, x, y = templates
+    suite = Suite((Attack("idle", False, idle), Attack("idle", True, idle)), name="idle")
+    found = ducat.evaluate(model, x, y, ducat.ThreatModel(eps=0.09), suite, num_classes=4)
+    assert found.suite == "idle"
+    assert found.scrutiny.opinion is not None
+    assert found.scrutiny.opinion.broken > 10
+    assert found.warnings[0].startswith("a failure of ours: a plain PGD")
+    assert found.at_most
+    assert 0.1 < found.robust.float().mean() < 0.8
+    assert torch.equal(found.robust, found.clean & (model(found.adversarial).argmax(1) == y))
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.12), ("l2", 0.9), ("l1", 9.0)])
+@pytest.mark.parametrize("recovery", [None, "max", "logsumexp"])
+def test_it_comes_to_what_the_closed_form_allows(
+    templates: Templates, norm: str, eps: float, recovery: str | None
+) -> None:
+    model, x, y = templates
+    network = model if recovery is None else nn.Sequential(ducat.add_dummy_classes(model))
+    found = plain_pgd(network, x, y, norm, eps, recovery, seed=0)
+    threat = ducat.ThreatModel(norm, eps)
+    assert threat.allows(found, x).all()
+    logits = network(found) if recovery is None else ducat.recover(network(found), recovery)
+    broken = (logits.argmax(1) != y).float().mean()
+    ours = ducat.attacks.adaptive(
+        network if recovery is None else ducat.RecoveredClassifier(network, recovery), x, y, threat, "quick"
+    )
+    logits = network(ours) if recovery is None else ducat.recover(network(ours), recovery)
+    reached = (logits.argmax(1) != y).float().mean()
+    assert reached > 0.3
+    assert broken >= reached - (0.05 if norm != "l1" else 0.5)
