@@ -16,7 +16,7 @@ from ducat import models
 from ducat.architecture import Architecture, describe_foreign
 from ducat.dummy import dummy_heads
 from ducat.models import doors
-from ducat.models.outputs import Logits
+from ducat.models.outputs import LogitsOnly
 
 NETS = """
 from torch import nn
@@ -219,7 +219,7 @@ def test_transformers(transformers: Any, tmp_path: Path, monkeypatch: pytest.Mon
     assert describe_foreign(asked(name), normalize=False).mean == (0.5, 0.5, 0.5)
     (tmp_path / "vit").rename(tmp_path / "gone")  # a checkpoint is built again without the folder
     model = check_rebuilt(replace(described, dummy_classes=True))
-    assert isinstance(model.network, Logits)
+    assert isinstance(model.network, LogitsOnly)
     assert dummy_heads(model) == [model.network.model.classifier]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ducat.models.outputs import Logits, as_classifier, logits_of
+from ducat.models.outputs import LogitsOnly, as_classifier, logits_of
 
 LOGITS = torch.rand(2, 5)
 WITH_AUXILIARY = namedtuple("WITH_AUXILIARY", ["aux_logits", "logits"])
@@ -56,7 +56,7 @@ class Returns(nn.Module):
 def test_a_view_shares_the_networks_layers_and_mode() -> None:
     model, x = Returns().eval(), torch.rand(3, 1, 2, 2)
     view = as_classifier(model)
-    assert isinstance(view, Logits)
+    assert isinstance(view, LogitsOnly)
     assert not view.training
     assert torch.equal(view(x), model(x)["logits"])
     assert next(view.parameters()) is model.layer.weight

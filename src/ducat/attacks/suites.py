@@ -16,7 +16,7 @@ from ducat.dummy import RecoveredClassifier
 from ducat.threat import Norm, ThreatModel
 
 NORMS: tuple[str, ...] = get_args(Norm)
-Run = Callable[[nn.Module, Tensor, Tensor, ThreatModel, torch.Generator], Tensor]
+RunAttack = Callable[[nn.Module, Tensor, Tensor, ThreatModel, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Attack:
 
     strategy: str
     knows_recovery: bool
-    run: Run
+    run: RunAttack
     norms: tuple[str, ...] = NORMS
     black_box: bool = False
 
@@ -81,7 +81,7 @@ def find_suite(suite: str | Suite) -> Suite:
     return replace(SUITES[suite], name=suite)
 
 
-def through(guide: nn.Module, steps: int = 50) -> Run:
+def through(guide: nn.Module, steps: int = 50) -> RunAttack:
     """Return an attack along the gradients of another network of C or 2C logits, judged by the model at every step."""
 
     def run(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
@@ -119,14 +119,14 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator:
     return pgd(model, x, y, single, "recovered-cross-entropy", start=x, keep="last")
 
 
-def _pgd(steps: int, objective: str = "recovered-cross-entropy", restarts: int = 1) -> Run:
+def _pgd(steps: int, objective: str = "recovered-cross-entropy", restarts: int = 1) -> RunAttack:
     def run(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
         return pgd(model, x, y, replace(threat, steps=steps), objective, restarts, generator)
 
     return run
 
 
-def _targeted(steps: int) -> Run:
+def _targeted(steps: int) -> RunAttack:
     """Return PGD towards a wrong class that is drawn for each sample."""
 
     def run(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
@@ -139,7 +139,7 @@ def _targeted(steps: int) -> Run:
     return run
 
 
-def ensemble(budget: str | Sequence[Round]) -> Run:
+def ensemble(budget: str | Sequence[Round]) -> RunAttack:
     """Return the recovery-aware ensemble with a budget, for a row of a suite."""
 
     def run(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
@@ -148,7 +148,7 @@ def ensemble(budget: str | Sequence[Round]) -> Run:
     return run
 
 
-def _external(attack: Callable[..., Tensor], **settings: int) -> Run:
+def _external(attack: Callable[..., Tensor], **settings: int) -> RunAttack:
     def run(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
         return attack(RecoveredClassifier(model), x, y, threat, generator, **settings)
 

@@ -15,7 +15,7 @@ from ducat import checkpoint, losses
 from ducat.attacks.adaptive import SilentDummies, is_recovered
 from ducat.attacks.guides import Replaced
 from ducat.attacks.pgd import attackable
-from ducat.attacks.suites import Attack, Run, Suite, find_suite, through
+from ducat.attacks.suites import Attack, RunAttack, Suite, find_suite, through
 from ducat.dummy import RecoveredClassifier
 from ducat.evaluation import rejection, second_opinion
 from ducat.evaluation.audit import AUDITED, causes, find_warnings, measure_signs, suspicious
@@ -24,7 +24,7 @@ from ducat.evaluation.result import ROW, AttackResult, Evaluation, Opinion, Scru
 from ducat.evaluation.second_round import Scene, guides, second_round
 from ducat.evaluation.subject import (
     Averaged,
-    Classifier,
+    Measured,
     Nature,
     Network,
     classifier,
@@ -56,7 +56,7 @@ def evaluate(
     data: str = "",
     progress: Callable[[str], None] = lambda attack: None,
     parts: Path | str | None = None,
-    attacks: Sequence[Attack | Run] = (),
+    attacks: Sequence[Attack | RunAttack] = (),
     surrogates: Sequence[Network] = (),
     draws: int = 1,
     replacements: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
@@ -172,7 +172,7 @@ def _with_rejection(
 class _Subject:
     """The network, and how its outputs become a prediction."""
 
-    network: Classifier
+    network: Measured
     led: nn.Module  # the same, with the gradients that the caller replaces
     how: str | None  # recovery; None without dummy classes
 
@@ -213,7 +213,7 @@ class _Subject:
         return view if self.how == "max" else SilentDummies(self.deployed(view))
 
 
-def _own(attacks: Sequence[Attack | Run], subject: _Subject) -> list[Attack]:
+def _own(attacks: Sequence[Attack | RunAttack], subject: _Subject) -> list[Attack]:
     """Return the caller's own attacks as rows."""
     rows = []
     for number, attack in enumerate(attacks):
@@ -223,7 +223,7 @@ def _own(attacks: Sequence[Attack | Run], subject: _Subject) -> list[Attack]:
         name = getattr(attack, "__name__", f"attack-{number + 1}").strip("<>")
 
         def run(
-            model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, noise: torch.Generator, own: Run = attack
+            model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, noise: torch.Generator, own: RunAttack = attack
         ) -> Tensor:
             return own(RecoveredClassifier(model), x, y, threat, noise)
 
@@ -234,7 +234,7 @@ def _own(attacks: Sequence[Attack | Run], subject: _Subject) -> list[Attack]:
     return rows
 
 
-def _transfers(others: Sequence[Classifier], subject: _Subject) -> list[Attack]:
+def _transfers(others: Sequence[Measured], subject: _Subject) -> list[Attack]:
     return [
         Attack(f"transfer-{number + 1}", subject.how is not None, through(other)) for number, other in enumerate(others)
     ]
@@ -397,7 +397,7 @@ class _Job:
         )
 
 
-def _fold(network: Classifier, x: Tensor, threat: ThreatModel, seed: int) -> nn.Module | None:
+def _fold(network: Measured, x: Tensor, threat: ThreatModel, seed: int) -> nn.Module | None:
     """Return a folded copy that says what the network says of benign and disturbed images, or None."""
     probe = x[:16].to(network.device)
     folded = fold_batch_norm(network, probe[:2])

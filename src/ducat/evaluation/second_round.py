@@ -22,7 +22,7 @@ from ducat.attacks.surrogate import distil
 from ducat.dummy import RecoveredClassifier
 from ducat.evaluation.audit import clean, measure_signs
 from ducat.evaluation.result import SecondRound
-from ducat.evaluation.subject import Averaged, Classifier
+from ducat.evaluation.subject import Averaged, Measured
 from ducat.seeding import generator
 from ducat.threat import ThreatModel
 
@@ -55,7 +55,7 @@ class Scene:
         seconds: the time allowed; None for no limit.
     """
 
-    network: Classifier
+    network: Measured
     leads: Sequence[nn.Module]
     deployed: Callable[[nn.Module], nn.Module]
     guess: nn.Module

@@ -85,7 +85,7 @@ class Function(nn.Module):
         return self.function(x)
 
 
-class Classifier(nn.Module):
+class Measured(nn.Module):
     """Any network as a function from float32 images in [0, 1], shape (B, channels, H, W), to float32 logits (B, K).
 
     Args:
@@ -144,7 +144,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def classifier(model: Network, x: Float[Tensor, "samples channels height width"], batch_size: int) -> Classifier:
+def classifier(model: Network, x: Float[Tensor, "samples channels height width"], batch_size: int) -> Measured:
     """Make a classifier of a network, and see that it takes the images.
 
     Args:
@@ -160,7 +160,7 @@ def classifier(model: Network, x: Float[Tensor, "samples channels height width"]
             raise ValueError(f"the model is a {type(model).__name__}: it must be a module or a function of images")
         model = Function(model)
     size = min(len(x), batch_size)
-    found = Classifier(model)
+    found = Measured(model)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -231,7 +231,7 @@ def differs(first: Tensor, second: Tensor, coarse: bool = False) -> Tensor:
 
 @torch.no_grad()
 def examine(
-    network: Classifier,
+    network: Measured,
     x: Float[Tensor, "samples channels height width"],
     found: Float[Tensor, "samples channels height width"] | None,
     threat: ThreatModel,
@@ -240,7 +240,7 @@ def examine(
 ) -> Nature:
     """Repeat, permute, split and copy a batch, and see whether the network minds.
 
-    What it remembers is put back before every pass from then on (`Classifier.state`).
+    What it remembers is put back before every pass from then on (`Measured.state`).
 
     Args:
         network: in evaluation mode.
@@ -277,7 +277,7 @@ def examine(
     return Nature(noisy, batch, stateful, remembers, known.gradient and _passes(network, x), draws)
 
 
-def _one_step(network: Classifier, x: Tensor, threat: ThreatModel) -> Tensor:
+def _one_step(network: Measured, x: Tensor, threat: ThreatModel) -> Tensor:
     with torch.enable_grad():
         point = x.detach().clone().requires_grad_()
         logits = network(point)
@@ -286,7 +286,7 @@ def _one_step(network: Classifier, x: Tensor, threat: ThreatModel) -> Tensor:
     return threat.project(x + threat.eps * threat.direction(gradient.nan_to_num()), x)
 
 
-def _passes(network: Classifier, x: Tensor) -> bool:
+def _passes(network: Measured, x: Tensor) -> bool:
     with torch.enable_grad():
         point = x[:1].detach().clone().requires_grad_()
         if network.batch_size:
@@ -305,7 +305,7 @@ def _draws(outputs: Float[Tensor, "draws rows classes"]) -> int:
     return int(min(DRAWS[1], max(DRAWS[0], round(8 * float(noise.median())))))
 
 
-def _meet(network: Classifier, probe: Tensor, benign: int, together: Tensor, generator: torch.Generator) -> bool:
+def _meet(network: Measured, probe: Tensor, benign: int, together: Tensor, generator: torch.Generator) -> bool:
     """Tell whether images of a batch meet."""
     if network.batch_size:
         return False
@@ -360,7 +360,7 @@ class Averaged(nn.Module):
         return torch.stack([self.network(x).log_softmax(1) for _ in range(self.draws)]).mean(0)
 
 
-def views(network: Classifier, nature: Nature, x: Tensor) -> list[nn.Module]:
+def views(network: Measured, nature: Nature, x: Tensor) -> list[nn.Module]:
     """Return every way in which an image may meet the network: it has to withstand all of them."""
     if not nature.batch_dependent:
         return [network]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ducat.models.outputs import Logits
+from ducat.models.outputs import LogitsOnly
 
 __all__ = ["Fit", "allow_code", "door", "is_foreign", "is_function"]
 
@@ -198,7 +198,7 @@ def _hf(name: str, num_outputs: int, channels: int, options: Options, record: Op
     transformers = _library("transformers", f"hf:{name}")
     config = _hf_config(name, num_outputs, record)
     make = transformers.AutoModelForImageClassification.from_config
-    return Logits(_called(make, f"hf:{name}", config, trust_remote_code=False))
+    return LogitsOnly(_called(make, f"hf:{name}", config, trust_remote_code=False))
 
 
 def _hf_pretrained(name: str, num_outputs: int, channels: int, options: Options, record: Options) -> nn.Module:
@@ -206,7 +206,7 @@ def _hf_pretrained(name: str, num_outputs: int, channels: int, options: Options,
     config = _hf_config(name, num_outputs, record)
     make = transformers.AutoModelForImageClassification.from_pretrained
     settings = {"config": config, "ignore_mismatched_sizes": True, "trust_remote_code": False, "dtype": torch.float32}
-    return Logits(_called(make, f"hf:{name}", name, **settings))
+    return LogitsOnly(_called(make, f"hf:{name}", name, **settings))
 
 
 def _hf_normalisation(name: str, record: Options) -> tuple[Any, Any] | None:

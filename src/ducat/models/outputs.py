@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Logits", "as_classifier", "logits_of"]
+__all__ = ["LogitsOnly", "as_classifier", "logits_of"]
 
 
 def logits_of(output: Any) -> Tensor:
@@ -34,7 +34,7 @@ def logits_of(output: Any) -> Tensor:
     )
 
 
-class Logits(nn.Module):
+class LogitsOnly(nn.Module):
     """A network whose output is the logits, whatever `model` puts around them; see `logits_of`.
 
     Args:
@@ -54,4 +54,4 @@ def as_classifier(model: nn.Module) -> nn.Module:
 
     One that is such a view already is returned as it is.
     """
-    return model if isinstance(model, Logits) else Logits(model).train(model.training)
+    return model if isinstance(model, LogitsOnly) else LogitsOnly(model).train(model.training)
