@@ -35,7 +35,8 @@ def per_image(objective: Objective, threat: ThreatModel, awp: bool = False) -> i
     method, step_sizes = objective.method, objective.inner.step_sizes
     steps = threat.steps if step_sizes is None else len(step_sizes)
     attack = 0 if method.objective is None else 2 * steps + (method.objective == "kl")
-    outer = 3 * (2 if objective.needs_benign else 1)
+    image = torch.zeros(1, 1, 1, 1)
+    outer = 3 * sum(len(batch) for batch in objective.passes(image, image))
     # Weight perturbation computes the outer loss and its gradient once more.
     return method.views * (attack + outer * (2 if awp else 1))
 

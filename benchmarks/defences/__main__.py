@@ -152,7 +152,9 @@ def verdict(row: Row, measured: dict[str, Any], true: float | None, reference: d
     if measured["at_most"] and not measured["warnings"]:
         faults.append("at most, without a cause")
     if row.honest:
-        faults += ["false warning"] if measured["warnings"] else []
+        # Dummy classes do hide blind attacks: that warning is true.
+        false = [warning for warning in measured["warnings"] if not warning.startswith("sink gap")]
+        faults += ["false warning"] if false else []
         faults += ["at most"] if measured["at_most"] else []
         if reference.get("reported") is not None:
             faults += ["changed"] if abs(measured["reported"] - reference["reported"]) > CHANGE else []

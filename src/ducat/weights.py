@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import re
@@ -217,13 +218,14 @@ def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _fitting(found: Mapping[str, tuple[int, ...]], ours: Architecture) -> list[str]:
     """Return the names of the networks that weights of these shapes fit."""
-    outputs = (2 if ours.dummy_classes else 1) * ours.num_classes
     shapes = {name.removeprefix("network."): shape for name, shape in found.items() if "normalize." not in name}
     names = []
-    for name, builder in MODELS.items():
+    for (name, builder), halves in itertools.product(MODELS.items(), (1, 2)):
         with torch.device("meta"):
-            network = builder(num_outputs=outputs, channels=ours.channels, stem_stride=ours.stem_stride)
-        if {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()} == shapes:
+            network = builder(
+                num_outputs=halves * ours.num_classes, channels=ours.channels, stem_stride=ours.stem_stride
+            )
+        if _shapes(network.state_dict()) == shapes:
             names.append(name)
     return names
 

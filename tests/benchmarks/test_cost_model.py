@@ -35,7 +35,8 @@ PLAIN = Recipe(bf16=False, channels_last=False, folded=False)
         ("pgd-at", "published", "pgd", 2 * 10 + 6),
         ("pgd-at", "recovery-aware", "pgd-cosine", 2 * 5 + 6),
         ("trades", "off", "pgd", 1 + 2 * 10 + 6),
-        ("mart", "recovery-aware", "pgd", 2 * 10 + 6),
+        ("mart", "off", "pgd", 2 * 10 + 6),
+        ("mart", "recovery-aware", "pgd", 2 * 10 + 12),
         ("consistency", "off", "fgsm-rs", 2 * (2 * 1 + 3)),
     ],
 )

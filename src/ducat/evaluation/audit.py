@@ -251,11 +251,12 @@ def _second_round(evaluation: Evaluation) -> str | None:
     if second is None:
         return None
     by = ", ".join(f"{name} {count}" for name, count in second.broken.items() if count) or "nothing did"
-    verdict = (
-        f"measured after all, through an equal network without these signs ({second.through})"
-        if second.through
-        else "an upper bound: an attack made for this network may lower it"
-    )
+    if not evaluation.robust.any():
+        verdict = "0 in any case"
+    elif second.through:
+        verdict = f"measured after all, through an equal network without these signs ({second.through})"
+    else:
+        verdict = "an upper bound: an attack made for this network may lower it"
     stopped = "; it was stopped by its limit of time" if second.stopped else ""
     return (
         f"a second round of {second.seconds:.0f} s attacked the {second.samples} samples that were still standing and "
