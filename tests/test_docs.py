@@ -39,7 +39,7 @@ ELSEWHERE = {
     "accelerate launch": "starts processes: tests/training/test_parallel.py trains in two",
     "torchrun": "starts processes: tests/training/test_parallel.py trains in two",
     "python -m benchmarks": "measures for minutes or hours: tests/benchmarks runs the parts of it",
-    "folder:/data/imagenet": "a data set that is not here: tests/data streams folders that they make",
+    ":/data/": "data sets that are not here: tests/data streams folders and shards that they make",
     "ducat serve": "runs until it is stopped: tests/serve serves a run, and clicks through the page",
 }
 # Too large for a test, or to be downloaded: tests/data prepares them from archives of their layout.
