@@ -35,7 +35,7 @@ def _declare_torchvision_operators() -> None:
 
 @pytest.fixture(scope="session")
 def timm() -> Any:
-    """timm, where it is installed; the `dev` extra has it."""
+    """timm, where it is installed: `.ci/run` installs it after the other tests."""
     _declare_torchvision_operators()
     return pytest.importorskip("timm")
 
