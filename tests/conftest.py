@@ -87,9 +87,10 @@ def templates() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what needs a trained network or a browser, which take seconds to be made."""
+    """Mark as slow what needs a trained network or a browser, which take seconds to be made, and what measures."""
     for item in items:
-        if {"tiny_run", "browser"} & set(getattr(item, "fixturenames", ())):
+        made = {"tiny_run", "browser"} & set(getattr(item, "fixturenames", ()))
+        if made or item.path.parent.name == "benchmarks":
             item.add_marker("slow")
 
 

@@ -8,6 +8,8 @@ from torch import nn
 import ducat
 from ducat.attacks import external
 
+pytestmark = pytest.mark.slow
+
 ATTACKS = [
     (external.autoattack, "linf"),
     (external.autoattack, "l2"),

@@ -9,6 +9,8 @@ import ducat
 from ducat.attacks.adaptive import SilentDummies
 from ducat.attacks.suites import SUITES, Attack
 
+pytestmark = pytest.mark.slow
+
 ROWS = {attack.name: attack for suite in SUITES.values() for attack in suite.attacks}
 # Plain projected steps in l2 turn towards the gradient by a fixed factor each: so few do not get all the way.
 PROJECTED_STEPS = {"pgd-10": 10, "pgd-20": 20, "pgd-20-targeted": 20}

@@ -13,6 +13,8 @@ from ducat.attacks.external import square
 from ducat.attacks.suites import SUITES, Attack, Suite
 from ducat.dummy import RecoveredClassifier
 
+pytestmark = pytest.mark.slow
+
 Templates = tuple[nn.Sequential, torch.Tensor, torch.Tensor]
 THREAT = ducat.ThreatModel(eps=0.08)
 SIGNS = {
@@ -101,7 +103,6 @@ def test_a_dummy_sink_is_named(templates: Templates) -> None:
     assert warnings(Sink(), x, y) == {"sink gap"}
 
 
-@pytest.mark.slow
 def test_gradients_that_are_zero_are_named_and_the_second_round_breaks_what_they_hide(templates: Templates) -> None:
     """Rounding to five levels of grey hides the gradient; the straight-through gradient finds the way."""
     model, x, y = templates[0], templates[1][:20], templates[2][:20]

@@ -26,6 +26,8 @@ from ducat.evaluation.rejection import (
     wrong_and_accepted,
 )
 
+pytestmark = pytest.mark.slow
+
 PIXELS, CLASSES = 6, 3
 
 

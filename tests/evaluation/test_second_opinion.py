@@ -8,6 +8,8 @@ import ducat
 from ducat.attacks.suites import Attack, Suite
 from ducat.evaluation.second_opinion import plain_pgd
 
+pytestmark = pytest.mark.slow
+
 Templates = tuple[nn.Sequential, torch.Tensor, torch.Tensor]
 
 
