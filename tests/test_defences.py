@@ -15,6 +15,8 @@ from benchmarks.defences.networks import BASES, PHOTOGRAPHS, Bases
 from benchmarks.defences.parts import After, Placed, Switch, hashed, one_hot_by_index
 from benchmarks.defences.zoo import ROWS, Row
 
+pytestmark = pytest.mark.slow
+
 
 class Untrained(Bases):
     """Networks as they are before training."""

@@ -19,6 +19,8 @@ from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder
 from ducat.training import train
 
+pytestmark = pytest.mark.slow
+
 Templates = tuple[nn.Sequential, torch.Tensor, torch.Tensor]
 THREAT = ducat.ThreatModel(eps=0.09)
 

@@ -273,6 +273,7 @@ def test_a_random_network_gets_its_expected_accuracy(templates: Templates) -> No
     assert numbers["robust"] <= 0.7 * plain + 0.3 * (1 - plain) + 0.05
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.sampled_from(["plain", "random", "nan", "doubled", "batch"]))
 def test_robust_exceeds_neither_blind_nor_what_any_attack_left(seed: int, kind: str) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -32,6 +32,8 @@ TINY = replace(
     threat=ThreatConfig(steps=1),
     train=replace(support.TINY.train, epochs=1, learning_rate=0.0),
 )
+
+pytestmark = pytest.mark.slow
 SPEC = ducat.data.SPECS["digits"]
 
 

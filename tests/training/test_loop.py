@@ -17,6 +17,8 @@ from ducat.runs import RunFolder
 from ducat.training import train
 from tests.support import TINY, Watcher
 
+pytestmark = pytest.mark.slow
+
 
 def with_dummies(kind: str, start_epoch: int = 1) -> Config:
     return replace(TINY, dummy=DummyConfig(kind, start_epoch=start_epoch))  # type: ignore[arg-type]
