@@ -15,6 +15,8 @@ import ducat
 from ducat.cli import COMMANDS, main
 from ducat.runs import RunFolder
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     *("--data.name", "digits", "--data.samples", "64", "--train.batch_size", "32", "--train.precision", "float32"),
     *("--train.learning_rate", "0.05", "--train.schedule", "constant", "--threat.steps", "2"),

@@ -14,6 +14,8 @@ from torch import nn
 import ducat
 from ducat.evaluation.subject import State, classifier, examine, images_and_labels
 
+pytestmark = pytest.mark.slow
+
 Templates = tuple[nn.Sequential, torch.Tensor, torch.Tensor]
 THREAT = ducat.ThreatModel(eps=0.09)
 

@@ -8,6 +8,8 @@ from torch import nn
 
 from ducat.models import MODELS, Normalize, build
 
+pytestmark = pytest.mark.slow
+
 # Trainable parameters at 10 outputs on 3 channels. From the literature where it states them (resnet18 11.17 M, wide
 # residual networks 36.48 M and 46.16 M), else summed by hand from the layers' shapes.
 PARAMETERS = {

@@ -24,6 +24,8 @@ CONFIG = Config(
     train=TrainConfig(epochs=3, milestones=(0.5, 0.75), seed=4),
 )
 
+pytestmark = pytest.mark.slow
+
 
 class Half(nn.Module):
     """A network that tells the first half of an image from the second."""
