@@ -260,6 +260,9 @@ class TrainConfig:
     without a C compiler, training goes on without it and says so."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto is a GPU if there is one."""
+    threads: int | None = None
+    """Threads of a CPU; by default as many as a batch is worth, no more than there are cores or OMP_NUM_THREADS says:
+    for digits one, which is faster than two where other programs run."""
     validate_every: int = 1
     """Epochs between validations; the last epoch is always validated."""
     checkpoint_minutes: float | int = 10.0
@@ -299,6 +302,7 @@ class TrainConfig:
             epoch_of(milestone, self.epochs, "train.milestones")
         for option in ("averaging_start_epoch", "awp_start_epoch"):
             epoch_of(getattr(self, option), self.epochs, f"train.{option}")
+        _at_least("train.threads", self.threads, 1)
         _at_least("train.validate_every", self.validate_every, 1)
         _at_least("train.checkpoint_minutes", self.checkpoint_minutes, 0)
         _at_least("train.keep", self.keep, 0)

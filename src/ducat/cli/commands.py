@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jsonargparse import ActionConfigFile, ArgumentError, Namespace
 from rich.console import Console
@@ -41,6 +41,7 @@ EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's
 SOURCE = "local archive or folder instead of a download; wds:SHARDS, hf:NAME, folder:PATH are decoded as they come"
 REJECT = "measure refusing too: shares of correctly classified benign images that may be refused, such as 0.02 0.05"
 CALIBRATE = "share of correctly classified benign validation images that may be refused, in [0, 1), such as 0.05"
+THREADS = "threads of a CPU; default: as many as the network's passes are worth, for digits one"
 EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption and targeted the best"
 
 
@@ -220,6 +221,8 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
             surrogates=arguments.surrogates,
             second_round_seconds=arguments.second_round_seconds,
             progress=live.attacks(folder.name),
+            num_threads=arguments.threads,
+            notice=live.notice,
         )
     if arguments.json is not None:
         checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
@@ -254,6 +257,8 @@ def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
             surrogates=arguments.surrogates,
             second_round_seconds=arguments.second_round_seconds,
             progress=live.attacks(source.stem),
+            num_threads=arguments.threads,
+            notice=live.notice,
         )
     print_comparison(console, comparing.compare([Run(source.stem, None, config.flat(), {}, [], measured)]))
 
@@ -322,6 +327,7 @@ def _evaluate_parser(arguments: Sequence[str]) -> Parser:
         metavar="SECONDS",
         help="longest that a second round may take (it begins where something hides the gradients); default: no limit",
     )
+    parser.add_argument("--threads", type=int | None, help=THREADS)
     parser.add_argument("--json", type=Path | None, help="also write the result to this new file")
     return parser
 
@@ -385,13 +391,21 @@ def _serve_parser(arguments: Sequence[str]) -> Parser:
 
 
 def _run_demo(arguments: Namespace, console: Console) -> None:
+    def show(title: str, measured: dict[str, Any]) -> None:
+        shares = (measured["clean"]["accuracy"], measured["blind"], measured["robust"], measured["sink_gap"])
+        console.print(f"{title:24}" + "".join(f"{100 * share:10.1f}" for share in shares), highlight=False)
+
+    columns = "".join(f"{name:>10}" for name in ("clean", "blind", "robust", "sink gap"))
+    console.print(f"{'accuracy in %':24}{columns}", highlight=False)
     with Live(console) as live:
         made = demo_room.run(
             arguments.out,
             seed=arguments.seed,
             epochs=arguments.epochs,
+            workers=demo_room.processes() if arguments.processes is None else arguments.processes,
             listener=live.training,
             attacks=live.attacks,
+            finished=show,
         )
     print_comparison(console, made.comparison)
     for sentence in made.sentences:
@@ -404,6 +418,11 @@ def _demo_parser(arguments: Sequence[str]) -> Parser:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="new folder for runs, plot and page")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--epochs", type=int, default=demo_room.EPOCHS, help="epochs of each training")
+    parser.add_argument(
+        "--processes",
+        type=int | None,
+        help="side by side, default: the cores, 3 at most; the numbers are the same for any",
+    )
     return parser
 
 
