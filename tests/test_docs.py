@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
+import ducat
 from ducat.cli import main
 from ducat.cli.commands import COMMANDS
 from ducat.cli.overview import OTHERS
@@ -182,8 +183,14 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
-    assert {"tutorial", "evaluation", "api"} <= {path.parent.name for path in pages}
-    assert "RecoveredClassifier" in (tmp_path / "site" / "api" / "index.html").read_text()
+    assert {"tutorial", "evaluation", "api", "commands"} <= {path.parent.name for path in pages}
+    api = (tmp_path / "site" / "api" / "index.html").read_text()
+    shown = set(re.findall(r'id="(ducat\.[\w.]+)"', api))
+    for name in (*ducat.__all__, "methods.METHODS", "attacks.objectives.Goal", "data.Dataset", "training.Initial"):
+        assert any(each.endswith(f".{name}") for each in shown) or name in {"attacks", "data", "models"}, name
+    assert not [name for name in shown if name.split(".")[-1].startswith("drop_")]
+    signature = re.sub(r"<[^>]+>", "", api)
+    assert "train(\n    config: Config,\n" in signature, "signatures are not formatted: is Ruff there?"
     for path in pages:
         loaded = re.findall(
             r"""<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(https?://[^"]+)""", path.read_text()
