@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ducat.data import spooled
+
 SCHEMA = 1
 
 
@@ -95,7 +97,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *,
         OSError: if it cannot be written; the older checkpoint is whole, at one of its two places.
     """
     # safetensors wants dense, unshared storage: averaged and plain weights may share a buffer.
-    dense = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    dense = {
+        name: tensor if spooled.is_on_disk(tensor) else tensor.detach().cpu().contiguous().clone()
+        for name, tensor in tensors.items()
+    }
     metadata = {"ducat": json.dumps({"schema": SCHEMA, "digest": _digest(dense), **state})}
 
     def write(temporary: Path) -> None:
@@ -111,7 +116,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        for part in spooled.slices(tensors[name]):
+            digest.update(part.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -127,7 +133,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = {name: _loaded(path, name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
     if "ducat" not in metadata:
@@ -142,6 +148,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if digest != _digest(tensors):
         raise ValueError(f"{path} is damaged: its tensors are not those that were saved")
     return tensors, state
+
+
+def _loaded(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of a file, copied to a place of its own if it is large: it is mapped, and stays where touched."""
+    if not spooled.is_large(tensor):
+        return tensor
+    copy = spooled.empty(tensor.shape, tensor.dtype, path.parent)
+    rows = max(1, spooled.SLICE * len(tensor) // (tensor.numel() * tensor.element_size()))
+    for start in range(0, len(tensor), rows):
+        with safe_open(path, framework="pt") as file:
+            copy[start : start + rows] = file.get_slice(name)[start : start + rows]
+        spooled.release(copy)
+    return copy
 
 
 def read_or_previous(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
