@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ducat.data import spooled
+from ducat.data.stored import Layout
 
 SCHEMA = 1
 
@@ -105,11 +106,25 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *,
 
     def write(temporary: Path) -> None:
         try:
-            save_file(dense, temporary, metadata)
+            if any(map(spooled.is_on_disk, dense.values())):
+                _write_in_slices(temporary, dense, metadata)
+            else:
+                save_file(dense, temporary, metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
     write_atomically(path, write, previous_of(path) if keep_previous else None)
+
+
+def _write_in_slices(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    # safetensors itself has all that it writes in memory.
+    layout = Layout.plan(tensors, metadata)
+    with path.open("wb") as file:
+        file.write(layout.header(metadata))
+        for name, (_, _, offset) in layout.entries.items():
+            file.seek(offset)
+            for part in spooled.slices(tensors[name]):
+                file.write(part.view(torch.uint8).numpy().data)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

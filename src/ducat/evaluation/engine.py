@@ -641,8 +641,9 @@ def _read_part(file: Path, identity: list[str]) -> _Part | None:
     tensors, state = checkpoint.read(file)
     if state["identity"] != identity:
         return None
-    rows = read_rows(state["attacks"], tensors)
-    return _Part(tensors["clean"], tensors["adversarial"], rows, tensors["accepted"])
+    # Copies: a tensor of a file keeps all of the file mapped.
+    kept = {name: tensor if name == "adversarial" else tensor.clone() for name, tensor in tensors.items()}
+    return _Part(kept["clean"], kept["adversarial"], read_rows(state["attacks"], kept), kept["accepted"])
 
 
 def _digest(*tensors: Tensor) -> str:
