@@ -3,7 +3,16 @@ from pathlib import Path
 
 import pytest
 
-from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ThreatConfig, TrainConfig, config_parser
+from ducat.config import (
+    Config,
+    DataConfig,
+    DummyConfig,
+    MethodConfig,
+    ModelConfig,
+    ThreatConfig,
+    TrainConfig,
+    config_parser,
+)
 from ducat.data.specs import SPECS
 
 
@@ -57,6 +66,10 @@ def test_what_an_epoch_minimises(kind: str, epoch: int, reading: str, two_hot: b
         (lambda: DummyConfig(benign_weight=1.5), r"dummy\.benign_weight=1\.5 is outside \[0, 1\]"),
         (lambda: TrainConfig(epochs=-1), r"train\.epochs=-1 must be at least 1"),
         (lambda: ThreatConfig(eps=8), "did you mean 8/255"),
+        (lambda: Config(name="a" * 300), r"of 300 characters cannot name a run: .* at most 200 bytes"),
+        (lambda: Config(name="a\x1b[31mb"), r"name='a\\x1b\[31mb' of 7 characters cannot name a run"),
+        (lambda: Config(model=ModelConfig(width=10**20)), r"model\.width=10+ does not fit"),
+        (lambda: Config(train=TrainConfig(seed=2**63)), r"train\.seed=\d+ does not fit: numbers end below 2\^63"),
         (
             lambda: Config(method=MethodConfig("natural"), dummy=DummyConfig("published")),
             "choose an adversarial method",

@@ -20,6 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ducat.data import spooled
+from ducat.data.stored import Layout
+
 SCHEMA = 1
 
 
@@ -95,23 +98,41 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *,
         OSError: if it cannot be written; the older checkpoint is whole, at one of its two places.
     """
     # safetensors wants dense, unshared storage: averaged and plain weights may share a buffer.
-    dense = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    dense = {
+        name: tensor if spooled.is_on_disk(tensor) else tensor.detach().cpu().contiguous().clone()
+        for name, tensor in tensors.items()
+    }
     metadata = {"ducat": json.dumps({"schema": SCHEMA, "digest": _digest(dense), **state})}
 
     def write(temporary: Path) -> None:
         try:
-            save_file(dense, temporary, metadata)
+            if any(map(spooled.is_on_disk, dense.values())):
+                _write_in_slices(temporary, dense, metadata)
+            else:
+                save_file(dense, temporary, metadata)
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
     write_atomically(path, write, previous_of(path) if keep_previous else None)
 
 
+def _write_in_slices(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    # safetensors itself has all that it writes in memory.
+    layout = Layout.plan(tensors, metadata)
+    with path.open("wb") as file:
+        file.write(layout.header(metadata))
+        for name, (_, _, offset) in layout.entries.items():
+            file.seek(offset)
+            for part in spooled.slices(tensors[name]):
+                file.write(part.view(torch.uint8).numpy().data)
+
+
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        for part in spooled.slices(tensors[name]):
+            digest.update(part.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -127,7 +148,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            tensors = {name: _loaded(path, name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
     if "ducat" not in metadata:
@@ -142,6 +163,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if digest != _digest(tensors):
         raise ValueError(f"{path} is damaged: its tensors are not those that were saved")
     return tensors, state
+
+
+def _loaded(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of a file, copied to a place of its own if it is large: it is mapped, and stays where touched."""
+    if not spooled.is_large(tensor):
+        return tensor
+    copy = spooled.empty(tensor.shape, tensor.dtype, path.parent)
+    rows = max(1, spooled.SLICE * len(tensor) // (tensor.numel() * tensor.element_size()))
+    for start in range(0, len(tensor), rows):
+        with safe_open(path, framework="pt") as file:
+            copy[start : start + rows] = file.get_slice(name)[start : start + rows]
+        spooled.release(copy)
+    return copy
 
 
 def read_or_previous(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:

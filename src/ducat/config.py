@@ -44,6 +44,10 @@ CHOICES = {
 OPEN_CHOICES = ("data.name", "model.name", "data", "model", "which")
 
 
+LONGEST_NAME = 200
+"""Bytes of a run's name: file systems take 255, and files of the run have longer names."""
+
+
 def _at_least(name: str, value: float | int | None, low: float | int) -> None:
     if value is not None and not value >= low:
         raise ValueError(f"{name}={value} must be at least {low:g}")
@@ -326,6 +330,17 @@ class Config:
     def __post_init__(self) -> None:
         if self.name is not None and (self.name in ("", ".", "..") or Path(self.name).name != self.name):
             raise ValueError(f"name={self.name!r} is not the name of a folder: the place is chosen by --runs")
+        if self.name is not None and not (self.name.isprintable() and len(self.name.encode()) <= LONGEST_NAME):
+            raise ValueError(
+                f"name={self.name[:40]!a} of {len(self.name)} characters cannot name a run: use characters that can be "
+                f"shown, at most {LONGEST_NAME} bytes"
+            )
+        for section in dataclasses.fields(self):
+            part = getattr(self, section.name)
+            for setting in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+                value = getattr(part, setting.name)
+                if isinstance(value, int) and abs(value) >= 2**63:
+                    raise ValueError(f"{section.name}.{setting.name}={value} does not fit: numbers end below 2^63")
         if self.dummy.kind != "off":
             methods.find(self.method.name).check_dummy_classes(self.dummy.kind)
             epoch_of(self.dummy.start_epoch, self.train.epochs, "dummy.start_epoch")

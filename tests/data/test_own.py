@@ -102,6 +102,12 @@ def test_what_cannot_be_used_is_named(train: Any, message: str) -> None:
         data.own(train, (PIXELS, np.zeros(60, int) if "1 class" in message else LABELS))
 
 
+def test_a_class_that_would_steer_a_terminal_is_refused() -> None:
+    names = ["cat", "do\x1b[31mg", *map(str, range(2, int(LABELS.max()) + 1))]
+    with pytest.raises(ValueError, match=r"the class 'do\\x1b\[31mg' has characters that cannot be shown"):
+        data.own((PIXELS, LABELS), (PIXELS, LABELS), classes=names)
+
+
 def test_the_estimator_notices_channels_that_are_last() -> None:
     from ducat import RobustClassifier
 

@@ -357,6 +357,12 @@ def test_what_is_wrong_with_tiny_imagenet_is_named(
     assert cache_files(cache) == []
 
 
+def test_classes_without_test_images_are_said(image_folder: Path, picture: Callable[..., bytes]) -> None:
+    for name in ("train/wasp/1.png", "train/fly/1.png"):
+        add(name, picture(1))(image_folder)
+    assert data.prepare("insects", image_folder).notice == "no test image of: fly, wasp"
+
+
 def test_what_an_image_folder_leaves_out_is_said(image_folder: Path, picture: Callable[..., bytes]) -> None:
     for name in ("train/ant/notes.txt", "train/bee/x.tga", "train/bee/y.tga", "train/.cache/x.png"):
         add(name, picture(1))(image_folder)

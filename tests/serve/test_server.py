@@ -3,9 +3,14 @@ import http.client
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,25 +25,39 @@ import ducat
 from ducat.cli import main
 from ducat.export import Deployed
 from ducat.runs import RunFolder
-from ducat.serve.server import LARGEST_UPLOAD, Playground
+from ducat.serve.server import LARGEST_UPLOAD, AbandonedError, Playground
 
 pytestmark = pytest.mark.skipif(
     not (find_spec("starlette") and find_spec("uvicorn")), reason="the extra serve is not installed"
 )
 ROOT = Path(__file__).parents[2]
+HASTY = """
+import sys
+from ducat.cli import main
+from ducat.serve import connections, server
+server.BODY_SECONDS = connections.PATIENCE = 2
+server.BODIES, connections.MOST = 2**23, 64
+sys.exit(main())
+"""
 
 
 @pytest.fixture(scope="module")
-def address(tiny_run: Path) -> Iterator[str]:
-    """The page of a run, served by the command in a process of its own."""
-    command = [sys.executable, "-m", "ducat.cli", "serve", str(tiny_run), "--port", "0"]
+def process(tiny_run: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command that serves a run, with shorter limits than a user's."""
+    command = [sys.executable, "-c", HASTY, "serve", str(tiny_run), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    yield process
+    process.terminate()
+    process.communicate(timeout=300)
+
+
+@pytest.fixture(scope="module")
+def address(process: subprocess.Popen[str]) -> str:
+    """Where its page is."""
     assert process.stdout is not None
     line = process.stdout.readline()
     assert line.startswith("open http://127.0.0.1:"), process.communicate()
-    yield line.split()[1]
-    process.terminate()
-    process.communicate(timeout=300)
+    return line.split()[1]
 
 
 def ask(
@@ -91,6 +110,23 @@ def test_what_the_attacker_knows_decides(eps: str, knows: bool, fooled: bool, ti
     answer = playground.attack(torch.zeros(1, 1, 8, 8), eps, "pgd-20", knows)
     assert answer["fooled"] == fooled
     assert answer["distance"] <= float(eps)
+
+
+def test_an_abandoned_attack_stops_at_the_next_pass(tiny_run: Path) -> None:
+    playground, abandoned, passes = Playground(Deployed.read(tiny_run)), threading.Event(), []
+
+    class Counting(Sink):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            passes.append(len(x))
+            if len(passes) == 5:
+                abandoned.set()
+            return super().forward(x)
+
+    playground.network = Counting()
+    with pytest.raises(AbandonedError):
+        playground.attack(torch.zeros(1, 1, 8, 8), "0.01", "pgd-20", True, abandoned)
+    assert len(passes) == 5
+    assert playground.attack(torch.zeros(1, 1, 8, 8), "0.01", "pgd-20", True)["distance"] <= 0.01
 
 
 @pytest.mark.parametrize(
@@ -152,6 +188,91 @@ def test_a_port_in_use_is_said(address: str, tiny_run: Path, capsys: pytest.Capt
     assert "give another --port" in capsys.readouterr().err
     assert main(["serve", str(tiny_run), "--port", "65536"]) == 2
     assert capsys.readouterr().err == "ducat: port=65536 is outside [0, 65535]\n"
+
+
+@pytest.fixture
+def begun(address: str) -> Iterator[Callable[[bytes], socket.socket]]:
+    """What sends a part of a request, and keeps the connection."""
+    place = urlsplit(address)
+    with ExitStack() as stack:
+
+        def begin(content: bytes) -> socket.socket:
+            connection = stack.enter_context(socket.create_connection((place.hostname, place.port), timeout=60))
+            connection.sendall(content)
+            return connection
+
+        yield begin
+
+
+def until_it_ends(connection: socket.socket) -> bytes:
+    """Return what comes until the other side ends the connection."""
+    content = bytearray()
+    with suppress(ConnectionResetError):
+        while part := connection.recv(2**16):
+            content += part
+    return bytes(content)
+
+
+def head(path: str, length: int) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: image/png", f"Content-Length: {length}"]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def test_many_large_images_take_the_memory_of_one(address: str, process: subprocess.Popen[str]) -> None:
+    def peak() -> int:
+        return int(Path(f"/proc/{process.pid}/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
+
+    path, body = "/attack?eps=0.1&attack=fgsm", png((2048, 2048), "RGBA")
+    ask(address, path, body)
+    one, answers = peak(), []
+    clients = [threading.Thread(target=lambda: answers.append(ask(address, path, body))) for _ in range(40)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join()
+    statuses = Counter(status for status, _, _ in answers)
+    assert statuses.keys() == {200, 429}
+    assert statuses[200] >= 9
+    for status, headers, content in answers:
+        if status == 429:
+            assert int(headers["retry-after"]) > 0
+            assert f"try again in {headers['retry-after']} s" in json.loads(content)["error"]
+    assert peak() < one + 100, (one, peak())
+
+
+def test_whoever_keeps_the_server_waiting_is_let_go(address: str, begun: Callable[[bytes], socket.socket]) -> None:
+    heads = [begun(b"GET /about HTT") for _ in range(80)]
+    heads[0].settimeout(1)
+    assert until_it_ends(heads[0]) == b""  # too many connections: the oldest goes at once
+    answered = begun(b"GET /about HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /abo")
+    bodies = [begun(head("/attack?eps=0.1&attack=fgsm", 2**20) + b"x" * 1000) for _ in range(5)]
+    assert ask(address, "/about")[0] == 200
+    for connection in bodies:
+        assert b" 408 " in until_it_ends(connection)
+    assert until_it_ends(answered).count(b"HTTP/1.1 200") == 1
+    for connection in heads:
+        assert until_it_ends(connection) == b""
+
+
+def test_bodies_that_hold_too_much_are_refused(begun: Callable[[bytes], socket.socket]) -> None:
+    half = head("/attack?eps=0.1&attack=fgsm", 2**22) + b"x" * (2**22 - 2**20)
+    held = [begun(half) for _ in range(3)]
+    assert b" 429 " in until_it_ends(held[2])
+
+
+def test_an_attack_that_nobody_waits_for_stops(address: str, begun: Callable[[bytes], socket.socket]) -> None:
+    slow, body = "/attack?eps=0.0001&attack=ensemble&knows_recovery=true", png()
+    began = time.perf_counter()
+    assert ask(address, slow, body)[0] == 200
+    alone = time.perf_counter() - began
+    for _ in range(40):
+        connection = begun(head(slow, len(body)) + body)
+        time.sleep(0.02)
+        connection.close()
+    began = time.perf_counter()
+    assert ask(address, "/attack?eps=0.1&attack=fgsm", body)[0] == 200
+    assert time.perf_counter() - began < max(2, 2 * alone)
+    assert json.loads(ask(address, "/line")[2]) == {"waiting": 0}
 
 
 @pytest.mark.browser

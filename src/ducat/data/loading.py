@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from ducat.data import cache, streams
+from ducat.data import cache, spooled, streams
 from ducat.data.images import Dataset, Lazy, Source, fingerprint, hold_out, join, named_tensors, stratified_subset
 from ducat.data.prepare import prepare
 from ducat.data.readers import CORRUPTIONS, read_digits
@@ -66,7 +66,7 @@ def _held_out_anew(train: Source, validation: Source, held_out: float | int) -> 
 def load_test(
     name: str, samples: int | None = None, root: Path | str | None = None
 ) -> tuple[Float[Tensor, "n channels height width"], Int64[Tensor, "n"]]:
-    """Load test images as float32 in [0, 1], and their labels.
+    """Load test images as float32 in [0, 1], and their labels. Many large images are on disk, not in memory.
 
     Args:
         name: a row of `ducat data list`.
@@ -80,7 +80,12 @@ def load_test(
     test = _load(name, root).test
     if samples is not None:
         test = stratified_subset(test, samples, option="samples")
-    return test.floats(), test.labels
+    x, start = spooled.empty((len(test), *test.shape), folder=cache.folder(root)), 0
+    for chunk in test.chunks():
+        x[start : start + len(chunk)] = chunk.floats()
+        spooled.release(x)
+        start += len(chunk)
+    return x, test.labels
 
 
 def load_corruptions(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ducat.data.decode import array
 from ducat.data.images import Dataset, Images, Lazy, Source, fingerprint, hold_out, named_tensors, stratified_order
-from ducat.data.prepare import MEASURED, measured
+from ducat.data.prepare import MEASURED, check_classes, measured
 from ducat.data.specs import DataSpec
 from ducat.seeding import generator
 
@@ -78,6 +78,7 @@ def own(
     shape = parts["train"].shape
     top = max(int(part.labels.max()) for part in parts.values())
     names = tuple(classes) if classes is not None else tuple(str(label) for label in range(top + 1))
+    check_classes(name, names)
     for part, images in parts.items():
         if images.shape != shape:
             raise ValueError(f"{part}: images are {_by(images.shape)}, those of train {_by(shape)}")

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
@@ -137,6 +137,7 @@ def prepare(
                 notices.append(f"a subset of {sizes[0]:,} training and {sizes[1]:,} test images")
                 spec = replace_fields(spec, title=f"{spec.title} (subset)")
             notices += splits.notices
+            check_classes(path, splits.classes)
             classes, held_out = splits.classes, splits.validation is None
             tensors = named_tensors(*_parts(spec, splits))
         own = spec is None
@@ -161,6 +162,7 @@ def _stream(
     scanned = streams.STREAMS[kind].scan(source, spec, size)
     splits, notices = scanned.splits, list(scanned.splits.notices)
     assert splits.survey is not None
+    check_classes(source, splits.classes)
     if not (len(splits.train) and len(splits.test)):
         raise ValueError(f"{source} has no {'test' if len(splits.train) else 'training'} images")
     sizes = len(splits.train), len(splits.test)
@@ -188,6 +190,13 @@ def _stream(
     exact = f"{scanned.origin.digest} {row.shape} {row.shorter} {row.resample} {fingerprint(parts)}"
     exact = f"sha256:{hashlib.sha256(exact.encode()).hexdigest()}"
     return tensors, cache.Header(row, _named(splits.classes, row), exact, source, "; ".join(notices), scanned.origin)
+
+
+def check_classes(where: Path | str, classes: Sequence[str]) -> None:
+    """Raise ValueError for names of classes that would steer a terminal, or are no text."""
+    for name in classes:
+        if not name.isprintable():
+            raise ValueError(f"{where}: the class {name!a} has characters that cannot be shown: rename it")
 
 
 def _named(classes: tuple[str, ...], spec: DataSpec) -> tuple[str, ...]:

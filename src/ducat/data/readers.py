@@ -283,9 +283,6 @@ def read_folder(
     classes = tuple(sorted(set(names)))
     if len(classes) < 2:
         raise ValueError(f"{files.path} has {len(classes)} classes under train/: put images into train/CLASS/")
-    for name in classes:
-        if not name.isprintable():
-            raise ValueError(f"{files.path}: the class {name!a} has characters that cannot be shown: rename it")
     if spec is not None and spec.classes not in (None, classes):
         raise ValueError(f"{files.path} does not have the classes of {spec.title} under train/")
 
@@ -306,6 +303,9 @@ def read_folder(
     if spec is None or update is not None:
         found = survey(files.read, naming(files), positions, None if spec is None else spec.shape, size, update)
         notices += found.remarks
+    if parts["test"] or parts["val"]:
+        tested = set(labels[len(parts["train"]) + (len(parts["val"]) if parts["test"] else 0) :])
+        notices += _named_few("no test image of", [name for name in classes if number[name] not in tested])
     shape = spec.shape if spec is not None else found.shape if found is not None else None
     assert shape is not None
     everything = _decoded(files, positions, labels, shape, resize=size is not None)
@@ -329,11 +329,14 @@ def _without_images(files: Files, train: str, classes: Sequence[str]) -> list[st
     }
     inside |= {name.removeprefix(train).split("/")[0] for name in files.empty if name.startswith(train)}
     lost = sorted({unicodedata.normalize("NFC", name) for name in inside} - set(classes))
-    lost = [name for name in lost if not is_hidden(name)]
-    if not lost:
+    return _named_few("no class, for want of images", [name for name in lost if not is_hidden(name)])
+
+
+def _named_few(said: str, names: Sequence[str]) -> list[str]:
+    if not names:
         return []
-    more = f" and {len(lost) - 5:,} more" if len(lost) > 5 else ""
-    return [f"no class, for want of images: {', '.join(map(shown, lost[:5]))}{more}"]
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return [f"{said}: {', '.join(map(shown, names[:5]))}{more}"]
 
 
 def survey(

@@ -22,7 +22,10 @@ from torch import Tensor
 
 from ducat.data.images import Lazy, Source
 
-_DTYPES = {"I64": torch.int64, "U8": torch.uint8}
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool},
+}
 _SPARE = 4096
 """Bytes of a header left for what is known only in the end."""
 
@@ -91,8 +94,8 @@ class Layout:
         """Lay out a file of these tensors, with room for metadata that grow a little."""
         header_size = -(-(len(cls({}, 0, 0).header(metadata)) + 200 * len(tensors) + _SPARE) // 8) * 8
         entries, offset = {}, 8 + header_size
-        # 8-byte numbers first, so that each begins at a multiple of its size.
-        for name, tensor in sorted(tensors.items(), key=lambda item: (_dtype(item[1]).itemsize == 1, item[0])):
+        # The longest numbers first, so that each begins at a multiple of its size.
+        for name, tensor in sorted(tensors.items(), key=lambda item: (-_dtype(item[1]).itemsize, item[0])):
             shape = (len(tensor), *tensor.shape) if isinstance(tensor, Source) else tuple(tensor.shape)
             entries[name] = _dtype(tensor), shape, offset
             offset += math.prod(shape) * _dtype(tensor).itemsize

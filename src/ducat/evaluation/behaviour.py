@@ -4,7 +4,7 @@ import base64
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ducat import checkpoint, data
+from ducat.data import spooled
 from ducat.dummy import dummy_head
 from ducat.evaluation.result import Evaluation
 from ducat.models.heads import find_heads
@@ -47,27 +48,31 @@ def measure(
         classes); "features", the last layer's inputs on their two main axes (None where no layer gives the logits);
         "examples", a few images with predictions.
     """
-    attacked = (x != adversarial).flatten(1).any(1)
-    count = int(attacked.sum())
+    pairs = zip(spooled.chunks(x, batch_size), spooled.chunks(adversarial, batch_size), strict=True)
+    attacked = torch.cat([(one != other).flatten(1).any(1) for one, other in pairs]).nonzero().squeeze(1)
+    count = len(attacked)
     if not count:
         return {"attacked": 0, "mass": None, "signal": None, "features": None, "examples": []}
-    x, adversarial, y = x[attacked], adversarial[attacked], y[attacked]
-    benign, attacks = (_probabilities(model, images, batch_size) for images in (x, adversarial))
+    y = y[attacked]
+    benign, attacks = (
+        _probabilities(model, (spooled.take(images, rows) for rows in attacked.split(batch_size)))
+        for images in (x, adversarial)
+    )
     paired = benign.shape[1] == 2 * len(classes)
     outputs = {"benign": benign, "adversarial": attacks}
     return {
         "attacked": count,
         "mass": {kind: _mass(p, y, len(classes)) for kind, p in outputs.items()},
         "signal": _reliability(_signal(benign), _signal(attacks)) if paired else None,
-        "features": _features(model, x, adversarial, len(classes)),
-        "examples": _examples(x, adversarial, y, benign, attacks, classes),
+        "features": _features(model, x[attacked[:SHOWN]], adversarial[attacked[:SHOWN]], len(classes)),
+        "examples": _examples(x, adversarial, attacked, y, benign, attacks, classes),
     }
 
 
 @torch.no_grad()
-def _probabilities(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+def _probabilities(model: nn.Module, chunks: Iterable[Tensor]) -> Tensor:
     device = next(model.parameters()).device
-    return torch.cat([model(chunk.to(device)).double().softmax(1).cpu() for chunk in images.split(batch_size)])
+    return torch.cat([model(chunk.to(device)).double().softmax(1).cpu() for chunk in chunks])
 
 
 def _features(model: nn.Module, x: Tensor, adversarial: Tensor, num_classes: int) -> dict[str, Any] | None:
@@ -77,7 +82,7 @@ def _features(model: nn.Module, x: Tensor, adversarial: Tensor, num_classes: int
     dummy class; "explained" is the share of the variance along each axis.
     """
     device = next(model.parameters()).device
-    images = torch.cat([x[:SHOWN], adversarial[:SHOWN]]).to(device)
+    images = torch.cat([x, adversarial]).to(device)
     try:
         head = dummy_head(model) or next(iter(find_heads(model, images[:2]).values()))
     except ValueError:
@@ -158,13 +163,20 @@ def _reliability(benign: Tensor, adversarial: Tensor) -> dict[str, Any]:
 
 
 def _examples(
-    x: Tensor, adversarial: Tensor, y: Tensor, benign: Tensor, attacks: Tensor, classes: Sequence[str]
+    x: Tensor,
+    adversarial: Tensor,
+    attacked: Tensor,
+    y: Tensor,
+    benign: Tensor,
+    attacks: Tensor,
+    classes: Sequence[str],
 ) -> list[dict[str, Any]]:
     withstood = _recovered(attacks, len(classes)) == y
     chosen = _some_of_each(withstood)
     examples = []
     for index in chosen.tolist():
-        change = adversarial[index] - x[index]
+        before, after = x[attacked[index]], adversarial[attacked[index]]
+        change = after - before
         factor = 0.5 / float(change.abs().max())
         examples.append(
             {
@@ -172,9 +184,9 @@ def _examples(
                 "withstood": bool(withstood[index]),
                 "magnified": round(factor, 1),
                 "images": {
-                    "benign": png(x[index]),
+                    "benign": png(before),
                     "perturbation": png(0.5 + factor * change),
-                    "adversarial": png(adversarial[index]),
+                    "adversarial": png(after),
                 },
                 "benign": _predictions(benign[index], classes),
                 "adversarial": _predictions(attacks[index], classes),

@@ -1,6 +1,7 @@
 """Evaluation: every suite runs blind and recovery-aware attacks side by side, and the worst case per sample counts."""
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ducat.attacks.adaptive import SilentDummies, is_recovered
 from ducat.attacks.guides import Replaced
 from ducat.attacks.pgd import attackable
 from ducat.attacks.suites import Attack, RunAttack, Suite, find_suite, through
+from ducat.data import spooled
 from ducat.dummy import RecoveredClassifier
 from ducat.evaluation import rejection, second_opinion
 from ducat.evaluation.audit import AUDITED, causes, find_warnings, measure_signs, suspicious
@@ -107,7 +109,7 @@ def evaluate(
     """
     chosen = find_suite(suite)
     with _plainly():
-        x, y = images_and_labels(x, y, num_classes)
+        x, y = images_and_labels(x, y, num_classes, Path(parts).parent if parts is not None else None)
         check_shares(reject)
         if held_out is not None:
             held_out = images_and_labels(*held_out, num_classes)
@@ -122,7 +124,7 @@ def evaluate(
                 job = _Job.of(subject, nature, threat, rows, seed, x, fold, watched=bool(reject))
                 outcome = _Outcome.of(job, x, y, batch_size, progress, parts, chosen.name)
                 seen = examine(subject.network, x, outcome.adversarial, threat, seeded(seed, "nature"), nature)
-                agreed = job.agrees(x, outcome.adversarial)
+                agreed = job.agrees(x, outcome.adversarial, batch_size)
                 if agreed and (seen.names, seen.remembers) == (nature.names, nature.remembers):
                     break
                 nature, fold = seen, fold and agreed
@@ -360,15 +362,15 @@ class _Job:
     @torch.no_grad()
     def not_finite(self, adversarial: Tensor, batch_size: int) -> int:
         network = self.subject.network
-        parts = adversarial.split(batch_size)
+        parts = spooled.chunks(adversarial, batch_size)
         return sum(int((~network(part.to(network.device)).isfinite().all(1)).sum()) for part in parts)
 
     @torch.no_grad()
-    def agrees(self, x: Tensor, adversarial: Tensor) -> bool:
+    def agrees(self, x: Tensor, adversarial: Tensor, batch_size: int) -> bool:
         """Tell whether the folded copy says what the network says, of every benign and every adversarial image."""
         if self.folded is None:
             return True
-        for part in (*x.split(500), *adversarial.split(500)):
+        for part in itertools.chain(spooled.chunks(x, batch_size), spooled.chunks(adversarial, batch_size)):
             (part,) = self.to_device(part)
             if bool(differs(self.subject.network(part), self.folded(part)).any()):
                 return False
@@ -463,10 +465,19 @@ class _Outcome:
             str([attack.name for attack in job.attacks]),
             str(job.watched),
         ]
-        done = _shared(job, chunks, identity, progress, Path(parts) if parts is not None else None)
-        clean, adversarial = (torch.cat([getattr(part, name) for part in done]) for name in ("clean", "adversarial"))
-        rows = [_joined(rows) for rows in zip(*(part.attacks for part in done), strict=True)]
-        return cls(clean, adversarial, rows, torch.cat([part.accepted for part in done], dim=1))
+        folder = Path(parts) if parts is not None else None
+        adversarial = spooled.empty(x.shape, folder=None if folder is None else folder.parent)
+        clean, attacks, accepted = [], [], []
+        # One at a time: all adversarial images together may be larger than memory.
+        for place, part in zip(
+            spooled.chunks(adversarial, batch_size), _shared(job, x, chunks, identity, progress, folder), strict=True
+        ):
+            place.copy_(part.adversarial)
+            clean.append(part.clean)
+            attacks.append(part.attacks)
+            accepted.append(part.accepted)
+        rows = [_joined(rows) for rows in zip(*attacks, strict=True)]
+        return cls(torch.cat(clean), adversarial, rows, torch.cat(accepted, dim=1))
 
     @property
     def standing(self) -> Tensor:
@@ -497,7 +508,7 @@ def _conclude(
 ) -> Evaluation:
     """Look for signs, attack again where there are any, ask for a second opinion, and sum up."""
     subject, nature = job.subject, job.nature
-    adversarial, attacks = outcome.adversarial.clone(), list(outcome.attacks)
+    adversarial, attacks = outcome.adversarial, list(outcome.attacks)
     clean, standing = outcome.clean > 0.5, outcome.standing
     least = torch.stack([outcome.clean, *(one.correct if one.shares is None else one.shares for one in attacks)])
     least = least.float().amin(0)
@@ -508,13 +519,14 @@ def _conclude(
     def join(strategy: str, rows: Tensor, found: Tensor, seconds: float) -> int:
         """Let images that were found for some samples count; return how many standing samples they break."""
         share = outcome.clean.clone()
-        benign, labels, images = job.to_device(x[rows], y[rows], found)
+        benign, labels, images = job.to_device(spooled.take(x, rows), y[rows], found)
         right = torch.where(job.threat.allows(images, benign), job.judge(images, labels)[0], 1.0)
         share[rows] = torch.minimum(share[rows], right.cpu())
         row = Attack(strategy, subject.how is not None, _never, black_box=strategy == SECOND_ROUND)
         attacks.append(job.result(row, share, seconds))
         closer = (share < least)[rows]
         adversarial[rows[closer]] = found[closer.to(found.device)].cpu()
+        spooled.release(adversarial)
         broken = int((standing & (share <= 0.5)).sum())
         standing.logical_and_(share > 0.5)
         least.copy_(torch.minimum(least, share))
@@ -523,7 +535,7 @@ def _conclude(
     if suite.audit and searched and standing.any():
         progress("second opinion")
         rows = standing.nonzero().squeeze(1)[: second_opinion.SAMPLES]
-        given, labels = job.to_device(x[rows], y[rows])
+        given, labels = job.to_device(spooled.take(x, rows), y[rows])
         began = time.perf_counter()
         found = second_opinion.plain_pgd(
             subject.network, given, labels, job.threat.norm, job.threat.eps, subject.how, job.seed
@@ -541,9 +553,9 @@ def _conclude(
                 subject.deployed,
                 guess,
                 lambda images, labels: job.judge(images, labels)[0] > 0.5,
-                x[rows].to(device),
+                spooled.take(x, rows).to(device),
                 y[rows].to(device),
-                adversarial[rows].to(device),
+                spooled.take(adversarial, rows).to(device),
                 job.threat,
                 num_classes,
                 job.seed,
@@ -552,7 +564,7 @@ def _conclude(
             )
 
         rows = clean.nonzero().squeeze(1)[:AUDITED]
-        few = job.to_device(x[rows], y[rows], by_gradients[rows], standing[rows])
+        few = job.to_device(spooled.take(x, rows), y[rows], by_gradients[rows], standing[rows])
         led = [guide for _, guide in guides(scene(rows))]
         audit = measure_signs(subject.aware(job.attacked[0]), led, few[0], few[1], job.threat, few[2], few[3], job.seed)
         if suspicious(audit, attacks, nature):
@@ -564,7 +576,9 @@ def _conclude(
     last = LAST_REPEATS if nature.random else 1
     looks = [
         job.look_again(*chunk, last)
-        for chunk in zip(x.split(batch_size), y.split(batch_size), adversarial.split(batch_size), strict=True)
+        for chunk in zip(
+            spooled.chunks(x, batch_size), y.split(batch_size), spooled.chunks(adversarial, batch_size), strict=True
+        )
     ]
     clean_shares, robust_shares = (torch.cat(parts) for parts in zip(*looks, strict=True))
     survived = robust_shares > 0.5
@@ -605,36 +619,36 @@ def _never(*_: Any) -> Tensor:
 
 def _shared(
     job: _Job,
+    x: Tensor,
     chunks: Sequence[tuple[Tensor, Tensor]],
     identity: list[str],
     progress: Callable[[str], None],
     parts: Path | None,
-) -> list[_Part]:
-    """Attack every chunk, or this process's share of them, and return what all processes made."""
+) -> Iterator[_Part]:
+    """Attack every chunk, or this process's share of them, and yield what all processes made."""
 
     samples = sum(len(y) for _, y in chunks)
-    before: list[_Part] = []  # what this process has attacked
+    before: list[tuple[int, int]] = []  # samples of each chunk that this process attacked, and those standing
 
     def attack(number: int) -> _Part:
         first = sum(len(y) for _, y in chunks[:number])
-        x, y = chunks[number]
+        images, y = chunks[number]
         place = f", samples {first + 1} to {first + len(y)}" if len(chunks) > 1 else ""
-        done = sum(len(part.clean) for part in before)
-        stood = sum(part.standing for part in before)
-        before.append(
-            job.attack(
-                number,
-                x,
-                y,
-                lambda row, standing: progress(
-                    Stage.of(row.name + place, first, samples, stood + standing, done + len(y))
-                ),
-            )
+        done, stood = sum(seen for seen, _ in before), sum(standing for _, standing in before)
+        part = job.attack(
+            number,
+            images,
+            y,
+            lambda row, standing: progress(Stage.of(row.name + place, first, samples, stood + standing, done + len(y))),
         )
-        return before[-1]
+        before.append((len(part.clean), part.standing))
+        return part
 
     if parts is None:
-        return [attack(number) for number in range(len(chunks))]
+        for number in range(len(chunks)):
+            yield attack(number)
+            spooled.release(x)
+        return
     from accelerate import PartialState
 
     processes = PartialState()
@@ -643,11 +657,13 @@ def _shared(
     for number in range(processes.process_index, len(chunks), processes.num_processes):
         if _read_part(files[number], identity) is None:
             _write_part(files[number], identity, attack(number))
+        spooled.release(x)
     processes.wait_for_everyone()
-    done = [_read_part(file, identity) for file in files]
-    if None in done:
-        raise RuntimeError(f"{files[done.index(None)]} is gone: do two evaluations use {parts}?")
-    return [part for part in done if part is not None]
+    for file in files:
+        part = _read_part(file, identity)
+        if part is None:
+            raise RuntimeError(f"{file} is gone: do two evaluations use {parts}?")
+        yield part
 
 
 def _write_part(file: Path, identity: list[str], part: _Part) -> None:
@@ -663,8 +679,9 @@ def _read_part(file: Path, identity: list[str]) -> _Part | None:
     tensors, state = checkpoint.read(file)
     if state["identity"] != identity:
         return None
-    rows = read_rows(state["attacks"], tensors)
-    return _Part(tensors["clean"], tensors["adversarial"], rows, tensors["accepted"])
+    # Copies: a tensor of a file keeps all of the file mapped.
+    kept = {name: tensor if name == "adversarial" else tensor.clone() for name, tensor in tensors.items()}
+    return _Part(kept["clean"], kept["adversarial"], read_rows(state["attacks"], kept), kept["accepted"])
 
 
 def _digest(*tensors: Tensor) -> str:
@@ -672,7 +689,8 @@ def _digest(*tensors: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         digest.update(str((tensor.shape, tensor.dtype)).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for part in spooled.slices(tensor.detach().cpu().contiguous()):
+            digest.update(part.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

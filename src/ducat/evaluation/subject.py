@@ -9,6 +9,7 @@ import collections
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ducat.data import spooled
 from ducat.models.outputs import logits_of
 from ducat.threat import ThreatModel
 
@@ -27,13 +29,14 @@ CHANGED = {torch.float32: 0.01, torch.float64: 0.01}  # of a row's spread of log
 CHANGED_HALF = 0.1
 DRAWS = (4, 24)
 COMPANY = 3  # benign images that each image is judged with, where the images of a batch meet
+ROWS = 64  # images that are looked at at once before the first attack
 CAPTURED = 10_000  # entries of one container that are looked into
 
 Network = nn.Module | Callable[[Tensor], Any]
 
 
 def images_and_labels(
-    x: Any, y: Any, num_classes: int
+    x: Any, y: Any, num_classes: int, folder: Path | None = None
 ) -> tuple[Float[Tensor, "samples channels height width"], Int[Tensor, " samples"]]:
     """Return images as float32 in [0, 1] and labels as int64, from what other libraries hold.
 
@@ -41,6 +44,7 @@ def images_and_labels(
         x: floating point tensor or array in [0, 1], shape (samples, channels, H, W).
         y: whole numbers in [0, C) as tensor, array or sequence, shape (samples,) or (samples, 1).
         num_classes: C.
+        folder: where many large images take their room on disk.
 
     Raises:
         ValueError: if they are something else; the message says what to change.
@@ -65,13 +69,19 @@ def images_and_labels(
         raise ValueError("there are no samples to evaluate on")
     if len(x) != len(y):
         raise ValueError(f"{len(x)} images but {len(y)} labels")
-    low, high = float(x.min()), float(x.max())
+    ends = torch.stack([torch.stack(part.aminmax()) for part in spooled.chunks(x, ROWS)])
+    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
     if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):
         raise ValueError(f"the images run from {low:g} to {high:g}: they must be in [0, 1]; normalise inside the model")
     if not (int(y.min()) >= 0 and int(y.max()) < num_classes):
         raise ValueError(f"labels run from {int(y.min())} to {int(y.max())}, outside num_classes={num_classes}")
     # Copies: tensors made in inference mode take part in no gradient, and the caller's own are never changed.
-    return x.detach().float().clamp(0, 1).clone(), y.detach().long().clone()
+    if not spooled.is_large(x):
+        return x.detach().float().clamp(0, 1).clone(), y.detach().long().clone()
+    copy = spooled.empty(x.shape, folder=folder)
+    for given, part in zip(spooled.chunks(x, ROWS), spooled.chunks(copy, ROWS), strict=True):
+        part.copy_(given.detach().float().clamp(0, 1))
+    return copy, y.detach().long().clone()
 
 
 class Function(nn.Module):
@@ -179,7 +189,7 @@ def classifier(model: Network, x: Float[Tensor, "samples channels height width"]
                         f"the model fails on images of shape {tuple(x.shape[1:])}: "
                         f"{type(first).__name__}: {str(first).strip().splitlines()[0] if str(first).strip() else ''}"
                     ) from first
-            for number, part in enumerate(x.split(size)):
+            for number, part in enumerate(spooled.chunks(x, size)):
                 finite = found(part.to(found.device)).isfinite().all(1)
                 if not finite.all():
                     row = number * size + int((~finite).nonzero()[0])

@@ -6,6 +6,7 @@ const percent = (share) => `${(100 * share).toFixed(1)} %`;
 let about = null;
 let image = null; // the chosen file
 let request = 0; // number of the latest one: the answers of earlier ones are dropped
+let stop = new AbortController(); // ends the latest one, and with it the attack
 
 function say(text, isError = false) {
   element("status").textContent = text;
@@ -64,7 +65,15 @@ async function attack() {
   element("eps-value").textContent = Number(element("eps").value).toFixed(4);
   if (image === null) return;
   const mine = ++request;
+  stop.abort();
+  stop = new AbortController();
   say("Attacking.");
+  const ticker = setInterval(async () => {
+    try {
+      const { waiting } = await (await fetch("/line")).json();
+      if (mine === request && waiting > 0) say(`Attacking: requests in line: ${waiting}.`);
+    } catch { /* The answer to the attack says what is the matter. */ }
+  }, 2000);
   const query = new URLSearchParams({
     eps: element("eps").value,
     attack: element("attack").value,
@@ -72,13 +81,15 @@ async function attack() {
   });
   try {
     const response = await fetch(`/attack?${query}`, {
-      method: "POST", body: image, headers: { "Content-Type": image.type },
+      method: "POST", body: image, headers: { "Content-Type": image.type }, signal: stop.signal,
     });
     const answer = await response.json();
     if (mine !== request) return;
     if (response.ok) show(answer); else say(answer.error, true);
   } catch {
     if (mine === request) say("The server does not answer.", true);
+  } finally {
+    clearInterval(ticker);
   }
 }
 

@@ -2,10 +2,15 @@
 
 The server listens on 127.0.0.1 alone. It reads no file that a request names and writes none: an image comes as the body
 of a request, is decoded in memory, and goes.
+
+What clients can make it hold is bounded: one image is decoded and attacked at a time, a few requests wait for their
+turn, and all bodies together have a size. An attack that nobody waits for any more stops.
 """
 
+import math
 import socket
 import threading
+import time
 from collections.abc import Callable
 from importlib import resources
 from importlib.util import find_spec
@@ -37,8 +42,12 @@ Image = Float[Tensor, "1 channels height width"]
 HOST = "127.0.0.1"
 LARGEST_UPLOAD = 4 * 2**20  # bytes
 LARGEST_IMAGE = 2**24  # pixels: a small file may unpack to a huge image
+BODIES = 2**26  # bytes of the bodies of all requests together
+BODY_SECONDS = 30  # for all of a body to come
+WAITING = 8  # requests that wait while one is attacked
 TYPES = {"image/png": "PNG", "image/jpeg": "JPEG"}
 EXAMPLES = 12
+NOBODY = 499  # the status of an answer that has no reader, as nginx has it
 STRATEGIES = {attack.strategy: attack.run for attack in SUITES["light"].attacks}
 ASSETS = {
     "/": ("page.html", "text/html"),
@@ -52,6 +61,10 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+
+
+class AbandonedError(Exception):
+    """Nobody waits for the answer."""
 
 
 class Playground:
@@ -68,7 +81,7 @@ class Playground:
         # Without dummy classes, the attacks see classes that never fire.
         dummies = classifier.architecture.dummy_classes
         self.network: nn.Module = classifier.model if dummies else SilentDummies(classifier.model)
-        self.busy = threading.Lock()
+        self.seconds = 0.0  # that the last attack took
 
     def about(self) -> dict[str, Any]:
         """Return what the page shows before any attack."""
@@ -87,27 +100,40 @@ class Playground:
             "limit": LARGEST_UPLOAD,
         }
 
-    def attack(self, x: Image, eps: str, strategy: str, knows_recovery: bool) -> dict[str, Any]:
-        """Attack an image away from the class that the network gives it.
+    def attack(
+        self, x: Image, eps: str, strategy: str, knows_recovery: bool, abandoned: threading.Event | None = None
+    ) -> dict[str, Any]:
+        """Attack an image away from the class that the network gives it. One thread at a time may do so.
 
         Args:
             x: the image in [0, 1], of the size that `decode` returns.
             eps: radius of the ball, a number or a fraction.
             strategy: a key of `STRATEGIES`.
             knows_recovery: whether the attacker knows that predictions are recovered.
+            abandoned: stops the attack, once it is set, at the network's next pass.
 
         Raises:
             ValueError: if eps or the strategy is not possible.
+            AbandonedError: if the attack was stopped.
         """
         if strategy not in STRATEGIES:
             raise ValueError(f"attack {strategy!r} is unknown: choose from {', '.join(STRATEGIES)}")
         threat = ThreatModel(self.threat.norm, eps)
         view = self.network if knows_recovery else SilentDummies(self.network)
-        with self.busy:
+
+        def stop(*_: object) -> None:
+            if abandoned is not None and abandoned.is_set():
+                raise AbandonedError
+
+        began, hook = time.perf_counter(), self.network.register_forward_pre_hook(stop)
+        try:
             benign = self._look(x)
             y = torch.tensor([benign["class"]])
             adversarial = STRATEGIES[strategy](view, x, y, threat, generator(0, "serve", strategy))
             attacked = self._look(adversarial)
+        finally:
+            hook.remove()
+        self.seconds = time.perf_counter() - began
         delta = adversarial - x
         # Grey is no change; the largest change possible is black or white.
         shown = 0.5 + delta / (2 * delta.abs().max().clamp_min(1e-12))
@@ -152,17 +178,27 @@ class Playground:
 
 
 def application(playground: Playground) -> "Starlette":
-    """Return the page and its two answers as an ASGI application."""
+    """Return the page and its answers as an ASGI application."""
+    from anyio import CapacityLimiter, create_task_group, fail_after, to_thread
     from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
+    known = playground.about()
+    turns = CapacityLimiter(1)
+    held = 0  # bytes of bodies
+    inside = 0  # requests that are attacked or wait for it
+
     def refuse(status: int, message: str) -> Response:
         return JSONResponse({"error": message}, status, HEADERS)
+
+    def too_busy() -> Response:
+        seconds = math.ceil(playground.seconds * inside) + 1
+        message = f"too many attacks wait for their turn: try again in {seconds} s"
+        return JSONResponse({"error": message}, 429, {**HEADERS, "Retry-After": str(seconds)})
 
     def asset(name: str, media_type: str) -> Route:
         content = resources.files("ducat.serve").joinpath(name).read_text(encoding="utf-8")
@@ -174,35 +210,75 @@ def application(playground: Playground) -> "Starlette":
         return Route(path, endpoint)
 
     async def about(request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(playground.about), headers=HEADERS)
+        return JSONResponse(known, headers=HEADERS)
+
+    async def line(request: Request) -> Response:
+        return JSONResponse({"waiting": max(0, inside - 1)}, headers=HEADERS)
 
     async def attack(request: Request) -> Response:
+        nonlocal held, inside
         # No form of another site can send this type without asking first, and nobody answers such a question.
         content_type = request.headers.get("content-type", "")
         if content_type not in TYPES:
             return refuse(415, f"only {' and '.join(TYPES.values())} images are taken")
         content = bytearray()
-        async for part in request.stream():
-            content += part
-            if len(content) > LARGEST_UPLOAD:
-                return refuse(413, f"the file is larger than {LARGEST_UPLOAD // 2**20} MiB")
-        query = request.query_params
-
-        def work() -> dict[str, Any]:
-            image = playground.decode(bytes(content), content_type)
-            return playground.attack(
-                image, query.get("eps", ""), query.get("attack", ""), query.get("knows_recovery") == "true"
-            )
-
         try:
-            return JSONResponse(await run_in_threadpool(work), headers=HEADERS)
-        except ValueError as error:
-            return refuse(400, str(error))
+            with fail_after(BODY_SECONDS):
+                async for part in request.stream():
+                    content += part
+                    held += len(part)
+                    if len(content) > LARGEST_UPLOAD:
+                        return refuse(413, f"the file is larger than {LARGEST_UPLOAD // 2**20} MiB")
+                    if held > BODIES or inside > WAITING:
+                        return too_busy()
+            inside += 1
+            try:
+                return await in_turn(request, bytes(content), content_type)
+            finally:
+                inside -= 1
+        except TimeoutError:
+            return refuse(408, f"the file has not come within {BODY_SECONDS} s")
+        except ClientDisconnect:
+            return Response(status_code=NOBODY)
+        finally:
+            held -= len(content)
+
+    async def in_turn(request: Request, content: bytes, content_type: str) -> Response:
+        """Attack as soon as the attacks before this one are over, unless the client goes."""
+        abandoned, query = threading.Event(), request.query_params
+        answer = Response(status_code=NOBODY)
+
+        def work() -> Response:
+            try:
+                image = playground.decode(content, content_type)
+                eps, strategy, knows = (query.get(name, "") for name in ("eps", "attack", "knows_recovery"))
+                return JSONResponse(
+                    playground.attack(image, eps, strategy, knows == "true", abandoned), headers=HEADERS
+                )
+            except ValueError as error:
+                return refuse(400, str(error))
+            except AbandonedError:
+                return Response(status_code=NOBODY)
+
+        async with create_task_group() as group:
+
+            async def watch() -> None:
+                while (await request.receive())["type"] != "http.disconnect":
+                    pass
+                abandoned.set()
+                group.cancel_scope.cancel()
+
+            group.start_soon(watch)
+            # Cancelled while it waits, it leaves the line; once the thread has begun, its end is waited for.
+            answer = await to_thread.run_sync(work, limiter=turns)
+            group.cancel_scope.cancel()
+        return answer
 
     return Starlette(
         routes=[
             *(asset(name, media_type) for name, media_type in ASSETS.values()),
             Route("/about", about),
+            Route("/line", line),
             Route("/attack", attack, methods=["POST"]),
         ],
         # A name that another site resolves to this machine is not let in.
@@ -233,6 +309,8 @@ def serve(
         raise ValueError(f"{', '.join(missing)} is not installed: pip install 'ducat[serve]'")
     import uvicorn
 
+    from ducat.serve.connections import Impatient
+
     app = application(Playground(Deployed.read(run, which)))
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -241,6 +319,8 @@ def serve(
         except OSError as error:
             raise OSError(f"port={port} on {HOST} cannot be used ({error.strerror}): give another --port") from error
         listener.listen()
-        settings = uvicorn.Config(app, log_level="warning", ws="none", lifespan="off", server_header=False)
+        settings = uvicorn.Config(
+            app, http=Impatient, log_level="warning", ws="none", lifespan="off", server_header=False
+        )
         ready(f"http://{HOST}:{listener.getsockname()[1]}/")
         uvicorn.Server(settings).run(sockets=[listener])
