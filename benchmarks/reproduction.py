@@ -193,7 +193,10 @@ def markdown(data: str, rows: Sequence[Mapping[str, Any]], work: Path, out: Path
             folder_of(work, data, row["method"], row["dummy_classes"], row["seed"]).path, title
         )
     comparison = compare(list(runs.values()))
-    plots.save(plots.trade_off(page.points(comparison.sections[0])), out / f"reproduction-{data}.svg")
+    plots.save(
+        plots.trade_off(page.points(comparison.sections[0]), comparison.sections[0].title),
+        out / f"reproduction-{data}.svg",
+    )
     text = [
         f"## {first['data_title']}",
         "",

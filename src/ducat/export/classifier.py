@@ -127,7 +127,7 @@ class Deployed:
         architecture = Architecture(**state["model"])
         settings = folder.config.data
         try:
-            dataset = data.load(settings.name, root=settings.root)
+            dataset = folder.dataset()
             classes, images = dataset.classes, dataset.test.floats()[:COMPARED]
             name = f"{dataset.spec.title} test images"
         except FileNotFoundError:  # The run may have come from another machine.
