@@ -290,7 +290,7 @@ def _finish_evaluation(arguments: Namespace, console: Console, runs: Sequence[Ru
         plots.save(plots.curve(contents, comparing.setting(contents[0], eps=False)), arguments.figure)
 
 
-def _threats(arguments: Namespace, norm: str) -> list[ThreatConfig | None]:
+def _threats(arguments: Namespace, norm: Norm) -> list[ThreatConfig | None]:
     """Return the balls that are asked for, None for the run's own; `norm` is that of the run."""
     if not arguments.eps:
         return [ThreatConfig(arguments.norm) if arguments.norm else None]
@@ -350,8 +350,7 @@ def _run_compare(arguments: Namespace, console: Console) -> None:
     if files["html"] is not None:
         page.page(files["html"], "Comparison of runs", comparison)
     if files["figure"] is not None:
-        (section,) = comparison.sections
-        plots.save(plots.trade_off(page.points(section), section.title), files["figure"])
+        page.draw(comparison.sections[0], files["figure"])
 
 
 def _compare_parser(arguments: Sequence[str]) -> ArgumentParser:

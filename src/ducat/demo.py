@@ -7,7 +7,7 @@ from typing import Any
 
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, TrainConfig
 from ducat.evaluation.runs import evaluate_run
-from ducat.reporting import page, plots
+from ducat.reporting import page
 from ducat.reporting.compare import Comparison, Run, compare
 from ducat.training import Listener, train
 

@@ -14,7 +14,7 @@ from ducat.evaluation import behaviour
 from ducat.evaluation.runs import evaluate_run
 from ducat.progress import Live
 from ducat.reporting import compare as comparing
-from ducat.reporting import page, plots
+from ducat.reporting import page
 from ducat.reporting.compare import Comparison, Run
 from ducat.runs import RunFolder, Which
 

@@ -73,6 +73,11 @@ def _figures(comparison: Comparison) -> dict[str, str]:
     return figures
 
 
+def draw(section: Section, path: Path) -> None:
+    """Draw the trade-off of a section into an .svg or .png file, titled by how it was measured."""
+    plots.save(plots.trade_off(points(section), section.title), path)
+
+
 def points(section: Section) -> dict[str, list[Mapping[str, Any]]]:
     """Return what `plots.trade_off` draws of a section."""
     return {group.name: [run.evaluation for run in group.runs] for group in section.groups}
