@@ -101,9 +101,7 @@ def run(
         )
         demo.paths[title] = made.path
     comparison = demo.comparison
-    plots.save(
-        plots.trade_off(page.points(comparison.sections[0]), comparison.sections[0].title), folder / "trade-off.svg"
-    )
+    page.draw(comparison.sections[0], folder / "trade-off.svg")
     page.page(
         folder / "report.html",
         "Dummy classes on digits: what they do and what they hide",

@@ -142,8 +142,6 @@ def _report(runs: Sequence[RunFolder], folder: Path) -> Comparison:
     comparison = comparing.compare([Run.read(run.path) for run in runs])
     checkpoint.write_text(folder / "table.md", comparing.to_markdown(comparison))
     checkpoint.write_text(folder / "table.csv", comparing.to_csv(comparison))
-    plots.save(
-        plots.trade_off(page.points(comparison.sections[0]), comparison.sections[0].title), folder / "trade-off.svg"
-    )
+    page.draw(comparison.sections[0], folder / "trade-off.svg")
     page.page(folder / "report.html", f"Sweep {folder.name}", comparison)
     return comparison
