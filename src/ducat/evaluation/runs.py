@@ -4,7 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,13 @@ def evaluate_checkpoint(
     origin = {
         "weights": checkpoint.digest(tensors),
         **_asked(reject, surrogates, second_round_seconds),
-        "source": {"checkpoint": str(source), "data": config.data.name, **asdict(config.model)},
+        "source": {
+            "checkpoint": str(source),
+            "data": config.data.name,
+            "model": config.model.name,
+            "width": config.model.width,
+            "normalization": config.model.normalization,
+        },
     }
     if keep is not None:
         title = find_suite(suite).name

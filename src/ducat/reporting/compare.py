@@ -405,6 +405,20 @@ def _verdict(groups: Sequence[Group], pairs: Sequence[Pair]) -> str:
     return f"{head}: {'; '.join(parts)}. Intervals are of 95 %, p by Holm's method.{limits}{aside}"
 
 
+def stops_early(evaluation: Mapping[str, Any]) -> str:
+    """Say why a longer blind attack leaves more than a shorter one, where it does; empty where it does not."""
+    blind = {row["name"]: row["accuracy"] for row in evaluation["attacks"] if not row["knows_recovery"]}
+    shorter = min((share for name, share in blind.items() if name.startswith(("fgsm", "pgd"))), default=1.0)
+    above = [name for name, share in blind.items() if share > shorter and not name.startswith(("fgsm", "pgd"))]
+    if not above or not evaluation.get("dummy_classes", True):
+        return ""
+    return (
+        f"Why {' and '.join(above)} leaves more than plain PGD: a blind attack of this kind ends at the first image "
+        "that leaves the real class, most often for its own dummy class, which recovery undoes, while PGD goes on. "
+        "Blind numbers are no measure of strength."
+    )
+
+
 def folded(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """Return the warnings of runs by kind: the names of those that have it, and what it says of the first of them.
 

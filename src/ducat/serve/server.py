@@ -40,6 +40,7 @@ LARGEST_IMAGE = 2**24  # pixels: a small file may unpack to a huge image
 TYPES = {"image/png": "PNG", "image/jpeg": "JPEG"}
 EXAMPLES = 12
 STRATEGIES = {attack.strategy: attack.run for attack in SUITES["light"].attacks}
+OPENING = "pgd-20"  # the attack that the page opens on
 ASSETS = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -69,6 +70,8 @@ class Playground:
         dummies = classifier.architecture.dummy_classes
         self.network: nn.Module = classifier.model if dummies else SilentDummies(classifier.model)
         self.busy = threading.Lock()
+        self.tells: bool = dummies
+        self.found: int | None = None
 
     def about(self) -> dict[str, Any]:
         """Return what the page shows before any attack."""
@@ -84,8 +87,21 @@ class Playground:
             "classes": list(source.classifier.classes),
             "examples": [png(image) for image in source.images[:EXAMPLES]],
             "examples_are": source.images_name,
+            "labels": list(source.labels[:EXAMPLES]),
+            "opening": self.opening(),
             "limit": LARGEST_UPLOAD,
         }
+
+    def opening(self) -> int:
+        """Return the first example that tells the story, or 0: the blind attack is undone by recovery, the other not."""
+        if self.found is None:
+            eps, self.found = str(self.threat.eps), 0
+            for number in range(min(EXAMPLES, len(self.source.images)) if self.tells else 0):
+                x = self.source.images[number : number + 1]
+                if self.attack(x, eps, OPENING, False)["undone"] and self.attack(x, eps, OPENING, True)["fooled"]:
+                    self.found = number
+                    break
+        return self.found
 
     def attack(self, x: Image, eps: str, strategy: str, knows_recovery: bool) -> dict[str, Any]:
         """Attack an image away from the class that the network gives it.
@@ -117,6 +133,10 @@ class Playground:
             "perturbation": png(shown[0]),
             "distance": float(threat.distance(adversarial, x)),
             "fooled": attacked["class"] != benign["class"],
+            # The largest output is the dummy class of the image's own class.
+            "undone": attacked["class"] == benign["class"]
+            and max(attacked["dummy"]) > max(attacked["real"]) >= 0
+            and attacked["dummy"][benign["class"]] == max(attacked["dummy"]),
         }
 
     def decode(self, content: bytes, content_type: str) -> Image:
