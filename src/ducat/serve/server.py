@@ -93,7 +93,7 @@ class Playground:
         }
 
     def opening(self) -> int:
-        """Return the first example that tells the story, or 0: the blind attack is undone by recovery, the other not."""
+        """Return the first example on which recovery undoes the blind attack, not the aware one; 0 if there is none."""
         if self.found is None:
             eps, self.found = str(self.threat.eps), 0
             for number in range(min(EXAMPLES, len(self.source.images)) if self.tells else 0):
@@ -135,7 +135,7 @@ class Playground:
             "fooled": attacked["class"] != benign["class"],
             # The largest output is the dummy class of the image's own class.
             "undone": attacked["class"] == benign["class"]
-            and max(attacked["dummy"]) > max(attacked["real"]) >= 0
+            and max(attacked["dummy"]) > max(attacked["real"])
             and attacked["dummy"][benign["class"]] == max(attacked["dummy"]),
         }
 
