@@ -199,7 +199,7 @@ class RunFolder:
             ValueError: if they are others.
         """
         name = self.config.data.name
-        if dataset.fingerprint != self.manifest["data"]["fingerprint"]:
+        if dataset.fingerprint != self.manifest.get("data", {}).get("fingerprint"):
             raise ValueError(
                 f"the data {name} are not those that {self.path} was trained on: prepare those again, or point "
                 "DUCAT_DATA at their folder"
