@@ -3,6 +3,7 @@
     python -m benchmarks.reproduction --work /tmp/reproduction --only digits
     python -m benchmarks.reproduction --work /tmp/reproduction --only cifar10 --archive cifar-10-python.tar.gz
     python -m benchmarks.reproduction --work /tmp/reproduction --table results
+    python -m benchmarks.reproduction --draw results    # the plots alone, from reproduction.json
 
 Every row is made by `ducat train` and `ducat evaluate`, with the settings below, and AutoAttack once more, blind, on
 the first of the samples. A row that is in --work is not made again, so an interrupted table goes on where it stopped.
@@ -29,8 +30,8 @@ from ducat.cli import main as command
 from ducat.data import load_test
 from ducat.evaluation.studies import always_failed
 from ducat.methods import METHODS
-from ducat.reporting import page, plots
-from ducat.reporting.compare import Run, compare, to_markdown
+from ducat.reporting import plots
+from ducat.reporting.compare import Run, compare, setting, to_markdown
 from ducat.runs import RunFolder
 
 AUTOATTACK_BLIND = Suite(
@@ -176,24 +177,18 @@ def autoattack(folder: RunFolder, data: str, work: Path) -> ducat.Evaluation:
     return ducat.evaluate(model, x[chosen].contiguous(), y[chosen], threat, AUTOATTACK_BLIND, num_classes=10)
 
 
-def markdown(data: str, rows: Sequence[Mapping[str, Any]], work: Path, out: Path) -> str:
-    """Draw one data set's plot and return its table as Markdown, with the conditions that it was measured under."""
+def markdown(data: str, rows: Sequence[Mapping[str, Any]], work: Path) -> str:
+    """Return one data set's table as Markdown, with the conditions that it was measured under."""
     first, table = rows[0], TABLES[data]
     knows = {False: "blind", True: "knows recovery"}
     attacks = ", ".join(f"{row['name']} ({knows[row['knows_recovery']]})" for row in first["evaluation"]["attacks"])
     settings = ", ".join(f"{name} {value}" for name, value in table.options.items())
     chosen = f"the first {table.autoattack}" if table.every == 1 else f"each {table.every}th of the"
-    runs = {}
-    seeds = Counter((row["method"], row["dummy_classes"]) for row in rows)
-    for row in rows:
-        title = METHODS[row["method"]].title + TITLES[row["dummy_classes"]]
-        # The ending by which `compare` knows the seeds of one setting.
-        title += f"-s{row['seed']}" if seeds[row["method"], row["dummy_classes"]] > 1 else ""
-        runs[row["method"], row["dummy_classes"], row["seed"]] = Run.read(
-            folder_of(work, data, row["method"], row["dummy_classes"], row["seed"]).path, title
-        )
-    comparison = compare(list(runs.values()))
-    plots.save(plots.trade_off(page.points(comparison.sections[0])), out / f"reproduction-{data}.svg")
+    runs = [
+        Run.read(folder_of(work, data, row["method"], row["dummy_classes"], row["seed"]).path, title)
+        for title, row in titled(rows)
+    ]
+    comparison = compare(runs)
     text = [
         f"## {first['data_title']}",
         "",
@@ -231,6 +226,27 @@ def markdown(data: str, rows: Sequence[Mapping[str, Any]], work: Path, out: Path
     return "\n".join(text) + "\n"
 
 
+def titled(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return rows with the names that tables show; those of several seeds end as `compare` knows seeds."""
+    seeds = Counter((row["method"], row["dummy_classes"]) for row in rows)
+    names = []
+    for row in rows:
+        name = METHODS[row["method"]].title + TITLES[row["dummy_classes"]]
+        names.append((f"{name}-s{row['seed']}" if seeds[row["method"], row["dummy_classes"]] > 1 else name, row))
+    return names
+
+
+def draw(out: Path) -> None:
+    """Draw a plot for each data set from the evaluations in reproduction.json."""
+    rows = json.loads((out / "reproduction.json").read_text())
+    for data in dict.fromkeys(row["data"] for row in rows):
+        points: dict[str, list[Any]] = {}
+        for name, row in titled([row for row in rows if row["data"] == data]):
+            points.setdefault(name.removesuffix(f"-s{row['seed']}"), []).append(row["evaluation"])
+        title = setting(next(iter(points.values()))[0])
+        plots.save(plots.trade_off(points, title), out / f"reproduction-{data}.svg")
+
+
 def write(work: Path, out: Path) -> None:
     """Write reproduction.md, reproduction.json and a plot for each data set from the rows that there are."""
     out.mkdir(exist_ok=True)
@@ -247,19 +263,26 @@ def write(work: Path, out: Path) -> None:
         "`robust` over all, those that know it included. Training seeds are named; attacks have seed 0.\n"
     ]
     for data in dict.fromkeys(row["data"] for row in rows):
-        parts.append(markdown(data, [row for row in rows if row["data"] == data], work, out))
+        parts.append(markdown(data, [row for row in rows if row["data"] == data], work))
     write_text(out / "reproduction.json", json.dumps(rows, indent=1) + "\n")
     write_text(out / "reproduction.md", "\n".join(parts))
+    draw(out)
     print(f"written: {out / 'reproduction.md'}, {out / 'reproduction.json'}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of the prepared data and the runs")
+    parser.add_argument("--work", type=Path, help="folder of the prepared data and the runs")
     parser.add_argument("--only", choices=TABLES, default="digits", help="the data set whose rows are made")
     parser.add_argument("--archive", type=Path, help="its archive, where it has to be prepared first")
     parser.add_argument("--table", type=Path, metavar="DIR", help="write what there is; make no rows")
+    parser.add_argument("--draw", type=Path, metavar="DIR", help="draw the plots of a reproduction.json; make no rows")
     arguments = parser.parse_args()
+    if arguments.draw is not None:
+        draw(arguments.draw)
+        return
+    if arguments.work is None:
+        parser.error("--work is missing: the folder of the prepared data and the runs")
     if arguments.table is not None:
         write(arguments.work, arguments.table)
         return

@@ -299,6 +299,23 @@ def test_any_checkpoint_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None
     for name in ("clean", "blind", "robust"):
         assert measured[name] == of_the_run[name], name
     assert (measured["checkpoint"], of_the_run["checkpoint"]) == (None, "last")
+    # Without --json the result is kept all the same, and is a row like a run's.
+    assert main(["evaluate", "--checkpoint", "weights.pt", *options]) == 0
+    (kept,) = Path("evaluations").glob("weights-digits-quick-*.json")
+    before = kept.read_bytes()
+    assert main(["evaluate", "--checkpoint", "weights.pt", *options]) == 0
+    assert kept.read_bytes() == before
+    capsys.readouterr()
+    assert main(["compare", str(kept), "runs/mine", "--figure", "both.svg"]) == 0
+    out, _ = said(capsys)
+    assert "robust +0.0 points" in out
+    assert "verdict" in out
+    assert Path("both.svg").stat().st_size > 1000
+    # Nothing that a name is derived from is overwritten.
+    Path("taken.safetensors").write_text("mine")
+    assert main(["evaluate", "--checkpoint", "weights.pt", *options, "--json", "taken.json"]) == 2
+    assert "taken.safetensors exists" in said(capsys)[1]
+    assert Path("taken.safetensors").read_text() == "mine"
     assert main(["evaluate", "--checkpoint", "weights.pt", "--num-classes", "7", *options]) == 2
     assert "num_classes=7, but digits has 10 classes" in said(capsys)[1]
 
@@ -308,9 +325,21 @@ def test_a_run_can_be_evaluated_in_another_ball(capsys: pytest.CaptureFixture[st
     assert main(["train", *TINY, "--train.epochs", "1", "--name", "mine"]) == 0
     for options in (["--eps", "0.05"], ["--norm", "l2", "--eps", "0.3"]):
         assert main(["evaluate", "runs/mine", "--suite", "quick", "--samples", "20", *options]) == 0
-        evaluation = json.loads(Path("runs/mine/evaluation.json").read_text())
-        assert evaluation["threat"]["eps"] == float(options[-1])
-    assert evaluation["threat"]["norm"] == "l2"
+    kept = [json.loads(path.read_text())["threat"] for path in sorted(Path("runs/mine/evaluations").glob("*.json"))]
+    assert [(threat["norm"], threat["eps"]) for threat in kept] == [("l2", 0.3), ("linf", 0.05)]
+    assert json.loads(Path("runs/mine/evaluation.json").read_text())["threat"]["norm"] == "linf"
+    # Another evaluation replaces nothing, and what was measured is not measured again.
+    before = {path: path.read_bytes() for path in Path("runs/mine/evaluations").iterdir()}
+    curve = ["--eps", "0.05", "0.2", "--figure", "curve.svg", "--json", "curve.json"]
+    capsys.readouterr()
+    assert main(["evaluate", "runs/mine", "--suite", "quick", "--samples", "20", *curve]) == 0
+    out, _ = said(capsys)
+    assert "was measured before; --again" in out
+    assert [row["threat"]["eps"] for row in json.loads(Path("curve.json").read_text())] == [0.05, 0.2]
+    assert "<svg" in Path("curve.svg").read_text()
+    assert {path: path.read_bytes() for path in before} == before
+    assert json.loads(Path("runs/mine/evaluation.json").read_text())["threat"]["eps"] == 0.2
+    assert "All 3 evaluations of this run" in Path("runs/mine/report.html").read_text()
 
 
 @pytest.mark.slow

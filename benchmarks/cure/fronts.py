@@ -141,7 +141,7 @@ def write(work: Path, out: Path) -> None:
         rows = points(contents[name])
         parts.append(f"## {name}\n\n{setting.about}.\n\n{table(rows)}\n![{name}](cure-{name}.svg)\n")
         lines = {line: _places(rows, line) for line in (*BASELINES, *DRAWN)}
-        plots.save(plots.fronts(lines), out / f"cure-{name}.svg")
+        plots.save(plots.fronts(lines, setting.about), out / f"cure-{name}.svg")
     checkpoint.write_text(out / "cure-tables.md", "\n".join([HEAD, *parts]))
     checkpoint.write_text(out / "cure.json", json.dumps(contents, indent=1) + "\n")
 

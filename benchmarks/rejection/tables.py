@@ -165,7 +165,7 @@ def write(work: Path, out: Path) -> None:
         }
         everything[name] = {"rows": contents, "second": seconds}
         text += [f"## {setting.about}; {setting.test} test images\n", table(made), verdict(made)]
-        plots.save(plots.refusing(drawn(made)), out / f"rejection-{name}.svg")
+        plots.save(plots.refusing(drawn(made), setting.about), out / f"rejection-{name}.svg")
         if seconds:
             text += [again(seconds)]
     checkpoint.write_text(out / "rejection-tables.md", "\n".join(text))

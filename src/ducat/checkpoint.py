@@ -102,7 +102,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *,
         name: tensor if spooled.is_on_disk(tensor) else tensor.detach().cpu().contiguous().clone()
         for name, tensor in tensors.items()
     }
-    metadata = {"ducat": json.dumps({"schema": SCHEMA, "digest": _digest(dense), **state})}
+    metadata = {"ducat": json.dumps({"schema": SCHEMA, "digest": digest(dense), **state})}
 
     def write(temporary: Path) -> None:
         try:
@@ -127,13 +127,14 @@ def _write_in_slices(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
                 file.write(part.view(torch.uint8).numpy().data)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a short digest of dense tensors on the CPU and of their names."""
+    made = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        made.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         for part in spooled.slices(tensors[name]):
-            digest.update(part.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+            made.update(part.view(torch.uint8).numpy().data)
+    return made.hexdigest()
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -155,12 +156,12 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is not a checkpoint of ducat; `ducat adapt` takes other people's weights")
     try:
         state = json.loads(metadata["ducat"])
-        schema, digest = state.pop("schema"), state.pop("digest")
+        schema, saved = state.pop("schema"), state.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a whole checkpoint: its header is damaged") from error
     if schema != SCHEMA:
         raise ValueError(f"{path} is of checkpoint schema {schema}, this version of ducat reads {SCHEMA}")
-    if digest != _digest(tensors):
+    if saved != digest(tensors):
         raise ValueError(f"{path} is damaged: its tensors are not those that were saved")
     return tensors, state
 
@@ -176,6 +177,22 @@ def _loaded(path: Path, name: str, tensor: Tensor) -> Tensor:
             copy[start : start + rows] = file.get_slice(name)[start : start + rows]
         spooled.release(copy)
     return copy
+
+
+def digest_of(path: Path) -> str:
+    """Return the digest that `save` wrote into a checkpoint's header, without reading its tensors.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no checkpoint of ours.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str(json.loads((file.metadata() or {})["ducat"])["digest"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a whole checkpoint of ducat") from error
 
 
 def read_or_previous(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, TrainConfig
 from ducat.evaluation.runs import evaluate_run
-from ducat.reporting import page, plots
+from ducat.reporting import page
 from ducat.reporting.compare import Comparison, Run, compare
 from ducat.runs import RunFolder
 from ducat.training import Listener, Plan, train
@@ -120,7 +120,7 @@ def run(
     demo.evaluations = {title: measured[title] for title in NETWORKS}
     demo.paths = {title: demo.paths[title] for title in NETWORKS}
     comparison = demo.comparison
-    plots.save(plots.trade_off(page.points(comparison.sections[0])), folder / "trade-off.svg")
+    page.draw(comparison.sections[0], folder / "trade-off.svg")
     page.page(
         folder / "report.html",
         "Dummy classes on digits: what they do and what they hide",

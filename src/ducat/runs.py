@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from ducat import checkpoint
 from ducat.architecture import Architecture
 from ducat.config import Config
+from ducat.data import Dataset
+from ducat.data import load as load_data
 from ducat.dummy import RecoveredClassifier, dummy_head
 
 Which = str  # "best", "last", or "epoch-N" of a run that keeps the checkpoints of its epochs
@@ -93,6 +95,10 @@ class RunFolder:
     @property
     def evaluation_path(self) -> Path:
         return self.path / "evaluation.json"
+
+    @property
+    def evaluations_path(self) -> Path:
+        return self.path / "evaluations"
 
     @property
     def rejection_path(self) -> Path:
@@ -173,6 +179,31 @@ class RunFolder:
         path = self.path / "manifest.json"
         old = self.manifest if path.is_file() else {}
         checkpoint.write_text(path, json.dumps({**old, **values}, indent=2) + "\n")
+
+    def dataset(self) -> Dataset:
+        """Load the data that the run was trained on.
+
+        Raises:
+            FileNotFoundError: if they are not prepared here.
+            ValueError: if other images are prepared under their name.
+        """
+        settings = self.config.data
+        dataset = load_data(settings.name, samples=settings.samples, root=settings.root, held_out=settings.held_out)
+        self.check_data(dataset)
+        return dataset
+
+    def check_data(self, dataset: Dataset) -> None:
+        """Refuse data other than those that the run was trained on.
+
+        Raises:
+            ValueError: if they are others.
+        """
+        name = self.config.data.name
+        if dataset.fingerprint != self.manifest.get("data", {}).get("fingerprint"):
+            raise ValueError(
+                f"the data {name} are not those that {self.path} was trained on: prepare those again, or point "
+                "DUCAT_DATA at their folder"
+            )
 
     def note_resumption(self, epoch: int, step: int, time: str) -> None:
         """Add to the manifest when and where the run was taken up again, and what differs from where it began."""

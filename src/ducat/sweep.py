@@ -14,7 +14,7 @@ from ducat.evaluation import behaviour
 from ducat.evaluation.runs import evaluate_run
 from ducat.progress import Live
 from ducat.reporting import compare as comparing
-from ducat.reporting import page, plots
+from ducat.reporting import page
 from ducat.reporting.compare import Comparison, Run
 from ducat.runs import RunFolder, Which
 
@@ -142,6 +142,6 @@ def _report(runs: Sequence[RunFolder], folder: Path) -> Comparison:
     comparison = comparing.compare([Run.read(run.path) for run in runs])
     checkpoint.write_text(folder / "table.md", comparing.to_markdown(comparison))
     checkpoint.write_text(folder / "table.csv", comparing.to_csv(comparison))
-    plots.save(plots.trade_off(page.points(comparison.sections[0])), folder / "trade-off.svg")
+    page.draw(comparison.sections[0], folder / "trade-off.svg")
     page.page(folder / "report.html", f"Sweep {folder.name}", comparison)
     return comparison

@@ -210,12 +210,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def test_a_run_evaluated_twice_gives_the_same_numbers(run: RunFolder) -> None:
     first = evaluate_run(run, "quick", samples=60)
     kept = run.evaluation_path.read_text()
-    second = evaluate_run(run, "quick", samples=60)
+    assert evaluate_run(run, "quick", samples=60) == first, "what was measured is not measured again"
+    second = evaluate_run(run, "quick", samples=60, again=True)
     assert json.loads(kept) == first
     assert numbers(first) == numbers(second)
     assert first["samples"] == 60
     assert first["threat"]["eps"] == 0.2
-    assert not list(run.path.glob("evaluation.parts*")), "finished chunks stay behind"
+    assert not list(run.path.rglob("*.parts*")), "finished chunks stay behind"
     x, y = ducat.data.load_test("digits", 60)
     stored = Evaluation.load(run.path)
     deployed = ducat.load(run.path)
@@ -227,8 +228,9 @@ def test_a_run_evaluated_twice_gives_the_same_numbers(run: RunFolder) -> None:
 @pytest.mark.parametrize("which", ["best", "last"])
 def test_an_evaluation_says_which_checkpoint_it_is_of(run: RunFolder, which: str) -> None:
     assert evaluate_run(run, "quick", samples=20, which=which)["checkpoint"] == which
-    assert Evaluation.load(run.path).checkpoint == which
-    assert json.loads(run.evaluation_path.read_text())["checkpoint"] == which
+    (path,) = run.evaluations_path.glob(f"quick-linf-0.2-20-s0-{which}-*.json")
+    assert Evaluation.load(path).checkpoint == which
+    assert json.loads(run.evaluation_path.read_text())["samples"] == 60, "the stronger one speaks for the run"
 
 
 @pytest.mark.slow
@@ -240,15 +242,18 @@ def test_a_run_can_be_attacked_by_a_suite_from_outside(run: RunFolder) -> None:
     assert measured["suite"] == "ours"
     assert "darken" in [attack["name"] for attack in measured["attacks"]]
     assert behaviour.read(run) is not None, "an evaluation measures the behaviour too"
+    with pytest.raises(ValueError, match="give the suite another name"):
+        evaluate_run(run, Suite((Attack("other", False, darken),), audit=False, name="ours"), samples=20)
 
 
 @pytest.mark.slow
 def test_a_run_can_be_attacked_in_another_ball(run: RunFolder) -> None:
     measured = evaluate_run(run, "quick", samples=20, threat=ducat.ThreatModel("l2", 0.5))
     assert (measured["threat"]["norm"], measured["threat"]["eps"]) == ("l2", 0.5)
+    (path,) = run.evaluations_path.glob("quick-l2-0.5-20-*.json")
     assert (
         torch.linalg.vector_norm(
-            (Evaluation.load(run.path).adversarial - ducat.data.load_test("digits", 20)[0]).flatten(1), dim=1
+            (Evaluation.load(path).adversarial - ducat.data.load_test("digits", 20)[0]).flatten(1), dim=1
         ).max()
         <= 0.5 + 1e-6
     )

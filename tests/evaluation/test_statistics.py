@@ -1,11 +1,12 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from ducat.evaluation.statistics import mcnemar, wilson
+from ducat.evaluation.statistics import difference, holm, mcnemar, wilson
 
 shares = st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -31,3 +32,42 @@ def test_mcnemar_is_a_test_of_a_fair_coin(first_only: int, second_only: int) -> 
 def test_what_is_no_share_is_refused(successes: int, samples: int) -> None:
     with pytest.raises(ValueError, match=f"{successes} of {samples} is not a share"):
         wilson(successes, samples)
+
+
+def test_a_difference_between_seeds_counts_images_and_trainings() -> None:
+    random = torch.Generator().manual_seed(0)
+
+    def method(share: float, seeds: int, spread: float = 0.0) -> torch.Tensor:
+        shares = share + spread * torch.randn(seeds, 1, generator=random)
+        return torch.rand(seeds, 400, generator=random) < shares
+
+    sure = difference(method(0.4, 3), method(0.6, 3))
+    assert sure.trainings
+    assert sure.ci95[0] < sure.difference < sure.ci95[1]
+    assert sure.p_value < 1e-3
+    # Seeds that differ as much as the methods decide nothing, however many images there are.
+    assert difference(method(0.5, 3, 0.2), method(0.55, 3, 0.2)).p_value > 0.05
+    first, second = method(0.5, 1), method(0.5, 1)
+    single = difference(first, second)
+    assert not single.trainings
+    assert single.p_value == mcnemar(int((first & ~second).sum()), int((second & ~first).sum()))
+    assert difference(first, first) == (0.0, (0.0, 0.0), 1.0, False)
+    with pytest.raises(ValueError, match="give the same ones"):
+        difference(first, second[:, :3])
+
+
+def test_nothing_is_found_more_often_than_it_should_where_methods_are_equal() -> None:
+    random, found = torch.Generator().manual_seed(1), 0
+    for _ in range(300):
+        hard = torch.rand(1, 200, generator=random)
+        groups = [
+            torch.rand(3, 200, generator=random) < hard + 0.05 * torch.randn(3, 1, generator=random) for _ in range(2)
+        ]
+        found += difference(*groups).p_value < 0.05
+    assert found <= 0.08 * 300
+
+
+def test_holms_method_against_its_definition() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]

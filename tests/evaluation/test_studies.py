@@ -81,7 +81,7 @@ def test_a_checkpoint_that_was_not_evaluated_is_refused(runs: list[Path]) -> Non
     numbers = runs[0] / "evaluation.json"
     kept = {path: path.read_bytes() for path in (numbers, numbers.with_suffix(".safetensors"))}
     try:
-        replace(evaluation, robust=~evaluation.robust).save(numbers)
+        replace(evaluation, robust=~evaluation.robust).save(numbers, replace=True)
         with pytest.raises(ValueError, match="its best checkpoint is not the one that was evaluated"):
             studies.transfer(runs)
     finally:
@@ -98,7 +98,7 @@ def test_studies_are_of_runs_evaluated_alike(runs: list[Path], tmp_path: Path) -
         studies.always_failed([runs[0], folder.path])
     evaluation = Evaluation.load(runs[0])
     for change in ({"fingerprint": "of others"}, {"threat": ducat.ThreatModel(eps=0.1)}):
-        replace(evaluation, **change).save(folder.evaluation_path)
+        replace(evaluation, **change).save(folder.evaluation_path, replace=True)
         with pytest.raises(ValueError, match="not evaluated on the same samples in the same ball"):
             studies.transfer([runs[0], folder.path])
 

@@ -11,7 +11,7 @@ import pytest
 
 from ducat.cli import main
 from ducat.config import Config, DataConfig, DummyConfig, ThreatConfig, TrainConfig
-from ducat.reporting.compare import Comparison, Run, compare, to_csv, to_latex, to_markdown
+from ducat.reporting.compare import Comparison, Run, compare, folded, to_csv, to_latex, to_markdown
 from ducat.runs import RunFolder
 
 CONFIG = Config(name="run", data=DataConfig("digits"), threat=ThreatConfig(eps=0.2))
@@ -224,3 +224,21 @@ def test_training_time_stands_against_the_base_method_on_the_same_machine() -> N
     told = [note for note in notes if "training time" in note]
     assert told == ["training time against base: two 1.08 times (108 s against 100 s, without validation)"]
     assert not any("training time" in note for note in compare([runs[0], run("untimed")]).notes)
+
+
+def test_warnings_of_one_kind_are_one_line() -> None:
+    gaps = [f"sink gap of {points} points: {points} % withstand" for points in ("5.0", "7.5")]
+    runs = [run("a", measured=evaluation(warnings=gaps[:1])), run("b", measured=evaluation(warnings=gaps[1:]))]
+    runs += [run("c", measured=evaluation(warnings=["gradients vanish: for 2 of 27"]))]
+    assert folded(runs) == [("a, b", f"{gaps[0]} (numbers of a)"), ("c", "gradients vanish: for 2 of 27")]
+
+
+def test_the_verdict_names_what_is_sure_and_an_upper_bound_never_wins() -> None:
+    other = replace(CONFIG, train=TrainConfig(epochs=7))
+    third = replace(CONFIG, train=TrainConfig(epochs=9))
+    bound = run("c", config=third, measured=evaluation(robust=0.69, at_most=True))
+    runs = [run("a"), run("b", config=other, measured=evaluation(robust=0.5)), bound]
+    verdict = compare(runs).sections[0].verdict
+    assert verdict.startswith("a has the highest robust accuracy, 60.0 %: not tested against b")
+    assert "upper bounds only: c" in verdict
+    assert not compare(runs[:1]).sections[0].verdict

@@ -122,7 +122,7 @@ def test_the_page_says_what_is_known_of_each_run(parsed: Page) -> None:
         "70.0 [60.0, 80.0]",
         "25.0 [21.0, 29.0]",
         "Warning: sink gap of <45> points",
-        "pgd-20 no 70.0 21.0 to 29.0 1.5",
+        "pgd-20 no 70.0 [21.0, 29.0] 1.5",
         "epoch loss clean (%) blind (%) robust (%) seconds 1 2.0000 50.0 40.0 30.0 2.0",
         "area under the ROC curve",
         "attack succeeded",
@@ -163,7 +163,7 @@ def test_those_who_do_not_see_it_get_names_and_numbers(parsed: Page) -> None:
 def test_a_run_that_was_only_evaluated_has_a_page_too(runs: list[Run], tmp_path: Path) -> None:
     page(tmp_path / "bare.html", "Bare", compare([replace(runs[0], metrics=[], behaviour=None)]))
     html = Page((tmp_path / "bare.html").read_text())
-    assert len(html.all("svg")) == 1, "the trade-off alone"
+    assert len(html.all("svg")) == 2, "the trade-off alone, for a desk and for a phone"
     assert "--which last" in " ".join(html.text)
 
 

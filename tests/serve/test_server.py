@@ -81,6 +81,8 @@ def png(size: tuple[int, int] = (8, 8), mode: str = "L", format: str = "PNG") ->
 def test_the_answer_is_that_of_the_network(address: str, tiny_run: Path) -> None:
     about = json.loads(ask(address, "/about")[2])
     assert about["classes"] == [str(digit) for digit in range(10)]
+    assert about["labels"] == [str(int(label)) for label in ducat.data.load_test("digits")[1][:12]]
+    assert about["opening"] in range(12)
     x = ducat.data.load_test("digits")[0][:1]
     example = base64.b64decode(about["examples"][0].split(",")[1])
     status, _, body = ask(address, "/attack?eps=51/255&attack=pgd-20&knows_recovery=true", example)
@@ -109,6 +111,7 @@ def test_what_the_attacker_knows_decides(eps: str, knows: bool, fooled: bool, ti
     playground.network = Sink()
     answer = playground.attack(torch.zeros(1, 1, 8, 8), eps, "pgd-20", knows)
     assert answer["fooled"] == fooled
+    assert answer["undone"] == (not knows), "the blind attack ends in the dummy class"
     assert answer["distance"] <= float(eps)
 
 
@@ -300,7 +303,7 @@ def test_a_click_through_in_a_browser(browser: Any, address: str, tmp_path: Path
     browser.find_element(By.ID, "knows").click()
     wait.until(lambda b: verdict() and bars() != blind)
     aware = bars()
-    Select(browser.find_element(By.ID, "attack")).select_by_visible_text("pgd-20")
+    Select(browser.find_element(By.ID, "attack")).select_by_visible_text("fgsm")
     wait.until(lambda b: verdict() and bars() != aware)
     if screenshot := _screenshot():
         browser.save_screenshot(str(screenshot))

@@ -4,7 +4,8 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,8 +21,10 @@ from ducat.attacks.suites import SUITES
 from ducat.cli.overview import BAD_INPUT, check, complain
 from ducat.cli.parser import Parser, told
 from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, config_parser
+from ducat.evaluation import kept
 from ducat.evaluation.audit import FAILURE
 from ducat.evaluation.rejection import SIGNALS
+from ducat.evaluation.result import check_free
 from ducat.evaluation.runs import calibrate_run, evaluate_checkpoint, evaluate_run
 from ducat.evaluation.studies import STUDIES
 from ducat.progress import Live
@@ -42,6 +45,7 @@ SOURCE = "local archive or folder instead of a download; wds:SHARDS, hf:NAME, fo
 REJECT = "measure refusing too: shares of correctly classified benign images that may be refused, such as 0.02 0.05"
 CALIBRATE = "share of correctly classified benign validation images that may be refused, in [0, 1), such as 0.05"
 THREADS = "threads of a CPU; default: as many as the network's passes are worth, for digits one"
+KEPT = Path("evaluations")  # where what is measured of checkpoints from elsewhere goes
 EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption and targeted the best"
 
 
@@ -201,88 +205,158 @@ def _check_new(**files: Path | None) -> None:
             raise FileNotFoundError(f"--{option}: the folder {path.parent} does not exist")
 
 
+def _check_figure(path: Path | None) -> None:
+    if path is not None and path.suffix not in (".svg", ".png"):
+        raise ValueError(f"--figure: {path} must end in .svg or .png")
+
+
 def _run_evaluate(arguments: Namespace, console: Console) -> None:
     if arguments.run is None and arguments.checkpoint is None:
         raise ValueError("ducat evaluate: give a run folder, or --checkpoint with a file of weights")
-    _check_new(json=arguments.json)
+    _check_new(json=arguments.json, figure=arguments.figure)
+    if arguments.json is not None and arguments.checkpoint is not None:
+        check_free(arguments.json)
+    _check_figure(arguments.figure)
     if arguments.checkpoint is not None:
         _evaluate_checkpoint(arguments, console)
         return
     folder = RunFolder.open(arguments.run)
+    norm = folder.config.threat.norm
+    balls = [threat.build(None) if threat is not None else None for threat in _threats(arguments, norm)]
+    before, results = set(kept.evaluations(folder)), []
     with Live(console) as live:
-        measured = evaluate_run(
-            folder,
-            arguments.suite,
-            samples=arguments.samples,
-            seed=arguments.seed,
-            which=arguments.which,
-            threat=_threat(arguments).build(None) if arguments.norm or arguments.eps else None,
-            reject=arguments.reject,
-            surrogates=arguments.surrogates,
-            second_round_seconds=arguments.second_round_seconds,
-            progress=live.attacks(folder.name),
-            num_threads=arguments.threads,
-            notice=live.notice,
-        )
-    if arguments.json is not None:
-        checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
-    comparison = comparing.compare([Run.read(folder.path)])
+        for ball in balls:
+            measured = evaluate_run(
+                folder,
+                arguments.suite,
+                samples=arguments.samples,
+                seed=arguments.seed,
+                which=arguments.which,
+                threat=ball,
+                reject=arguments.reject,
+                surrogates=arguments.surrogates,
+                second_round_seconds=arguments.second_round_seconds,
+                again=arguments.again,
+                progress=live.attacks(folder.name),
+                num_threads=arguments.threads,
+                notice=live.notice,
+            )
+            results.append(measured)
     report = folder.path / "report.html"
-    page.page(report, folder.name, comparison)
-    print_comparison(console, comparison)
+    page.page(report, folder.name, comparing.compare([Run.read(folder.path)]))
+    runs = [Run.read(folder.evaluations_path / f"{kept.name_of(measured)}.json") for measured in results]
+    for run in runs:
+        _print_kept(console, run, run.file in before and not arguments.again)
+    spokesman = next((name for name, content in kept.evaluations(folder).items() if content == _of(folder)), None)
+    if spokesman is not None and spokesman not in [run.file for run in runs]:
+        text = f"the evaluation that speaks for the run is a stronger one, {spokesman.name}: {_short(_of(folder))}"
+        _print(console, text, label="note")
+    _finish_evaluation(arguments, console, runs)
     _print(console, f"Page: {report}")
 
 
-def _threat(arguments: Namespace) -> ThreatConfig:
-    return ThreatConfig(arguments.norm or "linf", arguments.eps)
+def _of(folder: RunFolder) -> dict[str, Any]:
+    return kept.read(folder.evaluation_path)
+
+
+def _short(measured: Mapping[str, Any]) -> str:
+    """Return blind and robust accuracy, which always stand together."""
+    return f"blind {100 * measured['blind']:.1f}, robust {100 * measured['robust']:.1f}"
+
+
+def _print_kept(console: Console, run: Run, before: bool) -> None:
+    if before:
+        _print(console, f"{run.file} was measured before; --again measures it anew and replaces it", label="note")
+    else:
+        _print(console, f"Kept: {run.file}")
+
+
+def _finish_evaluation(arguments: Namespace, console: Console, runs: Sequence[Run]) -> None:
+    """Print what was measured, and write the files that were asked for."""
+    if len(runs) > 1:
+        print_curve(console, runs)
+    else:
+        print_comparison(console, comparing.compare(runs))
+    contents = [run.evaluation for run in runs]
+    if arguments.json is not None and arguments.checkpoint is None:
+        written = contents if len(contents) > 1 else contents[0]
+        checkpoint.write_text(arguments.json, json.dumps(written, indent=2) + "\n")
+    if arguments.figure is not None:
+        plots.save(plots.curve(contents, comparing.setting(contents[0], eps=False)), arguments.figure)
+
+
+def _threats(arguments: Namespace, norm: Norm) -> list[ThreatConfig | None]:
+    """Return the balls that are asked for, None for the run's own; `norm` is that of the run."""
+    if not arguments.eps:
+        return [ThreatConfig(arguments.norm) if arguments.norm else None]
+    return [ThreatConfig(arguments.norm or norm, eps) for eps in arguments.eps]
 
 
 def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
-    config = Config(
-        data=DataConfig(arguments.data),
-        model=ModelConfig(arguments.model, arguments.width, arguments.normalization),
-        threat=_threat(arguments),
-    )
-    source = arguments.checkpoint
-    with Live(console) as live:
-        measured = evaluate_checkpoint(
-            source,
-            config,
-            arguments.suite,
-            num_classes=arguments.num_classes,
-            samples=arguments.samples,
-            seed=arguments.seed,
-            path=arguments.json,
-            reject=arguments.reject,
-            surrogates=arguments.surrogates,
-            second_round_seconds=arguments.second_round_seconds,
-            progress=live.attacks(source.stem),
-            num_threads=arguments.threads,
-            notice=live.notice,
+    source, runs = arguments.checkpoint, []
+    threats = _threats(arguments, "linf")
+    if arguments.json is not None and len(threats) > 1:
+        raise ValueError("--json: it names one file, for one --eps; without it each result is kept in evaluations/")
+    for threat in threats:
+        config = Config(
+            data=DataConfig(arguments.data),
+            model=ModelConfig(arguments.model, arguments.width, arguments.normalization),
+            threat=threat or ThreatConfig(),
         )
-    print_comparison(console, comparing.compare([Run(source.stem, None, config.flat(), {}, [], measured)]))
+        with Live(console) as live:
+            measured = evaluate_checkpoint(
+                source,
+                config,
+                arguments.suite,
+                num_classes=arguments.num_classes,
+                samples=arguments.samples,
+                seed=arguments.seed,
+                path=arguments.json,
+                keep=KEPT if arguments.json is None else None,
+                again=arguments.again,
+                reject=arguments.reject,
+                surrogates=arguments.surrogates,
+                second_round_seconds=arguments.second_round_seconds,
+                progress=live.attacks(source.stem),
+                num_threads=arguments.threads,
+                notice=live.notice,
+            )
+        name = f"{source.stem}-{arguments.data}-{kept.name_of(measured)}.json"
+        file = arguments.json or kept.place(KEPT, name)
+        runs.append(Run.read(file, source.stem))
+        _print(console, f"Kept: {file} (ducat compare takes it as a run)")
+    _finish_evaluation(arguments, console, runs)
 
 
 def _run_compare(arguments: Namespace, console: Console) -> None:
-    files = {name: getattr(arguments, name) for name in (*comparing.TABLES, "html")}
+    files = {name: getattr(arguments, name) for name in (*comparing.TABLES, "html", "figure")}
     _check_new(**files)
-    comparison = comparing.compare([Run.read(path) for path in arguments.runs])
+    _check_figure(arguments.figure)
+    comparison = comparing.compare(comparing.read_alike(arguments.runs))
+    if arguments.figure is not None and len(comparison.sections) > 1:
+        raise ValueError("--figure: the runs were not measured alike, see the notes of the table without --figure")
     print_comparison(console, comparison)
     for section in comparison.sections:
         for pair in section.pairs:
-            difference = f"robust {100 * pair.difference:+.1f} points"
-            _print(console, f"{pair.second} against {pair.first}: {difference}, McNemar's exact p = {pair.p_value:.2g}")
+            _print(console, comparing.told(pair))
+        if section.verdict:
+            _print(console, section.verdict, label="verdict")
     for name, write in comparing.TABLES.items():
         if files[name] is not None:
             checkpoint.write_text(files[name], write(comparison))
     if files["html"] is not None:
         page.page(files["html"], "Comparison of runs", comparison)
+    if files["figure"] is not None:
+        page.draw(comparison.sections[0], files["figure"])
 
 
 def _compare_parser(arguments: Sequence[str]) -> Parser:
     parser = Parser.of("ducat compare")
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders, evaluated; seeds of one setting are grouped")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", help="evaluated run folders, or .json files of evaluations; seeds are grouped"
+    )
     parser.add_argument("--html", type=Path | None, help="write the page to this new file")
+    parser.add_argument("--figure", type=Path | None, help="draw the trade-off into this new .svg or .png file")
     for name in comparing.TABLES:
         parser.add_argument(f"--{name}", type=Path | None, help=f"write the table as {name} to this new file")
     return parser
@@ -312,7 +386,7 @@ def _evaluate_parser(arguments: Sequence[str]) -> Parser:
     parser.add_argument("--normalization", type=Literal["auto", "data", "none"], default="auto", help=NORMALIZATION)
     parser.add_argument("--data", type=str, default="cifar10", help="for a checkpoint: data set to evaluate on")
     parser.add_argument("--norm", type=Norm | None, help="linf, l2 or l1; default: the run's, or linf")
-    parser.add_argument("--eps", type=float | str | None, help=EPS)
+    parser.add_argument("--eps", type=float | str, nargs="*", default=[], help=f"{EPS}; several give a curve")
     parser.add_argument("--suite", choices=tuple(SUITES), default="standard", help="which attacks to run")
     parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the attacks")
@@ -328,7 +402,15 @@ def _evaluate_parser(arguments: Sequence[str]) -> Parser:
         help="longest that a second round may take (it begins where something hides the gradients); default: no limit",
     )
     parser.add_argument("--threads", type=int | None, help=THREADS)
-    parser.add_argument("--json", type=Path | None, help="also write the result to this new file")
+    parser.add_argument(
+        "--again", action="store_true", help="measure anew what has been measured in the same way, and replace it"
+    )
+    parser.add_argument("--figure", type=Path | None, help="draw the curve over eps into this new .svg or .png file")
+    parser.add_argument(
+        "--json",
+        type=Path | None,
+        help="also write the result to this new file; of a checkpoint: in place of evaluations/",
+    )
     return parser
 
 
@@ -428,8 +510,7 @@ def _demo_parser(arguments: Sequence[str]) -> Parser:
 
 def _run_analyze(arguments: Namespace, console: Console) -> None:
     _check_new(json=arguments.json, figure=arguments.figure)
-    if arguments.figure is not None and arguments.figure.suffix not in (".svg", ".png"):
-        raise ValueError(f"--figure: {arguments.figure} must end in .svg or .png")
+    _check_figure(arguments.figure)
     measure = STUDIES[arguments.study]
     with Live(console) as live:
         found = measure(arguments.runs, arguments.which, arguments.samples, live.attacks(arguments.study))
@@ -472,24 +553,41 @@ COMMANDS: dict[str, Command] = {
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Print runs as tables, with what was measured above each and what a reader must know below."""
-    warnings = [(run.name, warning) for run in comparison.runs for warning in run.evaluation["warnings"]]
+    warnings = comparing.folded(comparison.runs)
     failures = [told for told in warnings if told[1].startswith(FAILURE)]
-    for name, warning in failures:
-        _print(console, f"{name}: {warning}", label="warning")
+    for names, warning in failures:
+        _print(console, f"{names}: {warning}", label="warning")
     for lines in (table for section in comparison.sections for table in comparing.tables(section)):
         _print(console, lines.caption)
         table = Table()
+        # The interval goes below its number, so that the table fits 80 columns; names break at their hyphens.
+        cells = [[cell.replace(" [", "\n[") for cell in row] for row in lines.cells]
+        others = [max(map(len, "\n".join(column).split("\n"))) for column in zip(lines.headers, *cells, strict=True)][
+            1:
+        ]
+        room = console.width - sum(others) - 3 * len(lines.headers) - 1
         for header in lines.headers:
             table.add_column(header, overflow="fold")
-        for cells in lines.cells:
-            # The interval goes below its number, so that the table fits 80 columns.
-            table.add_row(*(cell.replace(" [", "\n[") for cell in cells))
+        for name, *rest in cells:
+            table.add_row("\n".join(textwrap.wrap(name, max(room, 12), break_long_words=False)), *rest)
         console.print(table, highlight=False, markup=False)
     for note in comparison.notes:
         _print(console, note, label="note")
-    for name, warning in warnings:
-        if (name, warning) not in failures:
-            _print(console, f"{name}: {warning}", label="warning")
+    for names, warning in warnings:
+        if (names, warning) not in failures:
+            _print(console, f"{names}: {warning}", label="warning")
+
+
+def print_curve(console: Console, runs: Sequence[Run]) -> None:
+    """Print the evaluations of one network at several eps, a line each."""
+    _print(console, f"{comparing.setting(runs[0].evaluation, eps=False)}. {comparing.CAPTION}")
+    table = Table("eps", *comparing.QUANTITIES)
+    for run in sorted(runs, key=lambda run: run.evaluation["threat"]["eps"]):
+        cells = comparing.cells(comparing.compare([run]).sections[0])[0][1:]
+        table.add_row(f"{run.evaluation['threat']['eps']:.4g}", *(cell.replace(" [", "\n[") for cell in cells))
+    console.print(table, highlight=False, markup=False)
+    for names, warning in comparing.folded(runs):
+        _print(console, f"{names}: {warning}", label="warning")
 
 
 def _print(console: Console, text: str, label: str = "") -> None:

@@ -230,18 +230,20 @@ def png(image: Float[Tensor, "channels height width"]) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def measure_run(folder: RunFolder) -> dict[str, Any]:
-    """Measure a run on the images of its latest evaluation, write behaviour.json, and return what was written.
+def measure_run(folder: RunFolder, dataset: data.Dataset | None = None) -> dict[str, Any]:
+    """Measure a run on the images of its evaluation, write behaviour.json, and return what was written.
 
     Args:
         folder: the run, evaluated by `evaluate_run`; the checkpoint is the one that was evaluated.
+        dataset: its data, where they are at hand.
 
     Raises:
         FileNotFoundError: if there is no evaluation, no such checkpoint, or the data are gone.
+        ValueError: if the data are not those that the run was trained on.
     """
     evaluation, settings = Evaluation.load(folder.path), folder.config.data
+    classes = (dataset or folder.dataset()).classes
     x, y = data.load_test(settings.name, len(evaluation.labels), settings.root)
-    classes = data.load(settings.name, root=settings.root).classes
     content = {
         "schema": 1,
         "evaluation": _digest(folder.evaluation_path),
@@ -252,7 +254,7 @@ def measure_run(folder: RunFolder) -> dict[str, Any]:
 
 
 def read(folder: RunFolder) -> dict[str, Any] | None:
-    """Return what `measure_run` wrote, or None if there is nothing of the run's latest evaluation."""
+    """Return what `measure_run` wrote, or None if there is nothing of the run's evaluation."""
     path = _path(folder)
     if not path.is_file():
         return None

@@ -1,7 +1,7 @@
 """What an evaluation found, per sample, and how it is written down; and two evaluations side by side."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,8 @@ class Evaluation:
         causes: why `robust` is an upper bound only; empty where it is a measurement.
         rejection: what the classifier achieves that may refuse; None if it was not asked for.
         checkpoint: which checkpoint of a run was measured, "best" or "last"; None for a network from elsewhere.
+        origin: what else tells this evaluation from others: digest of the weights, what was asked besides, and for a
+            network from elsewhere its file and how it was read.
     """
 
     data: str
@@ -214,6 +216,7 @@ class Evaluation:
     causes: Sequence[str] = ()
     rejection: Rejection | None = None
     checkpoint: str | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def blind(self) -> Flags:
@@ -286,12 +289,18 @@ class Evaluation:
             "scrutiny": self.scrutiny.to_dict(),
             "rejection": self.rejection.to_dict() if self.rejection else None,
             "warnings": list(self.warnings),
+            "origin": dict(self.origin),
         }
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: Path | str, *, replace: bool = False) -> None:
         """Write the numbers to `path`, a .json file, and flags, labels and images to the .safetensors file beside it.
 
+        Args:
+            path: the .json file.
+            replace: whether files that are there may be replaced.
+
         Raises:
+            FileExistsError: if one of the two files is there; nothing is written then.
             ValueError: if the name of `path` does not end in .json.
         """
         path = Path(path)
@@ -299,6 +308,8 @@ class Evaluation:
             raise ValueError(
                 f"{path} must be the name of a .json file: flags and images go to a .safetensors beside it"
             )
+        if not replace:
+            check_free(path)
         tensors = {name: getattr(self, name) for name in TENSORS}
         shares = {name: getattr(self, name) for name in SHARES if getattr(self, name) is not None}
         content = self.to_dict()
@@ -338,7 +349,19 @@ class Evaluation:
             dummy_classes=content.get("dummy_classes", dummies),
             causes=content.get("causes", ()),
             checkpoint=content.get("checkpoint"),
+            origin=content.get("origin", {}),
         )
+
+
+def check_free(path: Path) -> None:
+    """Refuse to write an evaluation where one of its two files is there.
+
+    Raises:
+        FileExistsError: if one is.
+    """
+    for file in (path, path.with_suffix(".safetensors")):
+        if file.exists():
+            raise FileExistsError(f"{file} exists, and nothing is overwritten: choose another name than {path.name}")
 
 
 SCALARS = ("data", "seed", "suite", "batch_size", "fingerprint", "unrepeatable", "warnings")

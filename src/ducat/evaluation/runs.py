@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ducat import checkpoint, threads, weights
-from ducat.attacks.suites import Suite
+from ducat.attacks.suites import Suite, find_suite
 from ducat.config import Config
-from ducat.data import load, load_test
-from ducat.evaluation import behaviour
+from ducat.data import Dataset, load, load_test
+from ducat.evaluation import behaviour, kept
 from ducat.evaluation.engine import evaluate
 from ducat.evaluation.rejection import calibrate
+from ducat.evaluation.result import check_free
 from ducat.models import allow_code
 from ducat.models.doors import is_function
 from ducat.runs import RunFolder, Which
@@ -33,15 +35,18 @@ def evaluate_run(
     reject: Sequence[float] = (),
     surrogates: Sequence[Path | str] = (),
     second_round_seconds: float | None = None,
+    again: bool = False,
     batch_size: int = 500,
     device: str = "auto",
     progress: Callable[[str], None] | None = None,
     num_threads: int | None = None,
-    notice: Callable[[str], None] = lambda text: None,
+    notice: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Any]:
-    """Evaluate a run on its test images, write evaluation.json and evaluation.safetensors, and return the former.
+    """Evaluate a run on its test images, keep what was found under a name of its own, and return it.
 
-    What the network makes of these images is written to behaviour.json as well, see `behaviour.measure_run`.
+    It lies in `evaluations/`, see `evaluation.kept`; the strongest one becomes evaluation.json, and what the network
+    makes of its images is written to behaviour.json, see `behaviour.measure_run`. What has been measured before, of the
+    same weights in the same way, is returned as it is kept.
 
     Finished chunks are kept in the run folder until the end, so an evaluation that was interrupted continues when it is
     asked for again with the same settings, and `accelerate launch` shares it among processes.
@@ -57,36 +62,58 @@ def evaluate_run(
             images.
         surrogates: run folders of other networks, whose adversarial images are tried too.
         second_round_seconds: the longest that the second round may take, see `ducat.evaluate`; None for no limit.
+        again: measure anew what has been measured, and replace it.
         batch_size: samples attacked at a time.
         device: "auto", "cpu" or "cuda".
         progress: told of each attack and chunk as it starts.
         num_threads: threads of a CPU; by default as many as the network's passes are worth, see `ducat.threads`.
-        notice: told where more threads are asked for than that.
+        notice: told where more threads are asked for than that, and what a user must know who has evaluations of
+            earlier versions; a warning by default.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint, or the data are gone.
+        ValueError: if the data are not those that the run was trained on, or a `Suite` of one's own has the name of one
+            by which the run has been measured.
     """
-    config = folder.config
+    config, manifest = folder.config, folder.manifest
+    dataset = folder.dataset()
     model = folder.load(which)
-    measured = _evaluate_and_save(
-        model,
-        load_test(config.data.name, samples, config.data.root),
-        threat or config.threat.build(None),
-        folder.evaluation_path,
-        device,
-        which,
-        suite=suite,
-        num_classes=folder.read(which)[1]["model"]["num_classes"],
-        seed=seed,
-        reject=reject,
-        held_out=_held_out(config) if reject else None,
-        surrogates=[RunFolder.open(Path(run)).load("best") for run in surrogates],
-        second_round_seconds=second_round_seconds,
-        batch_size=batch_size,
-        data=folder.manifest["data"]["title"],
-        progress=progress or (lambda attack: None),
-        num_threads=num_threads,
-        notice=notice,
-    )
-    if _is_main_process():
-        behaviour.measure_run(folder)
+    test = load_test(config.data.name, samples, config.data.root)
+    threat = threat or config.threat.build(None)
+    origin = {
+        "weights": kept.weights_of(folder, which),
+        **_asked(reject, surrogates, second_round_seconds),
+    }
+    if _is_main_process(device) and (adopted := kept.adopt(folder)) is not None:
+        notice(f"{folder.evaluation_path} is of an earlier version, and was kept as {adopted} as well")
+    path = kept.path_for(folder.evaluations_path, find_suite(suite).name, threat, len(test[1]), seed, which, origin)
+    measured = None if again else _kept(path, suite)
+    if measured is None:
+        measured = _evaluate_and_save(
+            model,
+            test,
+            threat,
+            path,
+            device,
+            which,
+            origin,
+            suite=suite,
+            num_classes=folder.read(which)[1]["model"]["num_classes"],
+            seed=seed,
+            reject=reject,
+            held_out=_held_out(load(config.data.name, root=config.data.root)) if reject else None,
+            surrogates=[RunFolder.open(Path(run)).load("best") for run in surrogates],
+            second_round_seconds=second_round_seconds,
+            batch_size=batch_size,
+            data=manifest["data"]["title"],
+            progress=progress or (lambda attack: None),
+            num_threads=num_threads,
+            notice=notice,
+        )
+    if _is_main_process(device):
+        kept.promote(folder)
+        if behaviour.read(folder) is None:
+            behaviour.measure_run(folder, dataset)
     return measured
 
 
@@ -99,6 +126,8 @@ def evaluate_checkpoint(
     samples: int | None = None,
     seed: int = 0,
     path: Path | None = None,
+    keep: Path | None = None,
+    again: bool = False,
     reject: Sequence[float] = (),
     surrogates: Sequence[Path | str] = (),
     second_round_seconds: float | None = None,
@@ -119,6 +148,9 @@ def evaluate_checkpoint(
         samples: how many test images, a fixed stratified subset; all by default.
         seed: of the attacks.
         path: the .json file to write, with a .safetensors beside it; nothing is written by default.
+        keep: in place of `path` a folder where the result is kept under a name of its own; what has been measured
+            before, of the same weights in the same way, is returned as it is kept there.
+        again: measure anew what is in `keep`, and replace it.
         reject: shares of benign images that may be refused, see `ducat.evaluate`; the thresholds are set on validation
             images.
         surrogates: run folders of other networks, whose adversarial images are tried too.
@@ -135,11 +167,7 @@ def evaluate_checkpoint(
         ValueError: if the weights do not fit the network, or the data have another number of classes.
     """
     if path is not None:
-        for file in (path, path.with_suffix(".safetensors")):
-            if file.exists():
-                raise FileExistsError(
-                    f"{file} exists, and nothing is overwritten: choose another name than {path.name}"
-                )
+        check_free(path)
     dataset = load(config.data.name, root=config.data.root)
     classes = len(dataset.classes)
     if num_classes not in (None, classes):
@@ -148,18 +176,39 @@ def evaluate_checkpoint(
     if config.model.name is not None and is_function(config.model.name):
         allow_code(config.model.name)  # whoever makes settings has asked for it
     _, model = weights.read(source).network(config.described(config.architecture(dataset)))
+    test, threat = load_test(config.data.name, samples, config.data.root), config.threat.build(None)
+    tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    origin = {
+        "weights": checkpoint.digest(tensors),
+        **_asked(reject, surrogates, second_round_seconds),
+        "source": {
+            "checkpoint": str(source),
+            "data": config.data.name,
+            "model": config.model.name,
+            "width": config.model.width,
+            "normalization": config.model.normalization,
+        },
+    }
+    if keep is not None:
+        title = find_suite(suite).name
+        path = kept.path_for(
+            keep, title, threat, len(test[1]), seed, None, origin, f"{source.stem}-{config.data.name}-"
+        )
+        if not again and (measured := _kept(path, suite)) is not None:
+            return measured
     return _evaluate_and_save(
         model,
-        load_test(config.data.name, samples, config.data.root),
-        config.threat.build(None),
+        test,
+        threat,
         path,
         device,
         None,
+        origin,
         suite=suite,
         num_classes=classes,
         seed=seed,
         reject=reject,
-        held_out=_held_out(config) if reject else None,
+        held_out=_held_out(dataset) if reject else None,
         surrogates=[RunFolder.open(Path(run)).load("best") for run in surrogates],
         second_round_seconds=second_round_seconds,
         batch_size=batch_size,
@@ -185,9 +234,11 @@ def calibrate_run(
 
     Raises:
         FileNotFoundError: if there is no such run or checkpoint, or the data are gone.
-        ValueError: if share or signal do not fit.
+        ValueError: if share or signal do not fit, or the data are not those that the run was trained on.
     """
-    x, y = _held_out(folder.config)
+    folder.dataset()
+    settings = folder.config.data
+    x, y = _held_out(load(settings.name, root=settings.root))
     content = {
         "schema": 1,
         "signal": signal,
@@ -208,9 +259,35 @@ def read_calibration(folder: RunFolder, which: Which) -> dict[str, Any] | None:
     return content if content["checkpoint"] == which else None
 
 
-def _held_out(config: Config) -> tuple[Tensor, Tensor]:
-    validation = load(config.data.name, root=config.data.root).validation
+def _held_out(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    validation = dataset.validation
     return validation.floats(), validation.labels
+
+
+def _asked(
+    reject: Sequence[float], surrogates: Sequence[Path | str], second_round_seconds: float | None
+) -> dict[str, Any]:
+    """Return what tells two evaluations of a network apart beside suite, ball, samples and seed."""
+    named = []
+    for run in surrogates:
+        folder = RunFolder.open(Path(run))
+        named.append(f"{folder.path.resolve().name}-{(kept.weights_of(folder, 'best') or '')[:8]}")
+    return {
+        "reject": list(reject),
+        "surrogates": named,
+        "second_round_seconds": second_round_seconds,
+    }
+
+
+def _kept(path: Path, suite: str | Suite) -> dict[str, Any] | None:
+    """Return the evaluation that is kept at `path`, or None if there is none."""
+    if not path.is_file():
+        return None
+    if isinstance(suite, Suite):
+        raise ValueError(
+            f"{path} is there, by a suite called {suite.name} as well: give the suite another name=, or again=True"
+        )
+    return kept.read(path)
 
 
 def _evaluate_and_save(
@@ -220,29 +297,33 @@ def _evaluate_and_save(
     path: Path | None,
     device: str,
     which: Which | None,
+    origin: Mapping[str, Any],
     num_threads: int | None,
     notice: Callable[[str], None],
     **settings: Any,
 ) -> dict[str, Any]:
-    from accelerate import PartialState
-
-    processes = PartialState(cpu=device == "cpu")
-    if device == "cuda" and processes.device.type != "cuda":
-        raise ValueError("device=cuda: PyTorch finds no GPU here; choose cpu or auto")
+    processes = _processes(device)
     parts = path.with_suffix(".parts") if path is not None else None
     others = [other.to(processes.device) for other in settings.pop("surrogates")]
     model, example = model.to(processes.device), test[0][:1].to(processes.device)
     with threads.chosen(model, example, min(settings["batch_size"], len(test[1])), num_threads, notice):
         evaluation = evaluate(model, *test, threat, parts=parts, surrogates=others, **settings)
-    evaluation = replace(evaluation, checkpoint=which)
+    evaluation = replace(evaluation, checkpoint=which, origin=origin)
     processes.wait_for_everyone()
     if path is not None and parts is not None and processes.is_main_process:
-        evaluation.save(path)
+        evaluation.save(path, replace=True)  # whether it may be replaced was settled before hours of work
         shutil.rmtree(parts)
     return evaluation.to_dict()
 
 
-def _is_main_process() -> bool:
+def _processes(device: str) -> Any:
     from accelerate import PartialState
 
-    return bool(PartialState().is_main_process)
+    processes = PartialState(cpu=device == "cpu")
+    if device == "cuda" and processes.device.type != "cuda":
+        raise ValueError("device=cuda: PyTorch finds no GPU here; choose cpu or auto")
+    return processes
+
+
+def _is_main_process(device: str) -> bool:
+    return bool(_processes(device).is_main_process)

@@ -1,5 +1,11 @@
 """How sure a measured accuracy is, and whether two of them on the same samples differ."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxtyping import Bool
+from torch import Tensor
+
 
 def wilson(successes: int, samples: int) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a share (Wilson 1927).
@@ -29,3 +35,71 @@ def mcnemar(first_only: int, second_only: int) -> float:
 
     tosses = first_only + second_only
     return float(binomtest(first_only, tosses).pvalue) if tosses else 1.0
+
+
+class Difference(NamedTuple):
+    """How far two methods' accuracies differ.
+
+    Attributes:
+        difference: accuracy of the second - of the first.
+        ci95: its 95 % interval.
+        p_value: two-sided, of no difference.
+        trainings: whether the spread over training seeds is counted.
+    """
+
+    difference: float
+    ci95: tuple[float, float]
+    p_value: float
+    trainings: bool
+
+
+def difference(first: Bool[Tensor, "first_seeds samples"], second: Bool[Tensor, "second_seeds samples"]) -> Difference:
+    """Compare two methods, each trained with one or more seeds, on the same samples.
+
+    The variance of the difference has up to three parts: of the samples, as they differ in the difference of the seeds'
+    means, and of the seeds of either method, as for Welch's test. The degrees of freedom are Satterthwaite's. A method
+    of one seed is taken to spread as the other does. With one seed each, only samples count, and the p-value is that of
+    McNemar's exact test. Part of the seeds' spread is counted among the samples too, so that the interval is rather too
+    wide than too narrow.
+
+    Args:
+        first: which samples each network of the first method gets right.
+        second: the same for the second.
+
+    Raises:
+        ValueError: if the samples are not as many, or fewer than two.
+    """
+    from scipy.stats import t
+
+    if first.shape[1] != second.shape[1] or first.shape[1] < 2:
+        raise ValueError(f"{first.shape[1]} and {second.shape[1]} samples: give the same ones, at least two")
+    gaps = second.double().mean(0) - first.double().mean(0)
+    mean, samples = float(gaps.mean()), len(gaps)
+    parts = [(float(gaps.var()) / samples, samples - 1)]
+    seeds = [flags.double().mean(1) for flags in (first, second)]
+    several = [own for own in seeds if len(own) > 1]
+    trainings = bool(several)
+    parts += [(float(own.var()) / len(own), len(own) - 1) for own in several]
+    if len(several) == 1:  # the other's spread is taken to be this one's, so it is no more sure
+        (own,) = several
+        parts[-1] = float(own.var()) * (1 + 1 / len(own)), len(own) - 1
+    variance = sum(part for part, _ in parts)
+    if not variance:
+        return Difference(mean, (mean, mean), 1.0 if not mean else 0.0, trainings)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    reach = float(t.ppf(0.975, freedom)) * variance**0.5
+    if trainings:
+        p_value = float(2 * t.sf(abs(mean) / variance**0.5, freedom))
+    else:
+        p_value = mcnemar(int((first & ~second).sum()), int((second & ~first).sum()))
+    return Difference(mean, (max(-1.0, mean - reach), min(1.0, mean + reach)), p_value, trainings)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number (Holm 1979), in the order in which they came."""
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = highest
+    return adjusted

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ducat.attacks.pgd import pgd
 from ducat.data import SPECS, load_corruptions, load_test
-from ducat.data import load as load_data
 from ducat.dummy import dummy_head, recover
 from ducat.evaluation.result import Evaluation
 from ducat.runs import RunFolder, Which, load
@@ -384,8 +383,7 @@ def _evaluations(runs: Sequence[Path]) -> dict[str, Evaluation]:
 
 
 def _classes(run: Path) -> tuple[str, ...]:
-    config = RunFolder.open(run).config.data
-    return load_data(config.name, root=config.root).classes
+    return RunFolder.open(run).dataset().classes
 
 
 def _deployed(run: Path, which: Which) -> nn.Module:

@@ -103,6 +103,7 @@ class Deployed:
         evaluated: None where this checkpoint has not been evaluated.
         images: a few in [0, 1], shape (n, channels, H, W): test images, or random ones if the data are not at hand.
         images_name: what they are.
+        labels: the names of their classes; none of random images.
     """
 
     folder: RunFolder
@@ -111,6 +112,7 @@ class Deployed:
     evaluated: comparing.Run | None
     images: Tensor
     images_name: str
+    labels: Sequence[str] = ()
 
     @classmethod
     def read(
@@ -127,20 +129,21 @@ class Deployed:
         architecture = Architecture(**state["model"])
         settings = folder.config.data
         try:
-            dataset = data.load(settings.name, root=settings.root)
+            dataset = folder.dataset()
             classes, images = dataset.classes, dataset.test.floats()[:COMPARED]
+            labels = [classes[label] for label in dataset.test.labels[:COMPARED].tolist()]
             name = f"{dataset.spec.title} test images"
         except FileNotFoundError:  # The run may have come from another machine.
             spec = data.SPECS.get(settings.name)
             side = 32 if spec is None else spec.shape[1]
             shape = COMPARED, architecture.channels, side, side
             images, name = torch.rand(shape, generator=torch.Generator().manual_seed(0)), "random images"
-            classes = tuple(map(str, range(architecture.num_classes)))
+            classes, labels = tuple(map(str, range(architecture.num_classes))), []
         calibrated = read_calibration(folder, which) if selective else None
         choice = {key: calibrated[key] for key in ("signal", "threshold")} if calibrated else {}
         classifier = Classifier(architecture, classes, detector, **choice)
         classifier.model.load_state_dict(checkpoint.part("model", tensors))
-        return cls(folder, which, classifier.eval(), _evaluated(folder, which), images, name)
+        return cls(folder, which, classifier.eval(), _evaluated(folder, which), images, name, labels)
 
     @property
     def evaluation(self) -> Mapping[str, Any] | None:

@@ -7,16 +7,22 @@ that differ in nothing but the training seed are one line, with the mean and the
 import csv
 import io
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from ducat.config import Config
 from ducat.evaluation import behaviour
-from ducat.evaluation.result import SCHEMA, Evaluation
-from ducat.evaluation.result import compare as compare_samples
+from ducat.evaluation import kept as keeping
+from ducat.evaluation import statistics as statistics_of
+from ducat.evaluation.result import Evaluation
 from ducat.runs import RunFolder
 
 QUANTITIES = ("clean", "blind", "robust", "sink gap")
@@ -36,6 +42,9 @@ class Run:
         metrics: lines of metrics.jsonl.
         evaluation: content of evaluation.json.
         behaviour: content of behaviour.json, if there is one of that evaluation.
+        file: the evaluation's own .json; None where it is evaluation.json of the folder.
+        kept: contents of all evaluations of the run.
+        current: whether the checkpoint still is the one that was evaluated.
     """
 
     name: str
@@ -45,29 +54,78 @@ class Run:
     metrics: Sequence[Mapping[str, Any]]
     evaluation: Mapping[str, Any]
     behaviour: Mapping[str, Any] | None = None
+    file: Path | None = None
+    kept: Sequence[Mapping[str, Any]] = ()
+    current: bool = True
 
     @classmethod
     def read(cls, path: Path, name: str | None = None) -> "Run":
-        """Read a run folder.
+        """Read a run folder, or the .json file of one evaluation, of a run or of a network from elsewhere.
 
         Raises:
             FileNotFoundError: if there is no such run, or it has not been evaluated.
             ValueError: if its evaluation cannot be read.
         """
+        if path.suffix == ".json" and path.is_file():
+            return cls._of_file(path, name)
         folder = RunFolder.open(path)
         if not folder.evaluation_path.is_file():
             raise FileNotFoundError(f"{path} has no evaluation yet: run `ducat evaluate {path}`")
+        return cls._of_folder(folder, name, None)
+
+    @classmethod
+    def _of_folder(cls, folder: RunFolder, name: str | None, file: Path | None) -> "Run":
+        chosen = file or folder.evaluation_path
         try:
-            evaluation = json.loads(folder.evaluation_path.read_text(encoding="utf-8"))
-            seen = behaviour.read(folder)
+            evaluation = keeping.read(chosen)
+            seen = behaviour.read(folder) if file is None else None
         except ValueError as error:
-            raise ValueError(f"{folder.evaluation_path} is damaged: run `ducat evaluate {path}` again") from error
-        if not isinstance(evaluation, dict) or evaluation.get("schema") != SCHEMA:
-            raise ValueError(
-                f"{folder.evaluation_path} is not of this version's schema: run `ducat evaluate {path}` again"
-            )
-        settings = folder.config.flat()
-        return cls(name or folder.name, path, settings, folder.manifest, folder.metrics, evaluation, seen)
+            told = " is not of this version's schema" if "schema" in str(error) else " is damaged"
+            raise ValueError(f"{chosen}{told}: run `ducat evaluate {folder.path}` again") from error
+        return cls(
+            name or folder.name,
+            folder.path,
+            folder.config.flat(),
+            folder.manifest,
+            folder.metrics,
+            evaluation,
+            seen,
+            file,
+            list(keeping.evaluations(folder).values()) or [evaluation],
+            keeping.is_current(folder, evaluation),
+        )
+
+    @classmethod
+    def _of_file(cls, path: Path, name: str | None) -> "Run":
+        if path.parent.name == "evaluations" and (path.parent.parent / "config.yaml").is_file():
+            return cls._of_folder(RunFolder.open(path.parent.parent), name, path)
+        evaluation = keeping.read(path)
+        ball = evaluation["threat"]
+        settings = {**Config().flat(), "threat.norm": ball["norm"], "threat.eps": ball["eps"], "dummy.kind": "off"}
+        return cls(name or path.stem, None, settings, {}, [], evaluation, None, path, [evaluation])
+
+    @property
+    def candidates(self) -> list[Mapping[str, Any]]:
+        """The evaluations that may speak for it: all of its present checkpoints, or the one that was named."""
+        if self.file is not None or self.path is None:
+            return [self.evaluation]
+        folder = RunFolder(self.path)
+        return [
+            self.evaluation,
+            *(one for one in self.kept if one != self.evaluation and keeping.is_current(folder, one)),
+        ]
+
+    def seen_by(self, evaluation: Mapping[str, Any]) -> "Run":
+        """Return the run as another of its evaluations shows it."""
+        if evaluation == self.evaluation or self.path is None:
+            return self
+        file = RunFolder(self.path).evaluations_path / f"{keeping.name_of(evaluation)}.json"
+        return replace(self, evaluation=evaluation, behaviour=None, file=file)
+
+    @property
+    def measured_at(self) -> Path | None:
+        """Where the flags per sample lie, as `Evaluation.load` takes it."""
+        return self.file or self.path
 
     @property
     def seed(self) -> int:
@@ -115,19 +173,28 @@ class Group:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two runs on the same samples: McNemar's exact test of equal robust accuracy.
+    """Two lines of a table on the same samples: how far their robust accuracies differ, and how sure that is.
+
+    Single seeds are tested by McNemar's exact test, which speaks of test images alone: another training may turn out
+    otherwise. Where one of the two has several seeds, `statistics.difference` counts images and trainings.
 
     Attributes:
-        first: name of a run.
+        first: name of a line.
         second: name of the other.
         difference: robust accuracy of the second - of the first.
-        p_value: two-sided.
+        ci95: its 95 % interval.
+        p_value: two-sided, by itself.
+        adjusted: the same by Holm's method for the number of pairs.
+        trainings: whether the spread over training seeds is counted.
     """
 
     first: str
     second: str
     difference: float
+    ci95: tuple[float, float]
     p_value: float
+    adjusted: float
+    trainings: bool
 
 
 @dataclass(frozen=True)
@@ -137,12 +204,14 @@ class Section:
     Attributes:
         title: how they were measured, in one line.
         groups: the lines of the table.
-        pairs: tests of each two runs, where the evaluations have their flags per sample.
+        pairs: tests of each two lines, where the evaluations have their flags per sample.
+        verdict: which is the most robust, by how much, how sure; empty of a single line.
     """
 
     title: str
     groups: Sequence[Group]
     pairs: Sequence[Pair] = ()
+    verdict: str = ""
 
     @property
     def runs(self) -> list[Run]:
@@ -181,18 +250,54 @@ def compare(runs: Sequence[Run]) -> Comparison:
     sections = []
     for alike in _partition(runs, _measured):
         groups = _groups(alike)
-        sections.append(Section(setting(alike[0].evaluation), groups, _pairs(alike)))
+        pairs = _pairs(groups)
+        sections.append(Section(setting(alike[0].evaluation), groups, pairs, _verdict(groups, pairs)))
     notes = [*_differences(runs), *_seed_notes(sections), *_state_notes(runs), *_time_notes(sections)]
     return Comparison(sections, notes)
 
 
-def setting(evaluation: Mapping[str, Any]) -> str:
+def setting(evaluation: Mapping[str, Any], *, eps: bool = True) -> str:
     """Return in one line what an evaluation measured: data, samples, budget, suite, seed."""
     threat = evaluation["threat"]
+    radius = f" eps {threat['eps']:.4g}" if eps else ""
     return (
-        f"{evaluation['data']}, {evaluation['samples']} test images, {threat['norm']} eps {threat['eps']:.4g} on "
+        f"{evaluation['data']}, {evaluation['samples']} test images, {threat['norm']}{radius} on "
         f"images in [0, 1], suite {evaluation['suite']}, seed {evaluation['seed']}"
     )
+
+
+def read_alike(paths: Sequence[Path]) -> list[Run]:
+    """Read runs, each by the strongest evaluation that all of them have; by its own where there is none.
+
+    A run that is given twice is an error, two runs of one name are called by their paths.
+
+    Raises:
+        FileNotFoundError: as `Run.read`.
+        ValueError: as `Run.read`.
+    """
+    runs = [Run.read(path) for path in paths]
+    repeated = [run.name for run in runs]
+    if len({path.resolve() for path in paths}) == len(paths):
+        runs = [
+            replace(run, name=str(path)) if repeated.count(run.name) > 1 else run
+            for run, path in zip(runs, paths, strict=True)
+        ]
+    if len(_partition(runs, _measured)) == 1:
+        return runs
+    shared = None
+    for run in runs:
+        own = {_measured(run.seen_by(content)) for content in run.candidates}
+        shared = own if shared is None else shared & own
+    if not shared:
+        return runs
+    ball = (runs[0].settings["threat.norm"], float(runs[0].settings["threat.eps"] or 0))
+    first = [content for content in runs[0].candidates if _measured(runs[0].seen_by(content)) in shared]
+    chosen = _measured(runs[0].seen_by(first[keeping.strongest(first, ball)]))
+    found = []
+    for run in runs:
+        alike = [content for content in run.candidates if _measured(run.seen_by(content)) == chosen]
+        found.append(run.seen_by(alike[keeping.strongest(alike, ball)]))
+    return found
 
 
 def _partition(runs: Iterable[Run], key: Callable[[Run], Any]) -> list[list[Run]]:
@@ -230,22 +335,111 @@ def _identity(run: Run) -> str:
     """Return everything but the seed that decides what the run's network is."""
     settings = {name: value for name, value in run.settings.items() if name not in IRRELEVANT}
     manifest = {name: run.manifest.get(name) for name in ("initial", "data")}
-    return json.dumps([settings, manifest], sort_keys=True, default=str)
+    own = run.name if run.path is None else ""
+    return json.dumps([settings, manifest, own], sort_keys=True, default=str)
 
 
-def _pairs(runs: Sequence[Run]) -> list[Pair]:
-    measured = {}
-    for run in runs:
+def _pairs(groups: Sequence[Group]) -> list[Pair]:
+    flags: dict[str, Tensor] = {}
+    for group in groups:
         try:
-            if run.path is not None:
-                measured[run.name] = Evaluation.load(run.path)
+            measured = [Evaluation.load(run.measured_at) for run in group.runs if run.measured_at is not None]
         except FileNotFoundError:
             continue
-    pairs = []
-    for (first, one), (second, other) in combinations(measured.items(), 2):
-        robust = compare_samples(one, other)["robust"]
-        pairs.append(Pair(first, second, robust.difference, robust.p_value))
-    return pairs
+        if len(measured) == len(group.runs):
+            flags[group.name] = torch.stack([one.robust for one in measured])
+    tests = {
+        (first, second): statistics_of.difference(flags[first], flags[second])
+        for first, second in combinations(flags, 2)
+    }
+    adjusted = statistics_of.holm([test.p_value for test in tests.values()])
+    return [
+        Pair(*names, test.difference, test.ci95, test.p_value, corrected, test.trainings)
+        for (names, test), corrected in zip(tests.items(), adjusted, strict=True)
+    ]
+
+
+def told(pair: Pair) -> str:
+    """Return a test in one line."""
+    low, high = (100 * end for end in pair.ci95)
+    return (
+        f"{pair.second} against {pair.first}: robust {100 * pair.difference:+.1f} points, 95 % interval {low:+.1f} to "
+        f"{high:+.1f}, p = {pair.p_value:.2g} ({pair.adjusted:.2g} by Holm's method), over "
+        f"{'images and trainings' if pair.trainings else 'images alone, of one training each'}"
+    )
+
+
+def _verdict(groups: Sequence[Group], pairs: Sequence[Pair]) -> str:
+    """Say which line is the most robust, by how much and how surely; an upper bound cannot win."""
+    if len(groups) < 2:
+        return ""
+    bounds = [group.name for group in groups if group.at_most]
+    aside = f" Not judged, as upper bounds only: {', '.join(bounds)}." if bounds else ""
+    measured = [group for group in groups if not group.at_most]
+    if len(measured) < 2:
+        return f"none: fewer than two lines have more than an upper bound.{aside}"
+    best = max(measured, key=lambda group: group.mean("robust"))
+    signs = {(pair.second, pair.first): (pair, 1) for pair in pairs} | {
+        (pair.first, pair.second): (pair, -1) for pair in pairs
+    }
+    sure: list[str] = []
+    open_: list[str] = []
+    untested: list[str] = []
+    for other in measured:
+        if other is best:
+            continue
+        if (best.name, other.name) not in signs:
+            untested.append(other.name)
+            continue
+        pair, sign = signs[best.name, other.name]
+        low, high = sorted(100 * sign * end for end in pair.ci95)
+        points = f"{100 * sign * pair.difference:.1f} points ({low:.1f} to {high:.1f}, p = {pair.adjusted:.2g})"
+        text = f"{other.name} by {points}"
+        (sure if pair.adjusted < 0.05 else open_).append(text)
+    head = f"{best.name} has the highest robust accuracy, {100 * best.mean('robust'):.1f} %"
+    parts = [f"more robust than {'; '.join(sure)}"] if sure else []
+    parts += [f"not surely more than {'; '.join(open_)}"] if open_ else []
+    parts += [f"not tested against {', '.join(untested)}, whose flags per sample are not there"] if untested else []
+    ones = any(not pair.trainings for pair in pairs if best.name in (pair.first, pair.second))
+    limits = " With one training each, this is of these networks, not of their methods." if ones else ""
+    return f"{head}: {'; '.join(parts)}. Intervals are of 95 %, p by Holm's method.{limits}{aside}"
+
+
+def stops_early(evaluation: Mapping[str, Any]) -> str:
+    """Say why a longer blind attack leaves more than a shorter one, where it does; empty where it does not."""
+    blind = {row["name"]: row["accuracy"] for row in evaluation["attacks"] if not row["knows_recovery"]}
+    shorter = min((share for name, share in blind.items() if name.startswith(("fgsm", "pgd"))), default=1.0)
+    above = [name for name, share in blind.items() if share > shorter and not name.startswith(("fgsm", "pgd"))]
+    if not above or not evaluation.get("dummy_classes", True):
+        return ""
+    return (
+        f"Why {' and '.join(above)} leaves more than plain PGD: a blind attack of this kind ends at the first image "
+        "that leaves the real class, most often for its own dummy class, which recovery undoes, while PGD goes on. "
+        "Blind numbers are no measure of strength."
+    )
+
+
+def folded(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Return the warnings of runs by kind: the names of those that have it, and what it says of the first of them.
+
+    Two warnings are of one kind if they differ in numbers alone, or up to their first colon in nothing.
+    """
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for run in runs:
+        for warning in run.evaluation["warnings"]:
+            head = re.sub(r"[\d.,]+", "#", warning.partition(":")[0])
+            kinds.setdefault(head, []).append((run.name, warning))
+    lines = []
+    for found in kinds.values():
+        name, warning = found[0]
+        names = list(dict.fromkeys(each for each, _ in found))
+        if len(names) == 1:
+            lines += [(name, each) for _, each in found]
+        elif len({each for _, each in found}) == 1:
+            lines.append((", ".join(names), warning))
+        else:
+            lines.append((", ".join(names), f"{warning} (numbers of {name})"))
+    return lines
 
 
 def _differences(runs: Sequence[Run]) -> list[str]:
@@ -285,6 +479,11 @@ def _state_notes(runs: Sequence[Run]) -> list[str]:
         f"({run.manifest.get('status')})"
         for run in runs
         if run.manifest.get("status", "finished") != "finished"
+    ]
+    notes += [
+        f"{run.name} has been trained on since it was evaluated: run `ducat evaluate {run.path}` again"
+        for run in runs
+        if not run.current
     ]
     changed = [run.name for run in runs if (run.manifest.get("git") or {}).get("changed")]
     return notes + ([f"made with uncommitted changes to the code: {', '.join(changed)}"] if changed else [])

@@ -9,6 +9,7 @@ from typing import Any
 
 from ducat import checkpoint
 from ducat.config import Config
+from ducat.evaluation.kept import curves
 from ducat.reporting import compare as comparing
 from ducat.reporting import plots
 from ducat.reporting.compare import Comparison, Run, Section
@@ -43,6 +44,7 @@ def page(
         descriptions={run.name: _describe(run) for run in comparison.runs},
         commands={run.name: reproduce(run) for run in comparison.runs},
         manifests={run.name: json.dumps(run.manifest, indent=2) for run in comparison.runs},
+        others={run.name: [one for one in run.kept if one != run.evaluation] for run in comparison.runs},
         kinds=KINDS,
         command=command,
     )
@@ -53,9 +55,13 @@ def _figures(comparison: Comparison) -> dict[str, str]:
     """Return the figures that there are data for, by a name that is unique on the page."""
     figures = {}
     for number, section in enumerate(comparison.sections):
-        figures[f"trade-off-{number}"] = plots.inline(plots.trade_off(points(section)), f"trade-off-{number}")
+        for name, wide in ((f"trade-off-{number}", True), (f"trade-off-narrow-{number}", False)):
+            figures[name] = plots.inline(plots.trade_off(points(section), section.title, wide=wide), name)
     for number, run in enumerate(comparison.runs):
         seen = run.behaviour or {}
+        for place, alike in enumerate(curves(run.kept)):
+            name, title = f"curve-{number}-{place}", comparing.setting(alike[0], eps=False)
+            figures[name] = plots.inline(plots.curve(alike, title), name)
         if run.metrics and run.path is not None:
             config = Config.from_yaml(run.path / "config.yaml")
             start = config.start_epoch if config.dummy.kind != "off" else None
@@ -71,6 +77,11 @@ def _figures(comparison: Comparison) -> dict[str, str]:
             name = f"refusing-{number}"
             figures[name] = plots.inline(plots.refusing(run.evaluation["rejection"]["signals"]), name)
     return figures
+
+
+def draw(section: Section, path: Path) -> None:
+    """Draw the trade-off of a section into an .svg or .png file, titled by how it was measured."""
+    plots.save(plots.trade_off(points(section), section.title), path)
 
 
 def points(section: Section) -> dict[str, list[Mapping[str, Any]]]:
@@ -120,6 +131,13 @@ def _shares(parts: Mapping[str, float]) -> str:
 
 def reproduce(run: Run) -> list[str]:
     """Return the commands that make a run and its evaluation again, under another name."""
+    source = (run.evaluation.get("origin") or {}).get("source")
+    if source is not None:
+        chosen = {**source, **{name: run.evaluation[name] for name in ("suite", "samples", "seed")}}
+        chosen |= {name: run.evaluation["threat"][name] for name in ("norm", "eps")}
+        options = {name: value for name, value in chosen.items() if value is not None}
+        words = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        return [shlex.join(["ducat", "evaluate", *words])]
     name = f"{run.name if run.path is None else run.path.name}-again"
     if "initial" in run.manifest:
         # Its beginning is a file that only the command line of the time names.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe & Ito
+# For as many lines as a table of methods has; from the seventh on Tol's muted ones, and a grey.
+MANY = (*COLOURS, "#882255", "#332288", "#117733", "#AA4499", "#999933", "#777777")
+PHONE = 4.6  # inches
 MARKS = ("o", "s", "D", "^", "v", "P")
 INK = "#1a1b1c"  # text and lines; inside a page it gives way to the page's own colour
 CURVES = ("clean", "blind", "robust")
@@ -30,58 +35,168 @@ PARTS = (
 SPAN = 10  # points of clean accuracy that a figure shows at least
 
 
-def trade_off(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Draw clean accuracy against accuracy under attack, blind and robust joined by a line.
+def trade_off(points: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "", *, wide: bool = True) -> Figure:
+    """Draw clean accuracy against accuracy under attack, blind (hollow) and robust (filled) joined by a line.
 
     Args:
         points: contents of evaluation.json, one for each training seed, by the name to show. Several give their mean,
-            with the sample standard deviation as a cross.
+            with the sample standard deviation as a cross; a single one its 95 % intervals.
+        title: of the figure.
+        wide: names stand beside the axes, joined to their points; otherwise below them, for a phone.
     """
-    columns = 1 if max(map(len, points)) > 24 else 2
-    figure, axes = _figure(height=max(3.9, 3.0 + 0.22 * len(points) / columns))  # a long legend leaves the axes room
-    for index, (name, evaluations) in enumerate(points.items()):
-        # Colours begin again with other marks.
-        colour, mark = COLOURS[index % len(COLOURS)], MARKS[(index + index // len(COLOURS)) % len(MARKS)]
-        clean = _mean([evaluation["clean"]["accuracy"] for evaluation in evaluations])
-        blind, robust = (_mean([evaluation[key] for evaluation in evaluations]) for key in ("blind", "robust"))
+    rows = math.ceil(len(points) / (1 if max(map(len, points)) > 24 else 2))
+    height = max(4.2, 0.24 * len(points) + 1.2) if wide else 3.9 + 0.22 * rows
+    figure, axes = _figure(height=height, width=7.6 if wide else PHONE, title=title)
+    looks = [look for look, _ in zip(_looks(), points, strict=False)]
+    ends = []
+    for (name, evaluations), (colour, mark) in zip(points.items(), looks, strict=True):
+        clean, blind, robust = (_measured(evaluations, quantity) for quantity in CURVES)
         axes.plot([blind[0], robust[0]], [clean[0], clean[0]], color=colour, linewidth=1.5, zorder=1)
-        for under_attack, face, label in ((blind, "none", None), (robust, colour, name)):
+        ends.append((clean[0], max(blind[0], robust[0]), name, colour))
+        for under_attack, face, label in ((blind, "white", None), (robust, colour, name)):
             axes.errorbar(
                 under_attack[0],
                 clean[0],
-                xerr=under_attack[1],
-                yerr=clean[1],
+                xerr=[[reach] for reach in under_attack[1]],
+                yerr=[[reach] for reach in clean[1]],
                 fmt=mark,
-                markersize=8,
-                markerfacecolor=face,
+                markersize=7,
+                markerfacecolor=face if face == colour else "none",
                 color=colour,
-                linewidth=1,
+                elinewidth=0.7,
                 zorder=3,
                 label=label,
             )
     axes.set_xlabel("accuracy under attack (%)")
     axes.set_ylabel("clean accuracy (%)")
-    axes.margins(x=0.08, y=0.2)
+    axes.margins(x=0.04, y=0.08)
     low, high = axes.get_ylim()
     if high - low < SPAN:
         # Networks that hardly differ must not look far apart; accuracy ends at 100.
         low = min((low + high - SPAN) / 2, 101 - SPAN)
         axes.set_ylim(low, low + SPAN)
-    figure.legend(loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK)
+    kinds = [_key("none", "blind: attackers who do not know recovery"), _key(INK, "robust: all attackers")]
+    if wide:
+        _name(axes, ends)
+        figure.legend(handles=kinds, loc="outside lower center", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
+    else:
+        handles, labels = axes.get_legend_handles_labels()
+        columns = 1 if max(map(len, points)) > 24 else 2
+        figure.legend(
+            [*handles, *kinds],
+            [*labels, "blind", "robust"],
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            labelcolor=INK,
+        )
     return figure
 
 
-def fronts(lines: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+def _looks() -> Iterator[tuple[str, str]]:
+    """Yield colours and marks: no colour comes twice before all have been used, and then with another mark."""
+    for number in itertools.count():
+        yield MANY[number % len(MANY)], MARKS[(number + number // len(MANY)) % len(MARKS)]
+
+
+def _key(face: str, label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], marker="o", linestyle="none", color=INK, markerfacecolor=face, markersize=7, label=label)
+
+
+def _name(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write names beside the axes, at the height of their points where there is room, and join them by thin lines."""
+    low, high = axes.get_ylim()
+    order = sorted(ends, key=lambda end: (end[0], end[1]))
+    room = (high - low) / max(len(ends), 14)
+    places: list[float] = []
+    for clean, *_ in order:
+        places.append(max(clean, places[-1] + room) if places else max(clean, low))
+    over = max(0.0, places[-1] - high)
+    for number in range(len(places) - 1, -1, -1):
+        ceiling = high if number == len(places) - 1 else places[number + 1] - room
+        places[number] = min(places[number], ceiling) if over else places[number]
+    for place, (clean, across, name, colour) in zip(places, order, strict=True):
+        axes.annotate(
+            name,
+            xy=(across, clean),
+            xytext=(1.03, (place - low) / (high - low)),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=9,
+            color=INK,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.8,
+                "alpha": 0.7,
+                "shrinkA": 1,
+                "shrinkB": 5,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def curve(evaluations: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Draw clean, blind and robust accuracy against eps, with 95 % intervals.
+
+    Args:
+        evaluations: contents of evaluation.json that differ in eps alone.
+        title: of the figure.
+    """
+    figure, axes = _figure(height=3.9, title=title)
+    ordered = sorted(evaluations, key=lambda each: each["threat"]["eps"])
+    radii = [each["threat"]["eps"] for each in ordered]
+    for quantity, colour, mark in zip(CURVES, COLOURS, MARKS, strict=False):
+        values = [_measured([each], quantity) for each in ordered]
+        reaches = [[each[1][side] for each in values] for side in (0, 1)]
+        face = "none" if quantity == "blind" else colour
+        axes.errorbar(
+            radii,
+            [each[0] for each in values],
+            yerr=reaches,
+            color=colour,
+            marker=mark,
+            markerfacecolor=face,
+            markersize=6,
+            linewidth=1.2,
+            elinewidth=0.8,
+            label=quantity,
+        )
+    axes.set_xlabel(f"eps ({ordered[0]['threat']['norm']}, on images in [0, 1])")
+    axes.set_ylabel("accuracy (%)")
+    axes.set_ylim(-3, 103)
+    axes.set_xlim(left=0)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
+    return figure
+
+
+def _measured(evaluations: Sequence[Mapping[str, Any]], quantity: str) -> tuple[float, tuple[float, float]]:
+    """Return a share in %, and how far it reaches down and up: by a standard deviation over seeds, or its interval."""
+    shares = [each["clean"]["accuracy"] if quantity == "clean" else each[quantity] for each in evaluations]
+    mean, spread = _mean(shares)
+    if spread is not None:
+        return mean, (spread, spread)
+    (only,) = evaluations
+    interval = only["clean"].get("ci95") if quantity == "clean" else only.get(f"{quantity}_ci95")
+    if interval is None:
+        return mean, (0.0, 0.0)
+    return mean, (max(0.0, mean - 100 * interval[0]), max(0.0, 100 * interval[1] - mean))
+
+
+def fronts(lines: Mapping[str, Sequence[tuple[float, float]]], title: str = "") -> Figure:
     """Draw clean accuracy against robust accuracy, a line for each way of trading one for the other.
 
     Args:
         lines: pairs of clean and robust accuracy in %, in the order in which they are joined, by the name to show.
+        title: of the figure.
     """
-    figure, axes = _figure(height=4.4)
+    figure, axes = _figure(height=4.6 if title else 4.4, title=title)
     for index, (name, places) in enumerate((name, places) for name, places in lines.items() if places):
         clean, robust = zip(*places, strict=True)
-        colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
-        face, style = (colour, "-") if index < len(COLOURS) else ("none", "--")  # colours begin again, hollow
+        colour, mark = MANY[index % len(MANY)], MARKS[index % len(MARKS)]
+        face, style = (colour, "-") if index < len(COLOURS) else ("none", "--")  # the less distinct ones are hollow
         look = {"color": colour, "marker": mark, "markersize": 6, "markerfacecolor": face, "linewidth": 1.2}
         axes.plot(robust, clean, style, label=name, **look)
     axes.set_xlabel("robust accuracy (%)")
@@ -90,13 +205,14 @@ def fronts(lines: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     return figure
 
 
-def refusing(signals: Sequence[Mapping[str, Any]]) -> Figure:
+def refusing(signals: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """Draw robust accuracy with rejection by the share of correctly classified benign images refused, a line a signal.
 
     Args:
         signals: "signals" of the "rejection" of an evaluation.json.
+        title: of the figure.
     """
-    figure, axes = _figure(height=3.4 + 0.25 * len(signals) / 2)
+    figure, axes = _figure(height=3.4 + 0.25 * len(signals) / 2, title=title)
     for index, each in enumerate(signals):
         colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
         places = [(100 * point["right_refused"], 100 * point["robust"]) for point in each["curve"]]
@@ -201,7 +317,8 @@ def reliability(signal: Mapping[str, Any]) -> Figure:
 def always_failed(study: Mapping[str, Any]) -> Figure:
     """Draw, for each class, the samples that fail on some and on every model; `study` is `AlwaysFailed.to_dict()`."""
     classes = study["classes"]
-    figure, axes = _figure(height=1.2 + 0.28 * len(classes))
+    title = f"{study['failed_on_every']} of {study['samples']} test images fail on all {len(study['runs'])} models"
+    figure, axes = _figure(height=1.5 + 0.28 * len(classes), title=title)
     places = range(len(classes))
     for key, colour, label in (
         ("samples", "#BBBBBB", "test images"),
@@ -212,14 +329,16 @@ def always_failed(study: Mapping[str, Any]) -> Figure:
     axes.set_yticks(places, list(classes))
     axes.invert_yaxis()
     axes.set_xlabel("test images")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
+    axes.set_ylabel("class")
+    axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK, fontsize=8)
     return figure
 
 
 def transfer(matrix: Mapping[str, Any]) -> Figure:
     """Draw how far attacks on each model fool each other; `matrix` is `Transfer.to_dict()`."""
     runs, cells = matrix["runs"], matrix["success"]
-    figure, axes = _figure(height=1.8 + 0.5 * len(runs))
+    figure, axes = _figure(height=2.1 + 0.5 * len(runs), title="How far the images made for one model fool the others")
     axes.grid(visible=False)
     shares = [[100 * cell if cell is not None else float("nan") for cell in row] for row in cells]
     axes.imshow(shares, cmap="cividis", vmin=0, vmax=100, aspect="auto")
@@ -235,7 +354,7 @@ def transfer(matrix: Mapping[str, Any]) -> Figure:
 
 def corruption(measured: Mapping[str, Any]) -> Figure:
     """Draw accuracy against severity, a line for each corruption; `measured` is `Corruption.to_dict()`."""
-    figure, axes = _figure(height=4.5)
+    figure, axes = _figure(height=4.8, title=f"{measured['run']} on corrupted images ({measured['data']})")
     for index, (name, accuracy) in enumerate(measured["accuracy"].items()):
         style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index // len(COLOURS) % len(MARKS)]}
         axes.plot(range(1, len(accuracy) + 1), [100 * value for value in accuracy], label=name, markersize=4, **style)
@@ -247,7 +366,8 @@ def corruption(measured: Mapping[str, Any]) -> Figure:
 
 def targeted(measured: Mapping[str, Any]) -> Figure:
     """Draw how many samples withstand attackers who want one class; `measured` is `Targeted.to_dict()`."""
-    figure, axes = _figure(height=1.4 + 0.6 * len(measured["withstood"]))
+    title = f"{measured['run']}: PGD-{measured['steps']} towards a class, {measured['samples']} test images"
+    figure, axes = _figure(height=1.8 + 0.6 * len(measured["withstood"]), title=title)
     for offset, colour, key, label in (
         (-0.2, COLOURS[0], "withstood", "the wanted class does not win"),
         (0.2, COLOURS[1], "correct", "the true class wins"),
@@ -258,7 +378,7 @@ def targeted(measured: Mapping[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("test images (%)")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False, labelcolor=INK)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
     return figure
 
 
@@ -303,15 +423,17 @@ def inline(figure: Figure, name: str) -> str:
     return svg.replace(INK, "currentColor")
 
 
-def _figure(height: float, rows: int = 1) -> tuple[Figure, Any]:
-    """Return a figure of the width of a phone, in inches, and its axes."""
+def _figure(height: float, rows: int = 1, width: float = PHONE, title: str = "") -> tuple[Figure, Any]:
+    """Return a figure of a height and a width in inches, by default that of a phone, and its axes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     settings: dict[Any, Any] = {**dict.fromkeys(inked, INK), "font.size": 10, "hatch.linewidth": 0.6}
     with rc_context(settings):
-        figure = Figure(figsize=(4.6, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        if title:
+            figure.suptitle("\n".join(textwrap.wrap(title, round(15 * width))), fontsize=9.5)
         made = figure.subplots(rows, sharex=rows > 1)
         for axes in made if rows > 1 else [made]:
             _plain(axes)

@@ -56,9 +56,14 @@ function show(answer) {
   element("bars").replaceChildren(...rows);
   element("result").hidden = false;
   const flagged = answer.adversarial.accepted === false ? " The image is flagged: its class is only a hint." : "";
+  const undone = answer.undone
+    ? ` It did reach another output, the dummy class of ${answer.benign.label}, and recovery undoes that.` : "";
   say((answer.fooled
     ? `The attack ${flagged ? "changes the class" : "succeeds"}: ${answer.benign.label} has become ${answer.adversarial.label}.`
-    : `The attack fails: the image is still ${answer.benign.label}.`) + flagged);
+    : `The attack fails: the image is still ${answer.benign.label}.`) + undone + flagged);
+  element("next").hidden = !about.dummies;
+  element("next").textContent = element("knows").checked
+    ? "Attack without knowing of recovery" : "Now attack knowing of recovery";
 }
 
 async function attack() {
@@ -121,12 +126,20 @@ async function start() {
       + "are flagged: the class is then only a hint. These attacks seek a wrong class, not one that is accepted.";
   }
   element("knowledge").hidden = !about.dummies;
+  element("examples-are").textContent = `Examples: ${about.examples_are}, each with its class.`;
   element("examples").append(...about.examples.map((uri, number) => {
-    const picture = make("img", { src: uri, alt: `Example ${number + 1}` });
-    const button = make("button", { type: "button" }, picture);
+    const label = about.labels[number];
+    const name = label === undefined ? `Example ${number + 1}` : `Example ${number + 1}, class ${label}`;
+    const picture = make("img", { src: uri, alt: name });
+    const button = make("button", { type: "button", title: name }, picture);
+    if (label !== undefined) button.append(make("span", { textContent: label, ariaHidden: "true" }));
     button.addEventListener("click", () => choose(blob(uri), button));
     return button;
   }));
+  element("next").addEventListener("click", () => {
+    element("knows").checked = !element("knows").checked;
+    attack();
+  });
   for (const id of ["attack", "eps", "knows"]) element(id).addEventListener("change", attack);
   element("eps").addEventListener("input", () => {
     element("eps-value").textContent = Number(element("eps").value).toFixed(4);
@@ -142,7 +155,8 @@ async function start() {
       if (name === "drop" && event.dataTransfer.files.length) choose(event.dataTransfer.files[0]);
     });
   }
-  say(`Choose an image. The examples are ${about.examples_are}.`);
+  if (about.attacks.includes("pgd-20")) element("attack").value = "pgd-20";
+  element("examples").children[about.opening].click();
 }
 
 start();

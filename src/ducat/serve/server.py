@@ -49,6 +49,7 @@ TYPES = {"image/png": "PNG", "image/jpeg": "JPEG"}
 EXAMPLES = 12
 NOBODY = 499  # the status of an answer that has no reader, as nginx has it
 STRATEGIES = {attack.strategy: attack.run for attack in SUITES["light"].attacks}
+OPENING = "pgd-20"  # the attack that the page opens on
 ASSETS = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -82,6 +83,8 @@ class Playground:
         dummies = classifier.architecture.dummy_classes
         self.network: nn.Module = classifier.model if dummies else SilentDummies(classifier.model)
         self.seconds = 0.0  # that the last attack took
+        self.tells: bool = dummies
+        self.found: int | None = None
 
     def about(self) -> dict[str, Any]:
         """Return what the page shows before any attack."""
@@ -97,8 +100,21 @@ class Playground:
             "classes": list(source.classifier.classes),
             "examples": [png(image) for image in source.images[:EXAMPLES]],
             "examples_are": source.images_name,
+            "labels": list(source.labels[:EXAMPLES]),
+            "opening": self.opening(),
             "limit": LARGEST_UPLOAD,
         }
+
+    def opening(self) -> int:
+        """Return the first example on which recovery undoes the blind attack, not the aware one; 0 if there is none."""
+        if self.found is None:
+            eps, self.found = str(self.threat.eps), 0
+            for number in range(min(EXAMPLES, len(self.source.images)) if self.tells else 0):
+                x = self.source.images[number : number + 1]
+                if self.attack(x, eps, OPENING, False)["undone"] and self.attack(x, eps, OPENING, True)["fooled"]:
+                    self.found = number
+                    break
+        return self.found
 
     def attack(
         self, x: Image, eps: str, strategy: str, knows_recovery: bool, abandoned: threading.Event | None = None
@@ -143,6 +159,10 @@ class Playground:
             "perturbation": png(shown[0]),
             "distance": float(threat.distance(adversarial, x)),
             "fooled": attacked["class"] != benign["class"],
+            # The largest output is the dummy class of the image's own class.
+            "undone": attacked["class"] == benign["class"]
+            and max(attacked["dummy"]) > max(attacked["real"])
+            and attacked["dummy"][benign["class"]] == max(attacked["dummy"]),
         }
 
     def decode(self, content: bytes, content_type: str) -> Image:

@@ -192,11 +192,7 @@ def resume(
     if objective is None and "objective" in folder.manifest:
         raise ValueError(f"{path} minimises an objective of its own: give it again, to ducat.training.resume")
     dataset = _dataset(config, data)
-    if dataset.fingerprint != folder.manifest["data"]["fingerprint"]:
-        raise ValueError(
-            f"the data {config.data.name} are not those that {path} was trained on: prepare those again, or point "
-            "DUCAT_DATA at their folder"
-        )
+    folder.check_data(dataset)
     tensors, state, notice = checkpoint.read_or_previous(folder.checkpoint_path("last"))
     if notice is not None and listener is not None:
         listener.warning(notice)

@@ -1,0 +1,209 @@
+"""The evaluations of a run: each under a name made of how it was measured, and which of them speaks for the run.
+
+They lie in `evaluations/` of the run folder. `evaluation.json` and `evaluation.safetensors` above them are the one that
+speaks for the run, see `strongest`.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ducat import checkpoint
+from ducat.attacks.suites import SUITES
+from ducat.runs import RunFolder, Which
+from ducat.threat import ThreatModel
+
+Content = Mapping[str, Any]  # of an evaluation.json
+
+# From the weakest on; any other suite is as hard as itself alone.
+HARDNESS = {name: rank for rank, name in enumerate(("quick", "single-step", "light", "standard", "full"))}
+assert HARDNESS.keys() == SUITES.keys()
+
+
+def name_of(content: Content) -> str:
+    """Return the name of an evaluation: suite, ball, number of test images, seed, checkpoint, and whatever was asked.
+
+    Two evaluations of one name measured the same network in the same way.
+    """
+    threat, origin = content["threat"], content.get("origin") or {}
+    parts = [
+        content["suite"],
+        threat["norm"],
+        f"{threat['eps']:.6g}",
+        f"{content['samples']}",
+        f"s{content['seed']}",
+        *([content["checkpoint"]] if content.get("checkpoint") else []),
+        *([origin["weights"][:8]] if origin.get("weights") else []),
+        *(["reject", *(f"{share:g}" for share in origin["reject"])] if origin.get("reject") else []),
+        *(["surrogates", *origin["surrogates"]] if origin.get("surrogates") else []),
+        *([f"{origin['second_round_seconds']:g}s"] if origin.get("second_round_seconds") is not None else []),
+    ]
+    return _plain("-".join(parts))
+
+
+def place(folder: Path, name: str) -> Path:
+    """Return the file of that name in a folder, without letters that file names had better not have."""
+    return folder / _plain(name)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name)
+
+
+def path_for(
+    folder: Path,
+    suite: str,
+    threat: ThreatModel,
+    samples: int,
+    seed: int,
+    which: Which | None,
+    origin: Mapping[str, Any],
+    prefix: str = "",
+) -> Path:
+    """Return the .json file in `folder` for an evaluation that is still to be made; see `name_of`."""
+    ball = {"norm": threat.norm, "eps": threat.eps}
+    settings = {"suite": suite, "threat": ball, "samples": samples, "seed": seed, "checkpoint": which}
+    return place(folder, f"{prefix}{name_of({**settings, 'origin': origin})}.json")
+
+
+def weights_of(folder: RunFolder, which: Which) -> str | None:
+    """Return the digest of a checkpoint, which tells whether it still is what was evaluated; None if it has none."""
+    try:
+        return checkpoint.digest_of(folder.checkpoint_path(which))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read the content of an evaluation's .json file.
+
+    Raises:
+        ValueError: if it is damaged, or no evaluation.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: run `ducat evaluate` again") from error
+    if not isinstance(content, dict) or content.get("schema") != 1 or "robust" not in content:
+        raise ValueError(f"{path} is not of this version's schema: run `ducat evaluate` again")
+    return content
+
+
+def evaluations(folder: RunFolder) -> dict[Path, dict[str, Any]]:
+    """Return the contents of a run's evaluations by the path of their .json, in the order of names.
+
+    What cannot be read is left out.
+    """
+    found = {}
+    for path in sorted(folder.evaluations_path.glob("*.json")):
+        try:
+            found[path] = read(path)
+        except ValueError:
+            continue
+    return found
+
+
+def is_current(folder: RunFolder, content: Content) -> bool:
+    """Tell whether a run's checkpoint still is the one that was evaluated; of old evaluations it is not known."""
+    weights = (content.get("origin") or {}).get("weights")
+    which = content.get("checkpoint")
+    return weights is None or which is None or weights == weights_of(folder, which)
+
+
+def strongest(contents: Sequence[Content], ball: tuple[str, float]) -> int:
+    """Return which of a run's evaluations speaks for it, by its position. The rule never looks for the higher number.
+
+    1. Those in the ball that the run was trained in; if there are none, those of its norm at the largest eps, and
+       without these those at the largest eps of all.
+    2. Of these, those that no other outdoes: by a suite at least as hard, on at least as many test images, and by more
+       in one of the two. A suite of one's own is as hard as itself alone.
+    3. Of what is left, the one that claims least: with the lowest upper end of the 95 % interval of robust accuracy.
+
+    Args:
+        contents: contents of evaluation.json, at least one.
+        ball: norm and eps of the run's training.
+    """
+    norm, eps = ball
+
+    def near(content: Content) -> tuple[bool, bool, float]:
+        threat = content["threat"]
+        same = threat["norm"] == norm
+        return same and abs(threat["eps"] - eps) < 1e-9, same, threat["eps"]
+
+    nearest = max(map(near, contents))
+    left = [place for place, content in enumerate(contents) if near(content) == nearest]
+    left = [place for place in left if not any(_outdoes(contents[other], contents[place]) for other in left)]
+    return min(left, key=lambda place: (contents[place]["robust_ci95"][1], contents[place]["robust"], place))
+
+
+def _outdoes(first: Content, second: Content) -> bool:
+    suites = first["suite"], second["suite"]
+    if suites[0] == suites[1]:
+        harder = 0
+    elif all(suite in HARDNESS for suite in suites):
+        harder = HARDNESS[suites[0]] - HARDNESS[suites[1]]
+    else:
+        return False
+    more = first["samples"] - second["samples"]
+    return harder >= 0 and more >= 0 and (harder > 0 or more > 0)
+
+
+def adopt(folder: RunFolder) -> Path | None:
+    """Give an evaluation.json of earlier versions its name among the evaluations; return where it is, None if nothing.
+
+    Without this the next evaluation would take its place.
+    """
+    old = folder.evaluation_path
+    if not old.is_file():
+        return None
+    path = folder.evaluations_path / f"{name_of(read(old))}.json"
+    if path.exists():
+        return None
+    path.parent.mkdir(exist_ok=True)
+    if old.with_suffix(".safetensors").is_file():
+        _put(old.with_suffix(".safetensors"), path.with_suffix(".safetensors"))
+    _put(old, path)
+    return path
+
+
+def promote(folder: RunFolder) -> Path:
+    """Let the strongest evaluation of a run's present checkpoints be evaluation.json; return where it lies itself.
+
+    Evaluations of checkpoints that have been trained on since are kept, and speak for the run only if all are of such.
+    """
+    found = evaluations(folder)
+    current = {path: content for path, content in found.items() if is_current(folder, content)} or found
+    threat = folder.config.threat
+    ball = (threat.norm, threat.build(None).eps)
+    path = list(current)[strongest(list(current.values()), ball)]
+    for suffix in (".safetensors", ".json"):
+        if path.with_suffix(suffix).is_file():
+            _put(path.with_suffix(suffix), folder.evaluation_path.with_suffix(suffix))
+    return path
+
+
+def curves(contents: Iterable[Content]) -> list[list[Content]]:
+    """Return the evaluations that differ in eps alone, in its order: a list for each two or more of them."""
+    groups: dict[str, dict[float, Content]] = {}
+    for content in contents:
+        alike = {**content, "threat": {**content["threat"], "eps": 0.0}}
+        groups.setdefault(name_of(alike), {})[content["threat"]["eps"]] = content
+    return [[group[eps] for eps in sorted(group)] for group in groups.values() if len(group) > 1]
+
+
+def _put(source: Path, target: Path) -> None:
+    """Let a file be at a second place as well, without a second copy where the file system allows it."""
+    if target.exists() and target.samefile(source):
+        return
+
+    def write(temporary: Path) -> None:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+    checkpoint.write_atomically(target, write)

@@ -1,0 +1,118 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ducat
+from ducat.cli import main
+from ducat.evaluation import Evaluation, kept
+from ducat.evaluation.runs import calibrate_run, evaluate_run
+from ducat.runs import RunFolder
+
+BALL = ("linf", 0.2)
+
+
+def content(suite: str, samples: int, upper: float, eps: float = 0.2, norm: str = "linf", **others: Any) -> dict:
+    measured = {"suite": suite, "samples": samples, "threat": {"norm": norm, "eps": eps}, "seed": 0}
+    return {**measured, "robust": upper - 0.05, "robust_ci95": [upper - 0.1, upper], "checkpoint": "best", **others}
+
+
+RULE = [
+    # A few images never speak for the run where many were measured, however low their number is.
+    ([content("light", 500, 0.6), content("quick", 20, 0.3)], 0),
+    ([content("quick", 500, 0.7), content("quick", 20, 0.3)], 0),
+    # As many images by a weaker suite do not either, whatever the order.
+    ([content("quick", 500, 0.6), content("standard", 500, 0.7)], 1),
+    # Where neither outdoes the other, the one that claims least.
+    ([content("light", 1000, 0.55), content("standard", 500, 0.5)], 1),
+    ([content("light", 1000, 0.45), content("standard", 500, 0.5)], 0),
+    ([content("light", 500, 0.6), content("light", 500, 0.55, seed=1)], 1),
+    ([content("ours", 500, 0.9), content("light", 100, 0.6)], 1),
+    # No easier ball, and no other norm, however many images.
+    ([content("full", 9000, 0.9, eps=0.01), content("quick", 20, 0.7)], 1),
+    ([content("full", 9000, 0.2, norm="l2", eps=3.0), content("quick", 20, 0.7)], 1),
+    ([content("light", 500, 0.9, eps=0.01), content("quick", 20, 0.7, eps=0.1)], 1),
+]
+
+
+@pytest.mark.parametrize(("contents", "chosen"), RULE)
+def test_the_strongest_speaks_for_the_run_and_never_the_flattering(contents: list[dict], chosen: int) -> None:
+    assert kept.strongest(contents, BALL) == chosen
+    assert kept.strongest(contents[::-1], BALL) == len(contents) - 1 - chosen
+
+
+def test_what_was_measured_otherwise_has_another_name() -> None:
+    one = content("light", 500, 0.6)
+    others = [
+        {"suite": "quick"}, {"samples": 20}, {"seed": 1}, {"checkpoint": "last"},
+        {"threat": {"norm": "linf", "eps": 0.1}}, {"threat": {"norm": "l2", "eps": 0.2}},
+        {"origin": {"weights": "12345678ab"}}, {"origin": {"reject": [0.05]}}, {"origin": {"surrogates": ["a-1"]}},
+        {"origin": {"second_round_seconds": 3.0}},
+    ]  # fmt: skip
+    names = {kept.name_of(each) for each in (one, *({**one, **other} for other in others))}
+    assert len(names) == len(others) + 1
+    assert all("/" not in name and " " not in name for name in (*names, kept.name_of({**one, "suite": "a b/c"})))
+
+
+def test_evaluations_that_differ_in_eps_alone_are_a_curve() -> None:
+    radii = [0.2, 0.05, 0.1]
+    found = kept.curves([*(content("light", 500, 0.6, eps=eps) for eps in radii), content("quick", 500, 0.6)])
+    assert [[each["threat"]["eps"] for each in alike] for alike in found] == [[0.05, 0.1, 0.2]]
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> RunFolder:
+    return RunFolder(Path(shutil.copytree(tiny_run, tmp_path / "run")))
+
+
+def test_an_evaluation_of_an_earlier_version_is_kept_and_said(run: RunFolder) -> None:
+    old = {path: path.read_bytes() for path in run.path.glob("evaluation.*")}
+    shutil.rmtree(run.evaluations_path)
+    told: list[str] = []
+    evaluate_run(run, "quick", samples=20, notice=told.append)
+    assert len(told) == 1
+    assert "earlier version" in told[0]
+    assert {path: path.read_bytes() for path in run.path.glob("evaluation.*")} == old, "50 images outdo 20"
+    assert sorted(each["samples"] for each in kept.evaluations(run).values()) == [20, 50]
+    for path in kept.evaluations(run):
+        assert len(Evaluation.load(path).labels) == json.loads(path.read_text())["samples"]
+
+
+def test_no_command_measures_a_run_on_other_data(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    data = run.manifest["data"]
+    run.update_manifest({"data": {**data, "fingerprint": "sha256:of others"}})
+    for command in (
+        ["evaluate", str(run.path), "--suite", "quick"],
+        ["calibrate", str(run.path), "--reject", "0.1"],
+        ["analyze", "targeted", str(run.path)],
+        ["export", str(run.path), "--format", "safetensors", "--out", str(run.path.parent / "out.safetensors")],
+    ):
+        assert main(command) == 2, command
+        assert "the data digits are not those that" in capsys.readouterr().err, command
+    with pytest.raises(ValueError, match="not those"):
+        calibrate_run(run, 0.1)
+
+
+def test_a_checkpoint_that_was_trained_on_speaks_no_longer_for_the_run(run: RunFolder) -> None:
+    (first,) = kept.evaluations(run)
+    tensors, state = run.read("best")
+    run.save("best", {**tensors, "more": torch.zeros(1)}, state)
+    assert not kept.is_current(run, kept.read(first))
+    evaluate_run(run, "quick", samples=20)
+    assert kept.read(run.evaluation_path)["samples"] == 20
+    assert first.is_file()
+
+
+def test_an_evaluation_replaces_no_file_unless_asked(tiny_run: Path, tmp_path: Path) -> None:
+    evaluation = Evaluation.load(tiny_run)
+    (tmp_path / "net.safetensors").write_text("weights")
+    with pytest.raises(FileExistsError, match=r"net.safetensors exists"):
+        evaluation.save(tmp_path / "net.json")
+    assert not (tmp_path / "net.json").exists()
+    evaluation.save(tmp_path / "other.json")
+    replace(evaluation, seed=7).save(tmp_path / "other.json", replace=True)
+    assert ducat.Evaluation.load(tmp_path / "other.json").seed == 7
