@@ -172,7 +172,8 @@ def stream(count: int, size: int, batch: int, rounds: int) -> None:
         augment = Augmentation(flip=True, resized_crop=0.08)
 
         def bare(cores: int) -> None:
-            begun = [FORKED.Process(target=plain.decode, args=(range(first, len(plain), cores),)) for first in range(cores)]
+            shares = [range(first, len(plain), cores) for first in range(cores)]
+            begun = [FORKED.Process(target=plain.decode, args=(share,)) for share in shares]
             for process in begun:
                 process.start()
             for process in begun:

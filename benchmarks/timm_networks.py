@@ -2,7 +2,7 @@
 
 Each network is made by the same door as `--model.name timm/NAME`, with new weights and 10 classes, on images of 64 x 64
 (resized inside of the model where it only takes another size). It is given dummy classes, its recovered predictions are
-compared with those before, image by image, and the suite `quick` is run on one image. Each runs in a process of its own.
+compared with those before, image by image, and the suite `quick` is run on one image. Each has a process of its own.
 
     python -m benchmarks.timm_networks --out results/timm.md
 

@@ -134,8 +134,8 @@ def evaluate_checkpoint(
     classes = len(dataset.classes)
     if num_classes not in (None, classes):
         raise ValueError(
-            f"num_classes={num_classes}, but {config.data.name} has {classes} classes: a network is measured on data of "
-            "its own classes, so choose another data set (--data)"
+            f"num_classes={num_classes}, but {config.data.name} has {classes} classes: a network is measured on data "
+            "of its own classes, so choose another data set (--data)"
         )
     config = config.resolve(dataset.spec)
     if config.model.name is not None and is_function(config.model.name):

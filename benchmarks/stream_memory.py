@@ -1,6 +1,6 @@
 """Peak memory of preparing and training, on a data set and on a tenth of it: it should not depend on their size.
 
-    python -m benchmarks.memory --images 20000 --size 224 [--epochs 1] [--batch 64] [--workers 1]
+    python -m benchmarks.stream_memory --images 20000 --size 224 [--epochs 1] [--batch 64] [--workers 1]
 
 The images are JPEG files in shards, few different ones over and over: how many there are matters, not what they show.
 The network is tiny and the training natural, so that the data weigh most. A tenth is trained on for as many steps as
