@@ -7,17 +7,19 @@ Random images, because the content does not matter to the speed. On the CPU, rat
 core worked, which other work on the machine does not change. kornia is measured where it is installed.
 
 --stream measures JPEG files of 500 x 375 pixels that are decoded as they come, with random resized crops and flips:
-from shards, beside a plain DataLoader of one image at a time, and beside nothing but decoding, cropping and resizing.
+from shards, beside a plain DataLoader of one image at a time, and beside nothing but decoding, cropping and resizing;
+on one core with one worker, and on two with two. A processor second is of all processes of a loader together.
 """
 
 import argparse
 import io
+import multiprocessing
 import os
 import platform
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,6 +38,7 @@ from ducat.data.images import Images, floats
 
 PADDING = 4
 BASE = Augmentation(PADDING, flip=True)
+FORKED = multiprocessing.get_context("fork")
 
 
 class PlainPipeline(Dataset[tuple[Tensor, int]]):
@@ -114,6 +117,11 @@ class PlainFiles(Dataset[tuple[Tensor, int]]):
         box = window(torch.rand(10, 4), (picture.height, picture.width), 0.08)
         return picture.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
 
+    def decode(self, rows: Iterable[int]) -> None:
+        """Decode images and throw them away."""
+        for row in rows:
+            self.cropped(row)
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = self.cropped(index)
         if torch.rand(()) < 0.5:
@@ -162,29 +170,43 @@ def stream(count: int, size: int, batch: int, rounds: int) -> None:
         source = load(f"wds:{folder}", root=Path(folder)).train
         plain = PlainFiles(files[: len(source)], size)
         augment = Augmentation(flip=True, resized_crop=0.08)
-        loaders: dict[str, Callable[[], Any]] = {
-            "bare: decode, crop, resize": lambda: [plain.cropped(index) for index in range(len(plain))],
+
+        def bare(cores: int) -> None:
+            shares = [range(first, len(plain), cores) for first in range(cores)]
+            begun = [FORKED.Process(target=plain.decode, args=(share,)) for share in shares]
+            for process in begun:
+                process.start()
+            for process in begun:
+                process.join()
+
+        def one_by_one(cores: int) -> None:
+            consume(iter(DataLoader(plain, batch, shuffle=True, num_workers=cores)))
+
+        def ours(cores: int) -> None:
+            consume(Batches(source, batch, seed=0, augment=augment, workers=cores, drop_last=False).epoch(0))
+
+        loaders = {
+            "nothing but decode, crop, resize": bare,
+            "one image at a time, `DataLoader`": one_by_one,
+            "ducat, shards": ours,
         }
-
-        def one_by_one(workers: int) -> None:
-            consume(iter(DataLoader(plain, batch, shuffle=True, num_workers=workers)))
-
-        def ours(workers: int) -> None:
-            consume(Batches(source, batch, seed=0, augment=augment, workers=workers, drop_last=False).epoch(0))
-
-        for workers in (1, 2):
-            loaders[f"one image at a time, DataLoader, {workers} workers"] = partial(one_by_one, workers)
-            loaders[f"ducat, shards, {workers} workers"] = partial(ours, workers)
-        measured: dict[str, list[tuple[float, float]]] = {name: [] for name in loaders}
+        measured: dict[tuple[str, int], list[tuple[float, float]]] = {}
+        everything = sorted(os.sched_getaffinity(0))
         for _ in range(rounds):
-            for name, loader in loaders.items():
-                measured[name].append(spent(loader))
+            for cores in range(1, min(2, len(everything)) + 1):
+                os.sched_setaffinity(0, everything[:cores])
+                for name, loader in loaders.items():
+                    measured.setdefault((name, cores), []).append(spent(partial(loader, cores)))
         print(f"{len(plain):,} JPEG images of 500 x 375 to {size} x {size}, batches of {batch}, {rounds} rounds\n")
-        print("| loader | images/s | images per processor second | of bare |\n| --- | ---: | ---: | ---: |")
-        bare = median(processors for _, processors in measured["bare: decode, crop, resize"])
-        for name, times in measured.items():
+        print("| loader | cores and workers | images/s | images per processor second | of bare |")
+        print("| --- | ---: | ---: | ---: | ---: |")
+        for (name, cores), times in measured.items():
             clock, processors = (median(values) for values in zip(*times, strict=True))
-            print(f"| {name} | {len(plain) / clock:,.0f} | {len(plain) / processors:,.0f} | {bare / processors:.0%} |")
+            least = median(processors for _, processors in measured["nothing but decode, crop, resize", cores])
+            print(
+                f"| {name} | {cores} | {len(plain) / clock:,.0f} | {len(plain) / processors:,.0f} "
+                f"| {least / processors:.0%} |"
+            )
 
 
 def main() -> None:

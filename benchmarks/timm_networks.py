@@ -2,7 +2,7 @@
 
 Each network is made by the same door as `--model.name timm/NAME`, with new weights and 10 classes, on images of 64 x 64
 (resized inside of the model where it only takes another size). It is given dummy classes, its recovered predictions are
-compared with those before, image by image, and the suite `quick` is run on it. Each runs in a process of its own.
+compared with those before, image by image, and the suite `quick` is run on one image. Each has a process of its own.
 
     python -m benchmarks.timm_networks --out results/timm.md
 
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 PICKED = Path(__file__).with_suffix(".txt")
-SIZE, CLASSES, COMPARED, ATTACKED = 64, 10, 8, 2
+SIZE, CLASSES, COMPARED, ATTACKED = 64, 10, 8, 1
 
 
 def declare_operators() -> None:
@@ -71,7 +71,7 @@ def measure(name: str) -> dict[str, Any]:
     y = before.argmax(1)[:ATTACKED]
     try:
         measured = ducat.evaluate(model, x[:ATTACKED], y, ducat.ThreatModel(), "quick", num_classes=CLASSES)
-        row["robust"] = float(measured.robust.float().mean())
+        row |= {"robust": float(measured.robust.float().mean()), "attacked": ATTACKED}
     except ValueError as error:
         row["refused"] = str(error)
     return {**row, "seconds": round(time.perf_counter() - began, 1)}
@@ -107,14 +107,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         "",
         f"One network from each of {len(rows)} modules of timm, by `python -m benchmarks.timm_networks`: "
         f"{len(adapted)} adapted with {COMPARED} of {COMPARED} recovered predictions unchanged, {len(evaluated)} of "
-        f"them evaluated (`quick`, {ATTACKED} images), {len(refused)} refused in one line, {len(others)} neither.",
+        f"them evaluated (`quick`), {len(refused)} refused in one line, {len(others)} neither. Seconds are of one core "
+        "that has other work, too.",
         "",
-        "| module | network | parameters | pixels a side | heads | predictions unchanged | evaluated | else |",
+        "| module | network | parameters | pixels a side | heads | predictions unchanged | images evaluated | else |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         same = f"{row['unchanged']} of {COMPARED}" if "unchanged" in row else ""
-        seconds = f"{row['seconds']} s" if "robust" in row else ""
+        seconds = f"{row['attacked']} in {row['seconds']} s" if "robust" in row else ""
         said = row.get("refused", row.get("failed", "")).replace("|", "\\|")
         parameters = f"{row['parameters'] / 1e6:.1f} M" if "parameters" in row else ""
         cells = [

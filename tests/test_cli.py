@@ -317,7 +317,7 @@ def test_any_checkpoint_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None
     assert "taken.safetensors exists" in said(capsys)[1]
     assert Path("taken.safetensors").read_text() == "mine"
     assert main(["evaluate", "--checkpoint", "weights.pt", "--num-classes", "7", *options]) == 2
-    assert "num_classes=7, but digits has 10 classes" in said(capsys)[1]
+    assert "num_classes=7, but digits has 10 classes: a network is measured on data of" in said(capsys)[1]
 
 
 @pytest.mark.slow

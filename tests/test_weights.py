@@ -223,8 +223,11 @@ def test_another_number_of_classes_makes_a_new_head_where_that_is_asked_for(tmp_
     torch.save(STATE, tmp_path / "w.pt")
     read = weights.read(tmp_path / "w.pt")
     if classes != 5:
-        with pytest.raises(ValueError, match=r"of another shape: network.linear.weight \(10, 16\) instead of \("):
+        with pytest.raises(
+            ValueError, match=r"of another shape: network.linear.weight \(10, 16\) instead of \("
+        ) as said:
             read.network(architecture(classes=classes))
+        assert "all but the head fits, which has 10 outputs: choose data of its classes (data.name)" in str(said.value)
     found, model = read.network(architecture(classes=classes), new_head=True)
     assert model(IMAGES).shape == (4, classes)
     assert torch.equal(model.network.conv1.weight, STATE["conv1.weight"])

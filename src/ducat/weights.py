@@ -204,6 +204,12 @@ class Weights:
             listed = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in faults.items() if names)
             fitting = _fitting(found, architecture)
             hint = f"; it fits model.name={', '.join(fitting)}" if fitting else ""
+            wrong = [name for name in expected if name in found and found[name] != expected[name]]
+            if len(faults["of another shape"]) == sum(map(len, faults.values())) and all(
+                found[name][1:] == expected[name][1:] for name in wrong
+            ):
+                outputs = found[wrong[0]][0]
+                hint = f"; all but the head fits, which has {outputs} outputs: choose data of its classes (data.name)"
             raise ValueError(f"{self.file} does not fit {what} (model.name, model.width, data.name){hint}: {listed}")
 
 

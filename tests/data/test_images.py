@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from ducat import data
-from ducat.data.images import Images, hold_out, stratified_order, stratified_subset
+from ducat.data.images import Images, floats, hold_out, stratified_order, stratified_subset
 
 
 def labelled(labels: list[int]) -> Images:
@@ -116,3 +116,12 @@ def test_another_part_is_held_out_or_none() -> None:
     for held_out, message in ((total, "is outside"), (1.5, "is neither a number of images nor a share below 1")):
         with pytest.raises(ValueError, match=f"data.held_out={held_out} {message}"):
             data.load("digits", held_out=held_out)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (5, 1, 7, 3), (2, 40, 3, 64, 64)])
+def test_floats_are_the_bytes_divided_by_255_in_aligned_memory(shape: tuple[int, ...]) -> None:
+    images = torch.randint(256, shape, dtype=torch.uint8)
+    made = floats(images)
+    np.testing.assert_array_equal(made.numpy(), images.numpy().astype(np.float32) / np.float32(255))
+    assert made.is_contiguous()
+    assert made.data_ptr() % 64 == 0

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ducat
-from ducat import weights
+from ducat import data, weights
 from ducat.cli import main
-from ducat.config import DummyConfig, ModelConfig
+from ducat.config import Config, DummyConfig, ModelConfig
 from ducat.evaluation.runs import evaluate_run
 from ducat.export import export
 from ducat.models import doors
@@ -157,3 +158,34 @@ def test_a_publishers_weights_begin_a_training(request: pytest.FixtureRequest, t
         if "classifier" not in name:
             assert torch.equal(ours[f"network.model.{name}"], tensor)
     assert folder.manifest["initial"] == {"weights": f"{model.name}, pretrained"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["digits-vit", "cifar10-finetune"])
+def test_the_recipes_for_networks_of_others_train(request: pytest.FixtureRequest, tmp_path: Path, recipe: str) -> None:
+    timm = request.getfixturevalue("timm")
+    config = Config.from_yaml(Path(__file__).parents[2] / "recipes" / f"{recipe}.yaml")
+    if recipe == "cifar10-finetune":  # with another publisher's weights, on other images
+        for part, count in (("train", 20), ("test", 4)):
+            for name in ("ant", "bee"):
+                (tmp_path / "insects" / part / name).mkdir(parents=True)
+                for number in range(count):
+                    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+                    Image.fromarray(pixels).save(tmp_path / "insects" / part / name / f"{number}.png")
+        data.prepare("insects", tmp_path / "insects", root=tmp_path)
+        theirs = timm.create_model("resnet18", num_classes=5)
+        torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
+        config = replace(
+            config,
+            data=replace(config.data, name="insects", root=tmp_path),
+            model=replace(config.model, weights=str(tmp_path / "theirs.pt")),
+        )
+    config = replace(
+        config,
+        data=replace(config.data, samples=32),
+        threat=replace(config.threat, steps=1),
+        train=replace(config.train, epochs=4, batch_size=16, tracker="none", device="cpu"),
+    )
+    folder = train(config, tmp_path, validate=unvalidated)
+    assert [row["dummy_classes"] for row in folder.metrics] == ["off", "off", "off", "recovery-aware"]
+    assert all(np.isfinite(row["loss"]) for row in folder.metrics)

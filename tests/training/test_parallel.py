@@ -69,7 +69,8 @@ SIGNED = [
 ]
 
 
-def _train_all(rank: int, world_size: int, meeting: Path, runs: list[Config | Path], root: Path) -> None:
+def join(rank: int, world_size: int, meeting: Path) -> None:
+    """Make this process one of several, as `accelerate launch` does, that meet at a file."""
     os.environ.update(
         {
             **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
@@ -78,6 +79,10 @@ def _train_all(rank: int, world_size: int, meeting: Path, runs: list[Config | Pa
     )
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+
+
+def _train_all(rank: int, world_size: int, meeting: Path, runs: list[Config | Path], root: Path) -> None:
+    join(rank, world_size, meeting)
     for run in runs:
         resume(run) if isinstance(run, Path) else train(run, root)
 

@@ -1,6 +1,8 @@
 """Training from a stream is training from the prepared file: the same batches, losses and weights."""
 
 import os
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +12,13 @@ import torch
 from PIL import Image
 
 from ducat import checkpoint, data
+from ducat.cli import main
 from ducat.config import Config, DataConfig, DummyConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.data.encoded import Encoded
 from ducat.runs import RunFolder
 from ducat.training import Interrupted, resume, train
 from tests.support import Watcher, unvalidated
-from tests.training.test_parallel import together
+from tests.training.test_parallel import PROCESSES, join, together
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +109,43 @@ def test_two_processes_on_a_stream_agree_with_one(root: Path) -> None:
     assert [row["loss"] for row in two.metrics] == pytest.approx([row["loss"] for row in one.metrics], rel=1e-5)
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def _one_of_two(rank: int, root: Path) -> None:
+    """Train on the stream by the command, as one of two processes, of which the second dies in its second epoch."""
+    sys.stderr = (root / f"errors-{rank}").open("w", buffering=1)
+    original, batches = Encoded.read, 0
+
+    def dying(self: Encoded, rows: torch.Tensor) -> torch.Tensor:
+        nonlocal batches
+        batches += len(rows) == 8  # of training: half of 16
+        if batches == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, rows)
+
+    if rank == 1:
+        Encoded.read = dying  # type: ignore[method-assign]
+    join(rank, 2, root / "meeting")
+    settings = config("streamed", root)
+    settings = replace(settings, data=replace(settings.data, workers=0))
+    file = root / f"settings-{rank}.yaml"
+    file.write_text(settings.to_yaml())
+    sys.exit(main(["train", "--config", str(file), "--runs", str(root), "--train.device", "cpu"]))
+
+
+def test_a_process_that_dies_ends_the_other_within_a_minute_and_the_run_goes_on(root: Path) -> None:
+    one = train(config("streamed", root), root / "runs")
+    processes = [PROCESSES.Process(target=_one_of_two, args=(rank, root), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    processes[1].join(240)
+    processes[0].join(60)
+    ended = [process.exitcode for process in processes]
+    processes[0].kill()
+    assert ended == [2, -signal.SIGKILL]
+    assert len((root / "errors-0").read_text().splitlines()) == 1
+    two = resume(root / "streamed")
+    assert [row["loss"] for row in two.metrics] == pytest.approx([row["loss"] for row in one.metrics], rel=1e-5)
 
 
 def test_own_data_train_in_the_same_loop(root: Path) -> None:

@@ -128,6 +128,11 @@ def crop_and_flip(
         flipped: which images to mirror.
         padding: pixels of black on each side.
     """
+    if not padding:  # large images have none: mirroring alone is 15 times faster than the gather below
+        images = images.clone()
+        for row in flipped.nonzero().flatten().tolist():
+            images[row] = images[row].flip(2)
+        return images
     height, width = images.shape[2:]
     padded = F.pad(images, [padding] * 4)
     across = torch.arange(width, device=images.device).expand(len(images), -1)

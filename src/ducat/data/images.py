@@ -186,7 +186,16 @@ def join(first: Source, second: Source) -> Source:
 def floats(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return images as float32 in [0, 1]: the value / 255, correctly rounded."""
     # GPUs multiply by 1 / 255 when the divisor is a number; a tensor they divide by.
-    return images / torch.full((), 255.0, device=images.device)
+    # Not in one step, which is not vectorised on CPUs.
+    there = _empty(images.shape) if images.device.type == "cpu" else torch.empty_like(images, dtype=torch.float32)
+    return there.copy_(images).div_(torch.full((), 255.0, device=images.device))
+
+
+def _empty(shape: torch.Size) -> Float[Tensor, "*shape"]:
+    """Return memory of NumPy's, which asks for huge pages: else touching it first takes longer than filling it."""
+    count, aligned = shape.numel(), 64  # bytes, as PyTorch's is: sums over it may depend on that
+    memory = torch.from_numpy(np.empty(count + aligned // 4, np.float32))
+    return memory[-memory.data_ptr() % aligned // 4 :][:count].view(shape)
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,10 @@ def evaluate_checkpoint(
     dataset = load(config.data.name, root=config.data.root)
     classes = len(dataset.classes)
     if num_classes not in (None, classes):
-        raise ValueError(f"num_classes={num_classes}, but {config.data.name} has {classes} classes")
+        raise ValueError(
+            f"num_classes={num_classes}, but {config.data.name} has {classes} classes: a network is measured on data "
+            "of its own classes, so choose another data set (--data)"
+        )
     config = config.resolve(dataset.spec)
     if config.model.name is not None and is_function(config.model.name):
         allow_code(config.model.name)  # whoever makes settings has asked for it

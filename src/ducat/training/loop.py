@@ -27,6 +27,7 @@ from ducat.runs import RunFolder, environment
 from ducat.training import tracking
 from ducat.training.initial import Initial, given
 from ducat.training.meter import Meter
+from ducat.training.parallel import lost_processes_named
 from ducat.training.signals import Interrupted, collected
 from ducat.training.step import Step
 from ducat.training.validation import Validate, catastrophic_overfitting, validate
@@ -354,7 +355,7 @@ class _Loop:
                     )
                 if isinstance(self.listener, Watcher):
                     self.listener.begin(self._plan())
-                with collected(launched=self.accelerator.num_processes > 1) as self.received:
+                with lost_processes_named(), collected(launched=self.accelerator.num_processes > 1) as self.received:
                     while self.position.epoch < settings.epochs:
                         self._epoch(tracker)
                 status = "finished"

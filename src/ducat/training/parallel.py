@@ -5,7 +5,8 @@ the global batch, and random draws are made for the global batch. An attack runs
 exchanged inside it: in evaluation mode batch norm reads the running statistics, which are the same everywhere.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,25 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 PIXELS = (0, 2, 3)  # all dimensions of activations but the channels
+
+
+@contextmanager
+def lost_processes_named() -> Iterator[None]:
+    """Say in one line that another process has gone, instead of where an exchange with it failed.
+
+    Raises:
+        OSError: an exchange with another process failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo has no exception of its own.
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise OSError(
+            "another process of this training has ended or cannot be reached: its own message says why; "
+            "go on with ducat train --resume"
+        ) from error
 
 
 class LocalRows(TorchFunctionMode):
