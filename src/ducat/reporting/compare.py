@@ -14,8 +14,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ducat import records
 from ducat.evaluation import behaviour
-from ducat.evaluation.result import SCHEMA, Evaluation
+from ducat.evaluation.result import Evaluation
 from ducat.evaluation.result import compare as compare_samples
 from ducat.runs import RunFolder
 
@@ -56,16 +57,9 @@ class Run:
         """
         folder = RunFolder.open(path)
         if not folder.evaluation_path.is_file():
-            raise FileNotFoundError(f"{path} has no evaluation yet: run `ducat evaluate {path}`")
-        try:
-            evaluation = json.loads(folder.evaluation_path.read_text(encoding="utf-8"))
-            seen = behaviour.read(folder)
-        except ValueError as error:
-            raise ValueError(f"{folder.evaluation_path} is damaged: run `ducat evaluate {path}` again") from error
-        if not isinstance(evaluation, dict) or evaluation.get("schema") != SCHEMA:
-            raise ValueError(
-                f"{folder.evaluation_path} is not of this version's schema: run `ducat evaluate {path}` again"
-            )
+            raise FileNotFoundError(f"{path} has no evaluation.json yet: run `ducat evaluate {path}`")
+        evaluation = records.read(folder.evaluation_path, records.Evaluation, f"run `ducat evaluate {path}` again")
+        seen = behaviour.read(folder)
         settings = folder.config.flat()
         return cls(name or folder.name, path, settings, folder.manifest, folder.metrics, evaluation, seen)
 

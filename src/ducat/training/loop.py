@@ -23,7 +23,7 @@ from ducat import data as datasets
 from ducat.architecture import Architecture
 from ducat.config import Config
 from ducat.data.extra import Extra, Mixed
-from ducat.runs import RunFolder, environment
+from ducat.runs import HOLDS, RunFolder, environment
 from ducat.training import tracking
 from ducat.training.initial import Initial, given
 from ducat.training.meter import Meter
@@ -162,7 +162,7 @@ def resume(
             f"the data {config.data.name} are not those that {path} was trained on: prepare those again, or point "
             "DUCAT_DATA at their folder"
         )
-    tensors, state, notice = checkpoint.read_or_previous(folder.checkpoint_path("last"))
+    tensors, state, notice = checkpoint.read_or_previous(folder.checkpoint_path("last"), holds=HOLDS)
     if notice is not None and listener is not None:
         listener.warning(notice)
     architecture = Architecture(**state["model"])
@@ -287,9 +287,10 @@ class _Loop:
                 raise ValueError(
                     f"{self.extra.path} holds other images than those that {self.folder.path} was trained on"
                 )
-        self.model.load_state_dict(checkpoint.part("raw" if state["averaged"] else "model", tensors))
+        last = self.folder.checkpoint_path("last")
+        checkpoint.load_weights(self.model, checkpoint.part("raw" if state["averaged"] else "model", tensors), last)
         if step.average is not None:
-            step.average.module.load_state_dict(checkpoint.part("model", tensors))
+            checkpoint.load_weights(step.average.module, checkpoint.part("model", tensors), last)
             step.average.n_averaged.fill_(state["averaged"])
         checkpoint.join_optimizer(step.optimizer.optimizer, checkpoint.part("optimizer", tensors), state["optimizer"])
         if state.get("scaler"):  # checkpoints of earlier versions have none
