@@ -174,7 +174,6 @@ def _changed(value: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
     for key, inner in entries:
         name = f"{prefix}{key}"
         others = {"is null": None, "is of another type": 7 if isinstance(inner, str | list | dict | None) else "text"}
-        others["is a list"] = [None]
         for way, other in others.items():
             if other != inner:
                 yield name, f"{name} {way}", _with(value, key, other)

@@ -54,7 +54,7 @@ class Epoch(TypedDict):
 
     epoch: int
     loss: float
-    learning_rate: float
+    learning_rate: NotRequired[float]
     seconds: NotRequired[float]
     images_per_s: NotRequired[float | None]
     dummy_classes: NotRequired[str]
@@ -68,8 +68,8 @@ class Epoch(TypedDict):
 class Ball(TypedDict):
     norm: Literal["linf", "l2", "l1"]
     eps: float
-    step_size: float
-    steps: int
+    step_size: NotRequired[float]
+    steps: NotRequired[int]
 
 
 class Accuracy(TypedDict):
@@ -79,13 +79,13 @@ class Accuracy(TypedDict):
 
 class Attack(TypedDict):
     name: str
-    strategy: str
+    strategy: NotRequired[str]
     knows_recovery: bool
     accuracy: float
     ci95: Interval
     seconds: float
-    black_box: bool
-    same_as: str | None
+    black_box: NotRequired[bool]
+    same_as: NotRequired[str | None]
 
 
 class Share(TypedDict):
@@ -171,7 +171,7 @@ class Evaluation(TypedDict):
     samples: int
     seed: int
     suite: str
-    batch_size: int
+    batch_size: NotRequired[int]
     threat: Ball
     clean: Accuracy
     attacks: list[Attack]
@@ -181,8 +181,8 @@ class Evaluation(TypedDict):
     robust_ci95: Interval
     sink_gap: float
     warnings: list[str]
-    unrepeatable: int
-    audit: Audit | None
+    unrepeatable: NotRequired[int]
+    audit: NotRequired[Audit | None]
     fingerprint: NotRequired[str]
     checkpoint: NotRequired[str | None]
     at_most: NotRequired[bool]
@@ -212,21 +212,53 @@ class Bin(TypedDict):
 class Reliability(TypedDict):
     bins: list[Bin]
     error: float
-    auroc: float | None
+    auroc: float
+
+
+class Points(TypedDict):
+    real: list[Interval]
+    dummy: list[Interval]
+
+
+class Seen(TypedDict):
+    benign: Points
+    adversarial: Points
 
 
 class Features(TypedDict):
-    explained: list[float]
-    points: dict[str, dict[str, list[list[float]]]]
+    explained: Interval
+    points: Seen
+
+
+Mass = TypedDict(
+    "Mass", {"real": float, "other real": float, "dummy": NotRequired[float], "other dummy": NotRequired[float]}
+)
+
+
+class Masses(TypedDict):
+    benign: Mass
+    adversarial: Mass
+
+
+class Pictures(TypedDict):
+    benign: str
+    perturbation: str
+    adversarial: str
+
+
+class Predictions(TypedDict):
+    real: tuple[str, float]
+    dummy: NotRequired[tuple[str, float]]
+    recovered: NotRequired[tuple[str, float]]
 
 
 class Example(TypedDict):
     label: str
     withstood: bool
     magnified: float
-    images: dict[str, str]
-    benign: dict[str, tuple[str, float]]
-    adversarial: dict[str, tuple[str, float]]
+    images: Pictures
+    benign: Predictions
+    adversarial: Predictions
 
 
 class Behaviour(TypedDict):
@@ -235,7 +267,7 @@ class Behaviour(TypedDict):
     schema: Literal[1]
     evaluation: str
     attacked: int
-    mass: dict[str, dict[str, float]]
+    mass: Masses
     signal: Reliability | None
     features: Features | None
     examples: list[Example]
@@ -271,6 +303,8 @@ def conform(value: Any, expected: Any, key: str = "") -> Any:
     if is_typeddict(expected):
         if not isinstance(value, dict):
             raise _other(key, "an object", value)
+        if "schema" in value and "schema" in expected.__annotations__:
+            conform(value["schema"], get_type_hints(expected)["schema"], _below(key, "schema"))
         missing = sorted(expected.__required_keys__ - value.keys())
         if missing:
             raise ValueError(f"{_below(key, missing[0])} is missing")

@@ -57,7 +57,7 @@ class Run:
         """
         folder = RunFolder.open(path)
         if not folder.evaluation_path.is_file():
-            raise FileNotFoundError(f"{path} has no evaluation.json yet: run `ducat evaluate {path}`")
+            raise FileNotFoundError(f"{path} has no evaluation yet: run `ducat evaluate {path}`")
         evaluation = records.read(folder.evaluation_path, records.Evaluation, f"run `ducat evaluate {path}` again")
         seen = behaviour.read(folder)
         settings = folder.config.flat()
