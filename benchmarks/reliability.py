@@ -22,13 +22,15 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from PIL import Image
+from safetensors import safe_open
 
 from ducat import cli, training
 from ducat.config import Config, DataConfig, DummyConfig, ModelConfig, ThreatConfig, TrainConfig
@@ -60,13 +62,22 @@ COMMANDS = (
     Command("evaluate", lambda run, other, out: ("evaluate", run, *EVALUATE, "--json", f"{out}/made.json")),
     Command("evaluate --surrogates", lambda run, other, out: ("evaluate", other, *EVALUATE, "--surrogates", run)),
     Command("calibrate", lambda run, other, out: ("calibrate", run, "--reject", "0.1")),
-    Command("compare", lambda run, other, out: ("compare", other, run, "--csv", f"{out}/made.csv", "--html", f"{out}/made.html")),
+    Command(
+        "compare",
+        lambda run, other, out: ("compare", other, run, "--csv", f"{out}/made.csv", "--html", f"{out}/made.html"),
+    ),
     Command("analyze always-failed", lambda run, other, out: ("analyze", "always-failed", other, run)),
-    Command("analyze transfer", lambda run, other, out: ("analyze", "transfer", other, run, "--json", f"{out}/made.json")),
+    Command(
+        "analyze transfer", lambda run, other, out: ("analyze", "transfer", other, run, "--json", f"{out}/made.json")
+    ),
     Command("analyze targeted", lambda run, other, out: ("analyze", "targeted", run, "--samples", "8")),
-    Command("export safetensors", lambda run, other, out: ("export", run, "--format", "safetensors", "--out", f"{out}/made")),
-    Command("export hub", lambda run, other, out: ("export", run, "--format", "hub", "--out", f"{out}/made")),
-    Command("export robustbench", lambda run, other, out: ("export", run, "--format", "robustbench", "--out", f"{out}/made")),
+    *(
+        Command(
+            f"export {form}",
+            lambda run, other, out, form=form: ("export", run, "--format", form, "--out", f"{out}/made"),
+        )
+        for form in ("safetensors", "hub", "robustbench")
+    ),
     Command("serve", lambda run, other, out: ("serve", run, "--port", "0")),
 )
 
@@ -84,11 +95,11 @@ class Damage:
 
     file: str
     way: str
-    content: bytes | None = field(repr=False)
+    content: bytes | None = field(default=None, repr=False)
     key: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.way}"
+        return f"{self.file}: {self.way}" if self.file else self.way
 
 
 class Try(NamedTuple):
@@ -130,14 +141,16 @@ def damages(run: Path, seed: int = 0) -> list[Damage]:
     for path in sorted(path for path in run.rglob("*") if path.is_file() and path.name != ".lock"):
         name, content = str(path.relative_to(run)), path.read_bytes()
         noise = random.Random(seed).randbytes(len(content))
-        middle = len(content) // 2
+        middle, eighth = len(content) // 2, len(content) // 8
         whole: dict[str, bytes | None] = {
             "missing": None,
             "empty": b"",
             "cut in half": content[:middle],
             "cut by a byte": content[:-2],
             "random bytes": noise,
-            "random bytes in the middle": content[:middle] + noise[: len(content) // 8] + content[middle + len(content) // 8 :],
+            "random bytes in the middle": content[:middle]
+            + noise[: len(content) // 8]
+            + content[middle + len(content) // 8 :],
         }
         for other in ([], {}, "text", None, 7):
             whole[f"{json.dumps(other)} instead"] = json.dumps(other).encode()
@@ -170,7 +183,13 @@ def _keys(path: Path, content: bytes) -> Iterator[tuple[str, str, bytes]]:
 
 def _changed(value: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
     """Yield a value with each of its keys removed, null, or of another type; of a list the first entry is changed."""
-    entries = list(value.items()) if isinstance(value, dict) else list(enumerate(value[:1])) if isinstance(value, list) else []
+    entries = (
+        list(value.items())
+        if isinstance(value, dict)
+        else list(enumerate(value[:1]))
+        if isinstance(value, list)
+        else []
+    )
     for key, inner in entries:
         name = f"{prefix}{key}"
         others = {"is null": None, "is of another type": 7 if isinstance(inner, str | list | dict | None) else "text"}
@@ -273,13 +292,13 @@ def short() -> Iterator[None]:
         uvicorn.Server.run, plots.inline = serve, inline  # type: ignore[method-assign]
 
 
-def product(run: Path, other: Path) -> Iterator[Try]:
+def product(run: Path, other: Path, commands: Sequence[Command] = COMMANDS) -> Iterator[Try]:
     """Yield every damage under every command, without the keys of files that a command does not read.
 
     A command that ends well whether a file is gone, empty or noise does not read it.
     """
     everything = damages(run)
-    for command in COMMANDS:
+    for command in commands:
         for file in sorted({damage.file for damage in everything}):
             whole = [damage for damage in everything if damage.file == file and not damage.key]
             tries = [attempt(command, damage, run, other) for damage in whole]
@@ -291,27 +310,252 @@ def product(run: Path, other: Path) -> Iterator[Try]:
                     yield attempt(command, damage, run, other)
 
 
+def forked(do: Callable[[], Any], *, limit: int | None = None, kill_after: float | None = None) -> Any:
+    """Return what a function returns in a fork of this process; None if the fork was killed.
+
+    Args:
+        do: returns what JSON can hold.
+        limit: bytes that a file may have at most, as on a disk that is full.
+        kill_after: seconds after which the fork is killed.
+    """
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(receive)
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            result = do()
+            os.write(send, json.dumps(result).encode())
+        finally:
+            os._exit(0)
+    os.close(send)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    with open(receive, "rb") as pipe:
+        content = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(content) if content else None
+
+
+# Commands that write, besides those above.
+WRITERS = (
+    *(command for command in COMMANDS if command.name not in ("serve", "analyze always-failed", "analyze targeted")),
+    Command(
+        "train", lambda run, other, out: ("train", "--config", f"{other}/config.yaml", "--runs", out, "--name", "made")
+    ),
+    Command("demo", lambda run, other, out: ("demo", "--out", f"{out}/made", "--epochs", "1")),
+    *(
+        Command(
+            f"export {form}",
+            lambda run, other, out, form=form: ("export", run, "--format", form, "--out", f"{out}/made"),
+        )
+        for form in ("onnx", "torch-export")
+    ),
+    Command(
+        "data prepare",
+        lambda run, other, out: ("data", "prepare", "mine", "--from", f"{Path(run).parents[1]}/images", "--root", out),
+    ),
+)
+SIZES = (0, 200, 2_000, 12_000, 30_000, 120_000)
+
+
+def full_disk(run: Path, other: Path) -> Iterator[Try]:
+    """Yield what commands do whose files may have a few bytes only."""
+    _pictures(run.parent / "images")
+    for command in WRITERS:
+        for size in SIZES:
+            damage = Damage("", f"files of at most {size} bytes")
+            with tempfile.TemporaryDirectory(dir=run.parent) as place:
+                folder = Path(place)
+                copies = [str(shutil.copytree(each, folder / each.name)) for each in (run, other)]
+                (folder / "out").mkdir()
+                before = _digests(folder)
+                line = command.line(copies[0], copies[1], f"{folder}/out")
+                outcome, said = forked(lambda line=line: _outcome(line), limit=size)
+                new = [folder / name for name, digest in _digests(folder).items() if before.get(name) != digest]
+                hidden = [path for path in (folder / "out").rglob(".*") if path.name != ".lock"]
+                left = [*hidden, *(path for path in new if ".tmp" in str(path) or not _whole(path))]
+                if left:
+                    outcome, said = (
+                        "half-written",
+                        ", ".join(str(path.relative_to(folder)) for path in left) + " after: " + said,
+                    )
+                yield Try(command.name, damage, outcome, said.replace(f"{place}/", ""))
+
+
+def _whole(path: Path) -> bool:
+    """Tell whether a file can be read to its end."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return bool(file.keys())
+        content = path.read_bytes()
+        if path.suffix in (".json", ".yaml"):
+            return bool(yaml.safe_load(content))
+        if path.suffix in (".html", ".svg"):
+            return content.rstrip().endswith((b"</html>", b"</svg>"))
+    except Exception:
+        return False
+    return len(content) > 0
+
+
+def _pictures(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        for kind in ("a", "b"):
+            (folder / split / kind).mkdir(parents=True)
+            for number in range(20):
+                pixels = torch.randint(0, 256, (16, 16, 3), generator=generator, dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(folder / split / kind / f"{number}.png")
+
+
+def kills(root: Path, tries: int) -> Iterator[Try]:
+    """Yield what is left of a training that is killed at any time, and taken up again until it is finished."""
+    settings = replace(SETTINGS, name="whole", train=replace(SETTINGS.train, epochs=6, keep=2))
+    began = time.monotonic()
+    whole = training.train(settings, root)
+    seconds = time.monotonic() - began
+    expected = {which: _tensors(whole, which) for which in whole.checkpoints}
+    for number in range(tries):
+        folder = root / f"killed-{number}"
+        config = replace(settings, name=folder.name)
+        forked(
+            lambda config=config: str(training.train(config, root).path), kill_after=seconds * (number + 0.5) / tries
+        )
+        damage = Damage("", f"killed after {(number + 0.5) / tries:.0%} of its time")
+        if not folder.exists():
+            yield Try("train", damage, "done", "killed before there was a run")
+            continue
+        outcome, said = _outcome(("train", "--resume", str(folder)))
+        made = RunFolder.open(folder)
+        if outcome == "done":
+            same = made.checkpoints == whole.checkpoints and all(
+                _tensors(made, which) == digests for which, digests in expected.items()
+            )
+            outcome = "done" if same else "not the same"
+            said = said if same else f"{made.checkpoints} and not {whole.checkpoints}, or other weights"
+        if left := [path.name for path in made.path.rglob("*.tmp")]:
+            outcome, said = "half-written", ", ".join(left)
+        yield Try("train", damage, outcome, said)
+
+
+def _tensors(folder: RunFolder, which: str) -> str:
+    """Return a digest of a checkpoint's weights and moments; the random generators are this process's own."""
+    tensors, _ = folder.read(which)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("random.")}
+    return hashlib.sha256(b"".join(kept[name].numpy().tobytes() for name in sorted(kept))).hexdigest()
+
+
+class Grown(NamedTuple):
+    """What a training of 200 epochs takes after some of them."""
+
+    epoch: int
+    megabytes: float
+    open_files: int
+
+
+def memory(root: Path, epochs: int = 200) -> list[Grown]:
+    """Return memory and open files of a long training, in a fork of its own."""
+    found: list[Grown] = []
+
+    class Measure:
+        def step(self, done: int, total: int) -> None: ...
+
+        def warning(self, text: str) -> None: ...
+
+        def epoch(self, row: dict[str, Any]) -> None:
+            if (row["epoch"] + 1) % (epochs // 4) == 0:
+                pages = int(Path("/proc/self/statm").read_text().split()[1])
+                megabytes = round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
+                found.append(Grown(row["epoch"] + 1, megabytes, len(os.listdir("/proc/self/fd"))))
+
+    settings = replace(SETTINGS.train, epochs=epochs, validate_every=10, tracker="auto")
+
+    def train() -> list[Grown]:
+        training.train(replace(SETTINGS, name="long", train=settings), root, Measure())
+        return found
+
+    return [Grown(*row) for row in forked(train)]
+
+
+def table(tries: Sequence[Try]) -> list[str]:
+    """Return the lines of a Markdown table of how many tries of each command ended how."""
+    bad = sorted({each.outcome for each in tries} - set(GOOD))
+    columns = ["command", "tries", "did its work", "refused in one line", *bad]
+    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
+    commands = list(dict.fromkeys(each.command for each in tries))
+    for name in [*commands, "all"]:
+        counts = Counter(each.outcome for each in tries if name in ("all", each.command))
+        lines.append(f"| {name} | {counts.total()} | {' | '.join(str(counts[kind]) for kind in (*GOOD, *bad))} |")
+    if not bad:
+        lines += ["", "Nothing else: no traceback, no hang, nothing half-written, nothing changed by a refusal."]
+    return lines
+
+
+PARTS = {
+    "damage": "Damaged files: every file x every way x every command",
+    "disk": "Full disks: files of at most 0 to 120,000 bytes (RLIMIT_FSIZE)",
+    "kills": "Trainings of six epochs that are killed (SIGKILL) at any time and resumed, bit by bit as if never stopped",
+}
+
+
+def report(tries: Mapping[str, Sequence[Try]], grown: Sequence[Grown]) -> str:
+    """Return results/reliability.md."""
+    lines = [
+        "# Damaged files, full disks, kills",
+        "",
+        "Made by `python -m benchmarks.reliability --out results/reliability.md` (one thread, CPU). A try is one command on",
+        "a copy of a small run on digits. *Refused*: one line that names the file, exit code 2, no file written or changed.",
+        "*Did its work*: exit code 0, and no temporary file is left; the command does not need what was damaged, or a",
+        "damaged `last` checkpoint was replaced by the one before it, with a warning.",
+    ]
+    for part, title in PARTS.items():
+        if tries.get(part):
+            lines += ["", f"## {title}", "", *table(tries[part])]
+            lines += [
+                f"- {each.command}, {each.damage}: {each.outcome}: {each.said}"
+                for each in tries[part]
+                if each.outcome not in GOOD
+            ]
+    if grown:
+        lines += ["", "## A training of 200 epochs", "", "| epoch | memory, MB | open files |", "| --- | --- | --- |"]
+        lines += [f"| {row.epoch} | {row.megabytes} | {row.open_files} |" for row in grown]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Try everything."""
+    """Try everything, or some of it, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[], help="commands to try; default: all")
-    parser.add_argument("--log", type=Path)
+    parser.add_argument("--out", type=Path, help="the .md file to write")
+    parser.add_argument("--parts", nargs="*", default=[*PARTS, "memory"], choices=[*PARTS, "memory"])
+    parser.add_argument("--commands", nargs="*", default=[command.name for command in COMMANDS], help="of `damage`")
+    parser.add_argument("--log", type=Path, help="a .jsonl file that each try is added to")
+    parser.add_argument("--kills", type=int, default=20)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    global COMMANDS
-    COMMANDS = tuple(c for c in COMMANDS if not arguments.only or c.name in arguments.only)
+    tries: dict[str, list[Try]] = {part: [] for part in PARTS}
     with tempfile.TemporaryDirectory() as place, short():
         run, other = make(Path(place))
-        for c in COMMANDS if arguments.log is None else ():
-            t = time.time(); r = attempt(c, None, run, other); print(c.name, r.outcome, r.said, round(time.time() - t, 2), flush=True)
-            t = time.time(); r = attempt(c, None, run, other); print(c.name, r.outcome, r.said, round(time.time() - t, 2), flush=True)
-        if arguments.log is None: return
-        counts: Counter = Counter()
-        with arguments.log.open("w") as log:
-            for each in product(run, other):
-                counts[each.outcome] += 1
-                print(each.outcome, "|", each.command, "|", each.damage, "|", each.said, file=log, flush=True)
-        print(counts)
+        commands = [command for command in COMMANDS if command.name in arguments.commands]
+        sources = {
+            "damage": product(run, other, commands),
+            "disk": full_disk(run, other),
+            "kills": kills(Path(place), arguments.kills),
+        }
+        for part in (part for part in PARTS if part in arguments.parts):
+            for each in sources[part]:
+                tries[part].append(each)
+                if arguments.log is not None:
+                    with arguments.log.open("a") as log:
+                        row = {"part": part, "command": each.command, "damage": str(each.damage)}
+                        log.write(json.dumps({**row, "outcome": each.outcome, "said": each.said}) + "\n")
+        grown = memory(Path(place)) if "memory" in arguments.parts else []
+    text = report(tries, grown)
+    print(text)
+    if arguments.out is not None:
+        arguments.out.write_text(text)
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ class Behaviour(TypedDict):
     schema: Literal[1]
     evaluation: str
     attacked: int
-    mass: Masses
+    mass: Masses | None
     signal: Reliability | None
     features: Features | None
     examples: list[Example]

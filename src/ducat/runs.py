@@ -101,7 +101,7 @@ class RunFolder:
 
     @property
     def config(self) -> Config:
-        return Config.from_yaml(self.config_path)
+        return Config.from_yaml(self.config_path, whole=True)
 
     @property
     def manifest(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ stopped.
 
 import contextlib
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -159,8 +160,8 @@ def resume(
     dataset = _dataset(config, data)
     if dataset.fingerprint != folder.manifest["data"]["fingerprint"]:
         raise ValueError(
-            f"the data {config.data.name} are not those that {path} was trained on: prepare those again, or point "
-            "DUCAT_DATA at their folder"
+            f"the data {config.data.name} are not those that {path} was trained on: prepare those again, point "
+            "DUCAT_DATA at their folder, or put back what config.yaml said of them"
         )
     read = _written(folder)
     tensors, state, notice = checkpoint.read_or_previous(folder.checkpoint_path("last"), holds=HOLDS)
@@ -203,7 +204,7 @@ class _Loop:
         settings = config.train
         tracking.check(settings.tracker)
         self.folder = RunFolder(path)
-        example = dataset.train.select(torch.arange(2)).floats()
+        example = dataset.train.select(torch.arange(min(2, len(dataset.train)))).floats()
         self.step = Step(config, model, example, objective=objective, notice=listener.warning)
         self.accelerator, self.model = self.step.accelerator, model
         self.extra = None
@@ -314,7 +315,7 @@ class _Loop:
         with self.folder.locked() if main else contextlib.nullcontext():
             if main and self.resumed and read != _written(self.folder):
                 raise ValueError(
-                    f"{self.folder.path} has been trained on by another process meanwhile: look at it, then resume again"
+                    f"{self.folder.path} has been trained on by another process meanwhile: look at it, then resume"
                 )
             try:
                 if main:
@@ -330,6 +331,13 @@ class _Loop:
                 status = "finished"
                 if self.received:
                     raise Interrupted(self.received[0], self.folder, finished=True)
+            except RuntimeError as error:
+                if self.accelerator.num_processes > 1 and re.search("onnection|peer|gloo|NCCL", str(error)):
+                    raise ConnectionError(
+                        "another process of this training is gone, so this one ends; go on with the same launcher and: "
+                        f"ducat train --resume {self.folder.path}"
+                    ) from error
+                raise
             except KeyboardInterrupt:
                 status = "finished" if status == "finished" else "interrupted"
                 raise
