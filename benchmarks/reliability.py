@@ -148,9 +148,7 @@ def damages(run: Path, seed: int = 0) -> list[Damage]:
             "cut in half": content[:middle],
             "cut by a byte": content[:-2],
             "random bytes": noise,
-            "random bytes in the middle": content[:middle]
-            + noise[: len(content) // 8]
-            + content[middle + len(content) // 8 :],
+            "random bytes in the middle": content[:middle] + noise[:eighth] + content[middle + eighth :],
         }
         for other in ([], {}, "text", None, 7):
             whole[f"{json.dumps(other)} instead"] = json.dumps(other).encode()
@@ -497,7 +495,7 @@ def table(tries: Sequence[Try]) -> list[str]:
 PARTS = {
     "damage": "Damaged files: every file x every way x every command",
     "disk": "Full disks: files of at most 0 to 120,000 bytes (RLIMIT_FSIZE)",
-    "kills": "Trainings of six epochs that are killed (SIGKILL) at any time and resumed, bit by bit as if never stopped",
+    "kills": "Trainings that are killed (SIGKILL) at any time and resumed, compared bit by bit with one never stopped",
 }
 
 
@@ -506,10 +504,10 @@ def report(tries: Mapping[str, Sequence[Try]], grown: Sequence[Grown]) -> str:
     lines = [
         "# Damaged files, full disks, kills",
         "",
-        "Made by `python -m benchmarks.reliability --out results/reliability.md` (one thread, CPU). A try is one command on",
-        "a copy of a small run on digits. *Refused*: one line that names the file, exit code 2, no file written or changed.",
-        "*Did its work*: exit code 0, and no temporary file is left; the command does not need what was damaged, or a",
-        "damaged `last` checkpoint was replaced by the one before it, with a warning.",
+        "Made by `python -m benchmarks.reliability --out results/reliability.md` (one thread, CPU). A try is one",
+        "command on a copy of a small run on digits. *Refused*: one line that names the file, exit code 2, no file",
+        "written or changed. *Did its work*: exit code 0, and no temporary file is left; the command does not need what",
+        "was damaged, or a damaged `last` checkpoint was replaced by the one before it, with a warning.",
     ]
     for part, title in PARTS.items():
         if tries.get(part):
