@@ -506,8 +506,8 @@ def report(tries: Mapping[str, Sequence[Try]], grown: Sequence[Grown]) -> str:
         "",
         "Made by `python -m benchmarks.reliability --out results/reliability.md` (one thread, CPU). A try is one",
         "command on a copy of a small run on digits. *Refused*: one line that names the file, exit code 2, no file",
-        "written or changed. *Did its work*: exit code 0, and no temporary file is left; the command does not need what",
-        "was damaged, or a damaged `last` checkpoint was replaced by the one before it, with a warning.",
+        "written or changed. *Did its work*: exit code 0, and no temporary file is left; the command does not need",
+        "what was damaged, or a damaged `last` checkpoint was replaced by the one before it, with a warning.",
     ]
     for part, title in PARTS.items():
         if tries.get(part):
