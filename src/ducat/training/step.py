@@ -278,7 +278,9 @@ def _check_gradient(model: nn.Module, example: Tensor, attacked: bool) -> None:
         images = example.detach().clone().requires_grad_()
         outputs = model(images)
         wanted = [*weights, images]
-        found = torch.autograd.grad(outputs.sum(), wanted, allow_unused=True) if outputs.requires_grad else [None]
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if outputs.requires_grad:
+            found = torch.autograd.grad(outputs.sum(), wanted, allow_unused=True)
     missing = "weights" if all(one is None for one in found[:-1]) else "images" if found[-1] is None else None
     if missing == "weights" or (missing == "images" and attacked):
         raise ValueError(
