@@ -9,12 +9,14 @@ from ducat import runs
 from ducat.config import Config
 from ducat.runs import RunFolder, environment
 
+DATA = {"name": "digits", "title": "Digits", "fingerprint": "f", "train": 1, "validation": 1, "test": 1}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     with RunFolder.making(tmp_path / "run") as made:
         made.write_config(Config(name="run"))
-        made.update_manifest({"status": "running", **environment()})
+        made.update_manifest({"status": "running", "data": DATA, **environment()})
     return RunFolder.open(tmp_path / "run")
 
 
@@ -47,12 +49,12 @@ def test_what_is_there_is_never_overwritten_even_if_it_came_meanwhile(tmp_path: 
 
 def test_a_line_of_metrics_that_was_cut_short_is_left_out(folder: RunFolder) -> None:
     for epoch in range(3):
-        folder.append_metrics({"epoch": epoch})
+        folder.append_metrics({"epoch": epoch, "loss": 1.0})
     path = folder.path / "metrics.jsonl"
     path.write_text(path.read_text()[:-5])
     assert [row["epoch"] for row in folder.metrics] == [0, 1]
     folder.clean(from_epoch=1)
-    folder.append_metrics({"epoch": 1})
+    folder.append_metrics({"epoch": 1, "loss": 1.0})
     assert [row["epoch"] for row in folder.metrics] == [0, 1]
 
 

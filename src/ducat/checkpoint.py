@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ducat.data import spooled
 from ducat.data.stored import Layout
@@ -102,7 +102,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *,
         name: tensor if spooled.is_on_disk(tensor) else tensor.detach().cpu().contiguous().clone()
         for name, tensor in tensors.items()
     }
-    metadata = {"ducat": json.dumps({"schema": SCHEMA, "digest": digest(dense), **state})}
+    ours = {"schema": SCHEMA, "digest": digest(dense), "state_digest": _state_digest(state)}
+    metadata = {"ducat": json.dumps({**ours, **state})}
 
     def write(temporary: Path) -> None:
         try:
@@ -137,8 +138,17 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return made.hexdigest()
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _state_digest(state: Mapping[str, Any]) -> str:
+    as_read = json.loads(json.dumps(state))
+    return hashlib.blake2b(json.dumps(as_read, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def read(path: Path, holds: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save` wrote: tensors by name, on the CPU, and the state.
+
+    Args:
+        path: the file.
+        holds: keys that the state must have.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -159,10 +169,16 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         schema, saved = state.pop("schema"), state.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a whole checkpoint: its header is damaged") from error
+    state_digest = state.pop("state_digest", None)  # checkpoints of earlier versions have none
     if schema != SCHEMA:
         raise ValueError(f"{path} is of checkpoint schema {schema}, this version of ducat reads {SCHEMA}")
     if saved != digest(tensors):
         raise ValueError(f"{path} is damaged: its tensors are not those that were saved")
+    if state_digest not in (None, _state_digest(state)):
+        raise ValueError(f"{path} is damaged: its header is not the one that was saved")
+    missing = next((key for key in holds if key not in state), None)
+    if missing is not None:
+        raise ValueError(f"{path} is not a checkpoint of a run: {missing} is missing from its header")
     return tensors, state
 
 
@@ -195,8 +211,20 @@ def digest_of(path: Path) -> str:
         raise ValueError(f"{path} is not a whole checkpoint of ducat") from error
 
 
-def read_or_previous(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
-    """Read a checkpoint, or the one before it if it cannot be used.
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Load the weights that were read from `path` into a network.
+
+    Raises:
+        ValueError: if they do not fit; the message names the file.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the weights of {path} do not fit the network: {error}") from error
+
+
+def read_or_previous(path: Path, holds: Sequence[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+    """Read a checkpoint, or the one before it if it cannot be used; `holds` as for `read`.
 
     Returns:
         The tensors, the state, and in the second case a sentence that says what happened.
@@ -206,13 +234,13 @@ def read_or_previous(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str
         ValueError: if there is no whole one.
     """
     try:
-        return *read(path), None
+        return *read(path, holds), None
     except (FileNotFoundError, ValueError) as error:
         previous = previous_of(path)
         if not previous.is_file():
             raise
         try:
-            tensors, state = read(previous)
+            tensors, state = read(previous, holds)
         except ValueError as second:
             raise ValueError(f"{error}; and the one before it: {second}") from second
         return tensors, state, f"{error}; took the checkpoint before it, {previous}"

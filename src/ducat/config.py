@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import yaml
@@ -46,11 +46,15 @@ OPEN_CHOICES = ("data.name", "model.name", "data", "model", "which")
 
 LONGEST_NAME = 200
 """Bytes of a run's name: file systems take 255, and files of the run have longer names."""
+WIDEST = 4096  # channels of a first stage: one convolution of so many is 0.6 GB
+LARGEST = float(np.finfo(np.float32).max)
 
 
 def _at_least(name: str, value: float | int | None, low: float | int) -> None:
     if value is not None and not value >= low:
         raise ValueError(f"{name}={value} must be at least {low:g}")
+    if isinstance(value, float) and value > LARGEST:
+        raise ValueError(f"{name}={value:g} is more than a float32 can hold")
 
 
 def _among(name: str, value: str, choices: Collection[str]) -> None:
@@ -132,7 +136,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _among("model.init", self.init, ("he", "torch"))
         _among("model.normalization", self.normalization, ("auto", "data", "none"))
-        _at_least("model.width", self.width, 1)
+        _within("model.width", self.width or 1, 1, WIDEST)
         _at_least("model.input_size", self.input_size, 1)
 
 
@@ -445,8 +449,12 @@ class Config:
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
 
     @classmethod
-    def from_yaml(cls, path: Path | str) -> Config:
+    def from_yaml(cls, path: Path | str, *, whole: bool = False) -> Config:
         """Read the config of a run folder, or any YAML that `ducat train --config` takes.
+
+        Args:
+            path: the file.
+            whole: refuse a file that lacks a key, as a run's must not: a default in its place is another run.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -457,8 +465,10 @@ class Config:
             raise FileNotFoundError(f"{path} does not exist")
         parser = _reader()
         try:
+            if whole:
+                _check_whole(yaml.safe_load(path.read_text(encoding="utf-8")))
             return cls(**vars(parser.instantiate(parser.parse_path(str(path)))))
-        except (ArgumentError, ValueError, TypeError) as error:
+        except (ArgumentError, ValueError, TypeError, OverflowError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
@@ -477,6 +487,33 @@ def config_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
 def _reader() -> ArgumentParser:
     """Return the parser that files are read with, which takes half a second to make."""
     return config_parser()
+
+
+# Keys that configs of earlier versions have not; the defaults are what those versions did.
+LATER = (
+    *("crop_padding", "extra", "extra_share", "held_out", "workers"),
+    *("init", "input_size", "options", "weights", "clip_start", "cross_entropy", "benign_share", "pair_weight"),
+    *("accumulate", "batch_norm", "clip_norm", "compile", "drop_last", "eps_ramp_epochs", "optimizer"),
+)
+
+
+def _check_whole(values: Any) -> None:
+    """Raise ValueError if a key of a run's config is missing, or null where a run has written its value out."""
+    for section in dataclasses.fields(Config):
+        if not isinstance(values, dict) or section.name not in values:
+            raise ValueError(f"{section.name} is missing")
+        if section.name == "name":
+            continue
+        hints = get_type_hints(type(getattr(Config(), section.name)))
+        found = values[section.name]
+        if not isinstance(found, dict):
+            raise ValueError(f"{section.name} is {found!r}, not settings")
+        for key, hint in hints.items():
+            name = f"{section.name}.{key}"
+            if key not in found and key not in LATER:
+                raise ValueError(f"{name} is missing")
+            if found.get(key, 0) is None and (name == "threat.eps" or type(None) not in get_args(hint)):
+                raise ValueError(f"{name} is null")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ducat import checkpoint
+from ducat import checkpoint, records
 from ducat.architecture import Architecture
 from ducat.config import Config
 from ducat.data import Dataset
 from ducat.data import load as load_data
 from ducat.dummy import RecoveredClassifier, dummy_head
 
+HOLDS = ("model", "position", "optimizer", "averaged", "random", "spent")  # what a checkpoint's state always has
 Which = str  # "best", "last", or "epoch-N" of a run that keeps the checkpoints of its epochs
 
 
@@ -106,15 +107,12 @@ class RunFolder:
 
     @property
     def config(self) -> Config:
-        return Config.from_yaml(self.config_path)
+        return Config.from_yaml(self.config_path, whole=True)
 
     @property
     def manifest(self) -> dict[str, Any]:
-        path = self.path / "manifest.json"
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+        """Content of manifest.json, checked."""
+        return records.read(self.path / "manifest.json", records.Manifest)
 
     @property
     def checkpoints(self) -> list[str]:
@@ -221,14 +219,18 @@ class RunFolder:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last one that an interrupt cut short is left out."""
+        """The lines of metrics.jsonl, checked; a last one that an interrupt cut short is left out."""
         path = self.path / "metrics.jsonl"
+        *whole, last = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         rows = []
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        for number, line in enumerate(whole):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+                rows.append(records.conform(json.loads(line), records.Epoch))
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged in line {number + 1} ({error})") from error
+        if last:
+            with contextlib.suppress(ValueError):
+                rows.append(records.conform(json.loads(last), records.Epoch))
         return rows
 
     def drop_metrics(self, from_epoch: int) -> None:
@@ -249,7 +251,7 @@ class RunFolder:
         if which not in ("best", "last") and _epochs(which) is None:
             raise ValueError(f"which={which!r} is unknown: {self.path} has {', '.join(self.checkpoints)}")
         if which == "last":
-            tensors, state, notice = checkpoint.read_or_previous(path)
+            tensors, state, notice = checkpoint.read_or_previous(path, holds=HOLDS)
             if notice is not None:
                 warnings.warn(notice, stacklevel=3)
             return tensors, state
@@ -263,7 +265,7 @@ class RunFolder:
                 f"{self.path} has no checkpoint {which} ({why}status: {self.manifest['status']}): "
                 f"choose from {', '.join(self.checkpoints)}"
             )
-        return checkpoint.read(path)
+        return checkpoint.read(path, holds=HOLDS)
 
     def load(self, which: Which = "best") -> nn.Module:
         """Return the trained network as it is, with 2C outputs if it has dummy classes, in evaluation mode.
@@ -275,7 +277,7 @@ class RunFolder:
         tensors, state = self.read(which)
         with torch.random.fork_rng(devices=[]):
             model = Architecture(**state["model"]).build()
-        model.load_state_dict(checkpoint.part("model", tensors))
+        checkpoint.load_weights(model, checkpoint.part("model", tensors), self.checkpoint_path(which))
         return model.eval()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 Norm = Literal["linf", "l2", "l1"]
 DEFAULT_EPS: dict[str, float] = {"linf": 8 / 255, "l2": 128 / 255, "l1": 12.0}
+LARGEST = 1e9  # of eps and steps: no images have so many pixels
 DEFAULT_STEP: dict[str, float] = {"linf": 1 / 4, "l2": 15 / 128, "l1": 1 / 4}  # in units of eps
 TOLERANCE = 1e-6  # of the ball, in the norm's units: float32 rounding of x + delta, never a larger budget
 SPREAD = 0.05  # share of the pixels that an l1 step of length eps moves; a shorter step moves fewer, as far each
@@ -90,6 +91,8 @@ class ThreatModel:
         for name, value in {"eps": eps, "step_size": step_size}.items():
             if value < 0:
                 raise ValueError(f"{name}={value:g} is negative")
+            if not value <= LARGEST:
+                raise ValueError(f"{name}={value:g} is longer than the way between any two images in [0, 1]")
             if norm == "linf" and value > 1:
                 raise ValueError(
                     f"{name}={value:g} is outside [0, 1]: images are in [0, 1]; did you mean {value:g}/255?"

@@ -53,7 +53,7 @@ MANIFEST = {
     "status": "finished",
     "git": None,
     "command": ["ducat"],
-    "data": {"fingerprint": "sha256:1"},
+    "data": {"name": "digits", "title": "Digits", "fingerprint": "sha256:1", "train": 9, "validation": 9, "test": 9},
 }
 
 
@@ -208,7 +208,13 @@ def test_a_run_without_an_evaluation_is_told_with_what_to_do(make: Make, capsys:
 
 def test_a_damaged_evaluation_is_told(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     path = make("one", evaluation())
-    for content, told in (("{", "is damaged"), ("[]", "is not of"), ('{"schema": 2}', "is not of")):
+    for content, told in (
+        ("{", "is damaged"),
+        ("[]", "is damaged (the file is [], not an object)"),
+        ('{"schema": 2}', "is damaged (schema is 2, not 1)"),
+        (json.dumps({**evaluation(), "robust": "0.6"}), 'is damaged (robust is "0.6", not a number)'),
+        (json.dumps({**evaluation(), "clean": {"accuracy": 1}}), "is damaged (clean.ci95 is missing)"),
+    ):
         (path / "evaluation.json").write_text(content)
         assert main(["compare", str(path)]) == 2
         assert f"evaluation.json {told}" in capsys.readouterr().err

@@ -38,11 +38,14 @@ class Half(nn.Module):
         return torch.stack([half.flatten(1).mean(1) for half in x.chunk(2, dim=3)], dim=1) @ self.weight.T
 
 
+DATA = {"name": "digits", "title": "Digits", "fingerprint": "f", "train": 1, "validation": 1, "test": 1}
+
+
 def evaluated(path: Path, config: Config, robust: float, warnings: list[str]) -> Run:
     interval = [robust - 0.04, robust + 0.04]
     with RunFolder.making(path) as folder:
         folder.write_config(config)
-        folder.update_manifest({"status": "finished", "command": ["ducat", "train"], "data": {"fingerprint": "f"}})
+        folder.update_manifest({"status": "finished", "command": ["ducat", "train"], "data": DATA, "ducat": "0.1.0"})
         for epoch, loss in enumerate((2.0, 1.5, 1.25)):
             accuracies = {"clean": 0.5 + 0.1 * epoch, "blind": 0.4, "robust": 0.3}
             folder.append_metrics({"epoch": epoch, "loss": loss, "seconds": 2.0, **accuracies})

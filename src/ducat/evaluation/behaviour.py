@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ducat import checkpoint, data
+from ducat import checkpoint, data, records
 from ducat.data import spooled
 from ducat.dummy import dummy_head
 from ducat.evaluation.result import Evaluation
@@ -258,7 +258,7 @@ def read(folder: RunFolder) -> dict[str, Any] | None:
     path = _path(folder)
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = records.read(path, records.Behaviour, f"run `ducat evaluate {folder.path}` again")
     return content if content["evaluation"] == _digest(folder.evaluation_path) else None
 
 

@@ -4,7 +4,6 @@ They lie in `evaluations/` of the run folder. `evaluation.json` and `evaluation.
 speaks for the run, see `strongest`.
 """
 
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ducat import checkpoint
+from ducat import checkpoint, records
 from ducat.attacks.suites import SUITES
 from ducat.runs import RunFolder, Which
 from ducat.threat import ThreatModel
@@ -78,18 +77,14 @@ def weights_of(folder: RunFolder, which: Which) -> str | None:
         return None
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read the content of an evaluation's .json file.
+def read(path: Path, remedy: str = "run `ducat evaluate` again") -> dict[str, Any]:
+    """Read the content of an evaluation's .json file; `remedy` says what to do if it is damaged.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or no evaluation.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: run `ducat evaluate` again") from error
-    if not isinstance(content, dict) or content.get("schema") != 1 or "robust" not in content:
-        raise ValueError(f"{path} is not of this version's schema: run `ducat evaluate` again")
+    content: dict[str, Any] = records.read(path, records.Evaluation, remedy)
     return content
 
 

@@ -329,7 +329,7 @@ class Evaluation:
         file = (RunFolder(path).evaluation_path if path.is_dir() else path).with_suffix(".safetensors")
         if not file.is_file():
             raise FileNotFoundError(f"{file} does not exist: run `ducat evaluate {path}` first")
-        tensors, state = checkpoint.read(file)
+        tensors, state = checkpoint.read(file, holds=("evaluation",))
         content = state["evaluation"]
         measured = content["audit"]
         scalars = {name: content[name] for name in SCALARS}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ducat import checkpoint, threads, weights
+from ducat import checkpoint, records, threads, weights
 from ducat.attacks.suites import Suite, find_suite
 from ducat.config import Config
 from ducat.data import Dataset, load, load_test
@@ -258,7 +258,8 @@ def read_calibration(folder: RunFolder, which: Which) -> dict[str, Any] | None:
     """Return what `calibrate_run` wrote for a checkpoint, or None if there is nothing."""
     if not folder.rejection_path.is_file():
         return None
-    content: dict[str, Any] = json.loads(folder.rejection_path.read_text(encoding="utf-8"))
+    remedy = f"run `ducat calibrate {folder.path}` again, or delete it"
+    content: dict[str, Any] = records.read(folder.rejection_path, records.Calibration, remedy)
     return content if content["checkpoint"] == which else None
 
 

@@ -142,7 +142,7 @@ class Deployed:
         calibrated = read_calibration(folder, which) if selective else None
         choice = {key: calibrated[key] for key in ("signal", "threshold")} if calibrated else {}
         classifier = Classifier(architecture, classes, detector, **choice)
-        classifier.model.load_state_dict(checkpoint.part("model", tensors))
+        checkpoint.load_weights(classifier.model, checkpoint.part("model", tensors), folder.checkpoint_path(which))
         return cls(folder, which, classifier.eval(), _evaluated(folder, which), images, name, labels)
 
     @property

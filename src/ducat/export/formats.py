@@ -4,6 +4,8 @@ Normalisation and recovery are inside every format. Each is loaded back as soon 
 network it came from.
 """
 
+import errno
+import io
 import json
 import logging
 import os
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ducat.export import hub, robustbench
@@ -93,6 +96,9 @@ def _making(out: Path) -> Iterator[Path]:
     try:
         yield hidden
         hidden.rename(out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).replace(str(hidden), str(out))
+        raise OSError(getattr(error, "errno", None) or errno.EIO, f"cannot write {out}: {reason}") from error
     finally:
         if hidden.is_dir():
             shutil.rmtree(hidden)
@@ -166,8 +172,10 @@ def _read_onnx(path: Path) -> Callable[[Tensor], Any]:
 
 
 def _write_torch_export(source: Deployed, path: Path) -> None:
-    with _quiet("torch.export"), open(path, "wb") as file:
-        torch.export.save(source.program, file)
+    made = io.BytesIO()  # PyTorch's own writer says of a full disk that it is a defect
+    with _quiet("torch.export"):
+        torch.export.save(source.program, made)
+    path.write_bytes(made.getbuffer())
 
 
 def _read_torch_export(path: Path) -> Callable[[Tensor], Any]:

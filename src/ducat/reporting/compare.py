@@ -76,12 +76,8 @@ class Run:
     @classmethod
     def _of_folder(cls, folder: RunFolder, name: str | None, file: Path | None) -> "Run":
         chosen = file or folder.evaluation_path
-        try:
-            evaluation = keeping.read(chosen)
-            seen = behaviour.read(folder) if file is None else None
-        except ValueError as error:
-            told = " is not of this version's schema" if "schema" in str(error) else " is damaged"
-            raise ValueError(f"{chosen}{told}: run `ducat evaluate {folder.path}` again") from error
+        evaluation = keeping.read(chosen, f"run `ducat evaluate {folder.path}` again")
+        seen = behaviour.read(folder) if file is None else None
         return cls(
             name or folder.name,
             folder.path,

@@ -6,6 +6,7 @@ stopped.
 
 import contextlib
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from ducat import data as datasets
 from ducat.architecture import Architecture
 from ducat.config import Config
 from ducat.data.extra import Extra, Mixed
-from ducat.runs import RunFolder, environment
+from ducat.runs import HOLDS, RunFolder, environment
 from ducat.training import tracking
 from ducat.training.initial import Initial, given
 from ducat.training.meter import Meter
@@ -194,7 +195,8 @@ def resume(
         raise ValueError(f"{path} minimises an objective of its own: give it again, to ducat.training.resume")
     dataset = _dataset(config, data)
     folder.check_data(dataset)
-    tensors, state, notice = checkpoint.read_or_previous(folder.checkpoint_path("last"))
+    read = _written(folder)
+    tensors, state, notice = checkpoint.read_or_previous(folder.checkpoint_path("last"), holds=HOLDS)
     if notice is not None and listener is not None:
         listener.warning(notice)
     architecture = Architecture(**state["model"])
@@ -206,7 +208,7 @@ def resume(
     loop = _Loop(config, dataset, folder.path, listener or _Silent(), architecture, network, objective, validate)
     loop.restore(tensors, state)
     with loop.threads():
-        return loop.run()
+        return loop.run(read=read)
 
 
 def _dataset(config: Config, given: datasets.Dataset | None) -> datasets.Dataset:
@@ -235,7 +237,7 @@ class _Loop:
         settings = config.train
         tracking.check(settings.tracker)
         self.folder = RunFolder(path)
-        example = dataset.train.select(torch.arange(2)).floats()
+        example = dataset.train.select(torch.arange(min(2, len(dataset.train)))).floats()
         self.step = Step(config, model, example, objective=objective, notice=listener.warning)
         self.accelerator, self.model = self.step.accelerator, model
         self.extra = None
@@ -327,9 +329,10 @@ class _Loop:
                 raise ValueError(
                     f"{self.extra.path} holds other images than those that {self.folder.path} was trained on"
                 )
-        self.model.load_state_dict(checkpoint.part("raw" if state["averaged"] else "model", tensors))
+        last = self.folder.checkpoint_path("last")
+        checkpoint.load_weights(self.model, checkpoint.part("raw" if state["averaged"] else "model", tensors), last)
         if step.average is not None:
-            step.average.module.load_state_dict(checkpoint.part("model", tensors))
+            checkpoint.load_weights(step.average.module, checkpoint.part("model", tensors), last)
             step.average.n_averaged.fill_(state["averaged"])
         checkpoint.join_optimizer(step.optimizer.optimizer, checkpoint.part("optimizer", tensors), state["optimizer"])
         if state.get("scaler"):  # checkpoints of earlier versions have none
@@ -340,11 +343,20 @@ class _Loop:
             checkpoint.set_random_state(checkpoint.part(f"random.{rank}", tensors), state["random"][rank])
         self.meter = Meter(self.accelerator.device, earlier=state["spent"])
 
-    def run(self) -> RunFolder:
+    def run(self, read: tuple[int, int] | None = None) -> RunFolder:
+        """Train to the end.
+
+        Args:
+            read: for a run that is continued, what `_written` said before its checkpoint was read.
+        """
         main, settings = self.accelerator.is_main_process, self.config.train
         tracker: tracking.Tracker | None = None
         status = "failed"
         with self.folder.locked() if main else contextlib.nullcontext():
+            if main and self.resumed and read != _written(self.folder):
+                raise ValueError(
+                    f"{self.folder.path} has been trained on by another process meanwhile: look at it, then resume"
+                )
             try:
                 if main:
                     self.folder.clean(from_epoch=self.position.epoch)
@@ -361,6 +373,13 @@ class _Loop:
                 status = "finished"
                 if self.received:
                     raise Interrupted(self.received[0], self.folder, finished=True)
+            except RuntimeError as error:
+                if self.accelerator.num_processes > 1 and re.search("onnection|peer|gloo|NCCL", str(error)):
+                    raise ConnectionError(
+                        "another process of this training is gone, so this one ends; go on with the same launcher and: "
+                        f"ducat train --resume {self.folder.path}"
+                    ) from error
+                raise
             except KeyboardInterrupt:
                 status = "finished" if status == "finished" else "interrupted"
                 raise
@@ -439,12 +458,15 @@ class _Loop:
         values = self.step.mean(torch.stack(pending)).tolist()
         for offset, value in enumerate(values):
             if not math.isfinite(value):
-                last = self.folder.checkpoint_path("last")
-                kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
                 step = at.step - len(values) + offset
-                raise FloatingPointError(f"the loss is {value} at epoch {at.epoch}, step {step}; {kept}")
+                raise FloatingPointError(f"the loss is {value} at epoch {at.epoch}, step {step}; {self._kept()}")
         at.losses.extend(values)
         pending.clear()
+
+    def _kept(self) -> str:
+        last = self.folder.checkpoint_path("last")
+        good = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+        return f"{good}: try a smaller train.learning_rate, or train.clip_norm"
 
     def _finish_epoch(self, tracker: tracking.Tracker | None) -> None:
         at, settings = self.position, self.config.train
@@ -471,11 +493,12 @@ class _Loop:
             self.folder.append_metrics(row)
         if tracker is not None:
             tracker.log(row)
-        self._save("last")
         if settings.keep:
+            # Before `last`: after a kill between the two the epoch is done again, and both are written.
             self._save(f"epoch-{at.epoch}")
             if self.accelerator.is_main_process:
                 self.folder.drop_checkpoints(keep=settings.keep)
+        self._save("last")
         self.listener.epoch(row)
 
     def _validated(self) -> Mapping[str, float]:
@@ -511,10 +534,29 @@ class _Loop:
                 "no longer makes the network robust: try n-fgsm or pgd, or a smaller train.learning_rate"
             )
 
+    def _check_finite(self) -> None:
+        """Stop before weights, averages or moments that are not finite are kept as if they were good.
+
+        Buffers may be anything, masks for example, but for what batch norm measures.
+        """
+        for network in {self.model, self.step.deployed}:
+            measured = (row for row in network.named_buffers() if row[0].endswith(("running_mean", "running_var")))
+            for name, tensor in [*network.named_parameters(), *measured]:
+                if not tensor.isfinite().all():
+                    raise FloatingPointError(f"{name} is not finite in epoch {self.position.epoch}; {self._kept()}")
+        for index, moments in enumerate(self.step.optimizer.optimizer.state.values()):
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and not value.isfinite().all():
+                    raise FloatingPointError(
+                        f"the optimiser's {name} of parameter {index} is not finite in epoch {self.position.epoch}; "
+                        f"{self._kept()}"
+                    )
+
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return everything that the rest of the run depends on: tensors by name, and the rest for JSON."""
         from accelerate.utils import gather_object
 
+        self._check_finite()
         deployed, average = self.step.deployed, self.step.average
         moments, rest = checkpoint.split_optimizer(self.step.optimizer.optimizer)
         everyones = gather_object([checkpoint.random_state()])
@@ -546,6 +588,14 @@ class _Loop:
                 resume = f"ducat train --resume {self.folder.path}"
                 raise OSError(error.errno, f"{error.strerror}; the checkpoint before it is whole: {resume}") from error
         self.saved_at = time.monotonic()
+
+
+def _written(folder: RunFolder) -> tuple[int, int] | None:
+    """Return what tells whether a run's last checkpoint has been written since; None if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        found = folder.checkpoint_path("last").stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
 
 
 def _now() -> str:

@@ -79,9 +79,11 @@ class Step:
         faster = torch.contiguous_format if self.precision is torch.float32 else torch.channels_last
         self.layout = faster if layout is None else layout
         self.model.to(device=device, memory_format=self.layout)  # type: ignore[call-overload]
+        example = example.to(device)
+        attacked = self.objective(0).method.objective is not None
+        _check_gradient(self.model, example.to(memory_format=self.layout), attacked)
         optimizer = _optimizer(settings, self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision is torch.float16)
-        example = example.to(device)
         self.folded = fold_batch_norm(self.model, example) if fold else None
         self.views = self.objective(0).method.views
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -265,6 +267,26 @@ class Step:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
+
+
+def _check_gradient(model: nn.Module, example: Tensor, attacked: bool) -> None:
+    """Raise ValueError if no gradient reaches a network's weights or, where it is attacked, its images."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    with torch.random.fork_rng(devices=[]), attackable(model), torch.enable_grad():
+        for weight in weights:
+            weight.requires_grad_(True)
+        images = example.detach().clone().requires_grad_()
+        outputs = model(images)
+        wanted = [*weights, images]
+        found: Sequence[Tensor | None] = [None] * len(wanted)
+        if outputs.requires_grad:
+            found = torch.autograd.grad(outputs.sum(), wanted, allow_unused=True)
+    missing = "weights" if all(one is None for one in found[:-1]) else "images" if found[-1] is None else None
+    if missing == "weights" or (missing == "images" and attacked):
+        raise ValueError(
+            f"the network's outputs have no gradient with respect to its {missing}: something in its forward pass "
+            "detaches them, such as detach, torch.no_grad or argmax, or its weights do not require one"
+        )
 
 
 def _optimizer(settings: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
