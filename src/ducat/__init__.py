@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ducat import attacks, data, losses, models
 from ducat.dummy import RecoveredClassifier, add_dummy_classes, recover, two_hot
 from ducat.evaluation import Evaluation, SelectiveClassifier, evaluate
+from ducat.installing import warn_of_the_other
 from ducat.methods import objective
 from ducat.runs import load
 from ducat.threat import ThreatModel
@@ -30,6 +31,8 @@ __all__ = [
     "recover",
     "two_hot",
 ]
+
+warn_of_the_other()
 
 
 def __getattr__(name: str) -> Any:
