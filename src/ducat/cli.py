@@ -435,7 +435,31 @@ def _analyze_parser(arguments: Sequence[str]) -> ArgumentParser:
     return parser
 
 
+def _run_zoo(arguments: Namespace, console: Console) -> None:
+    from ducat.reporting import zoo as showing
+
+    if not arguments.evaluate:
+        for text in showing.cards(arguments.names):
+            _print(console, text)
+        print_comparison(console, showing.comparison(arguments.names))
+        return
+    with Live(console) as live:
+        comparison = showing.attacked(arguments.names, arguments.suite, arguments.samples, live.attacks)
+    print_comparison(console, comparison)
+    _print(console, "Train them yourself: ducat demo. More attacks on one: ducat evaluate zoo:NAME")
+
+
+def _zoo_parser(arguments: Sequence[str]) -> ArgumentParser:
+    parser = _parser("ducat zoo")
+    parser.add_argument("names", type=str, nargs="*", help="networks, such as zoo:digits-published; default: all")
+    parser.add_argument("--evaluate", action="store_true", help="attack them here and now")
+    parser.add_argument("--suite", choices=tuple(SUITES), default="quick", help="which attacks to run")
+    parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")
+    return parser
+
+
 COMMANDS: dict[str, Command] = {
+    "zoo": Command("list networks that come with ducat, or attack them in seconds", _zoo_parser, _run_zoo),
     "demo": Command("train, attack and compare four networks on digits, offline, in minutes", _demo_parser, _run_demo),
     "train": Command("train a network and leave a run folder", _train_parser, _run_train),
     "adapt": Command("give a trained network dummy classes and train it on", _adapt_parser, _run_adapt),

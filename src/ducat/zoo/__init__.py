@@ -42,9 +42,16 @@ class Entry:
 
 NETWORKS: Mapping[str, Entry] = MappingProxyType(
     {
-        "digits-pgd-at": Entry("PGD-AT, no dummy classes", ""),
-        "digits-published": Entry("PGD-AT with dummy classes as published", ""),
-        "digits-recovery-aware": Entry("PGD-AT with recovery-aware dummy classes", ""),
+        "digits-pgd-at": Entry(
+            "PGD-AT, no dummy classes", "e633e16205a824dc6db9fbff29a090e2f2defbc59cdc3c31cccacb288d181e15"
+        ),
+        "digits-published": Entry(
+            "PGD-AT with dummy classes as published", "b960083c8fcb685937c6b1f10d4147a623669ce9c20fba03792250b853cda4f4"
+        ),
+        "digits-recovery-aware": Entry(
+            "PGD-AT with recovery-aware dummy classes",
+            "196d952f3f040df025f05a86506ba42138835bdb76300f29a24b507ce1fba656",
+        ),
     }
 )
 
@@ -86,7 +93,9 @@ def fetch(name: str, networks: Mapping[str, Entry] = NETWORKS) -> Path:
     with open(path, "rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     if found != entry.sha256:
-        raise ValueError(f"{path} is not the network {name}: its SHA-256 is {found[:12]}..., not {entry.sha256[:12]}...")
+        raise ValueError(
+            f"{path} is not the network {name}: its SHA-256 is {found[:12]}..., not {entry.sha256[:12]}..."
+        )
     return path
 
 
@@ -99,8 +108,8 @@ def _from_hub(entry: Entry, file: str) -> Path:
         return Path(hf_hub_download(entry.repository, file, revision=entry.revision))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise OSError(
-            f"{file} cannot be fetched from {entry.repository} ({type(error).__name__}): without a network, put it into "
-            "a folder, and name that in the environment variable DUCAT_ZOO"
+            f"{file} cannot be fetched from {entry.repository} ({type(error).__name__}): without a network, put it "
+            "into a folder, and name that in the environment variable DUCAT_ZOO"
         ) from error
 
 
@@ -169,11 +178,13 @@ def pack(run: Path, file: Path, made_by: list[str], which: str = "last") -> str:
     evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     if evaluation.get("checkpoint") != which:
         raise ValueError(f"{run}: the checkpoint {which} is not the one that was evaluated")
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    program, *arguments = manifest["command"]
     metrics = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     content = {
         "model": state["model"],
         "config": (run / "config.yaml").read_text(encoding="utf-8"),
-        "manifest": json.loads((run / "manifest.json").read_text(encoding="utf-8")),
+        "manifest": {**manifest, "command": [Path(program).name, *arguments]},
         "metrics": [json.loads(line) for line in metrics],
         "evaluation": {**evaluation, "checkpoint": "best"},
         "made_by": made_by,
