@@ -50,6 +50,7 @@ EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's
 SOURCE = "local archive or folder instead of a download; wds:SHARDS, hf:NAME, folder:PATH are decoded as they come"
 REJECT = "measure refusing too: shares of correctly classified benign images that may be refused, such as 0.02 0.05"
 CALIBRATE = "share of correctly classified benign validation images that may be refused, in [0, 1), such as 0.05"
+PUSH = "of --format hub: send --out, made where it is not there, to this repository; a dry run without --confirm"
 EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption and targeted the best"
 
 
@@ -344,11 +345,29 @@ def _calibrate_parser(arguments: Sequence[str]) -> ArgumentParser:
 def _run_export(arguments: Namespace, console: Console) -> None:
     from ducat.export import export
 
+    if arguments.push is not None:
+        _push(arguments, console)
+        return
+    if arguments.confirm:
+        raise ValueError("--confirm goes with --push")
     with console.status(f"exporting {arguments.run}"):
         made = export(
             arguments.run, arguments.format, arguments.out, which=arguments.which, detector=arguments.detector
         )
     _print(console, f"{made.path}: differs from the network by at most {made.difference:.1g} on {made.images}")
+
+
+def _push(arguments: Namespace, console: Console) -> None:
+    from ducat.export.push import push
+
+    if arguments.format != "hub":
+        raise ValueError(f"--push takes --format hub, not {arguments.format}")
+    options = {name: arguments[name] for name in ("which", "detector", "confirm")}
+    with console.status(f"pushing {arguments.run}"):
+        made = push(arguments.run, arguments.push, arguments.out, **options)
+    sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in made.files.items())
+    told = f"sent: {made.address}" if made.address else "nothing was sent; add --confirm to send it"
+    _print(console, f"{made.repository}: {sizes}: {told}")
 
 
 def _export_parser(arguments: Sequence[str]) -> ArgumentParser:
@@ -362,6 +381,8 @@ def _export_parser(arguments: Sequence[str]) -> ArgumentParser:
     parser.add_argument(
         "--detector", action="store_true", help="second output: the probability that an image is adversarial"
     )
+    parser.add_argument("--push", type=str | None, metavar="OWNER/NAME", help=PUSH)
+    parser.add_argument("--confirm", action="store_true", help="with --push: send it, instead of saying what would be")
     return parser
 
 

@@ -11,7 +11,10 @@ from torch import Tensor
 from ducat.export.classifier import Deployed, save
 from ducat.methods import DUMMY_CLASSES, Paper, find
 
-_LOADER = '''"""The model of this folder for RobustBench: images in [0, 1] to logits, one deterministic forward pass."""
+_LOADER = '''"""The model of this folder for RobustBench: images in [0, 1] to logits, one deterministic forward pass.
+
+It needs `pip install ducat-robust`.
+"""
 
 from pathlib import Path
 
