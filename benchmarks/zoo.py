@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 ducat demo --out demo
     OMP_NUM_THREADS=1 python -m benchmarks.zoo demo/runs
 
-attacks three of the four networks with the suite `standard` on all 500 test images, where that has not been done,
+attacks three of the four networks with the suite `light` (the demo's) on all 500 test images, where that has not been done,
 writes them to src/ducat/zoo/, and prints the SHA-256 for the table in src/ducat/zoo/__init__.py.
 """
 
@@ -20,10 +20,10 @@ RUNS = {
     "digits-published": "digits-small-pgd-at-published-s0",
     "digits-recovery-aware": "digits-small-pgd-at-recovery-aware-s0",
 }
-SUITE = "standard"
+SUITE = "light"
 MADE_BY = [
     "OMP_NUM_THREADS=1 ducat demo --out demo",
-    "OMP_NUM_THREADS=1 ducat evaluate demo/runs/{run} --which last --suite standard",
+    "OMP_NUM_THREADS=1 ducat evaluate demo/runs/{run} --which last --suite light",
     "python -m benchmarks.zoo demo/runs",
 ]
 
