@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator
@@ -419,7 +420,7 @@ class Config:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
-        parser = config_parser()
+        parser = _reader()
         try:
             return cls(**vars(parser.instantiate(parser.parse_path(str(path)))))
         except (ArgumentError, ValueError, TypeError) as error:
@@ -434,6 +435,12 @@ def config_parser(**kwargs: Any) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **kwargs)
     parser.add_class_arguments(Config)
     return parser
+
+
+@functools.cache
+def _reader() -> ArgumentParser:
+    """Return the parser that files are read with, which takes half a second to make."""
+    return config_parser()
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -401,7 +401,7 @@ def test_a_copy_that_would_be_another_network_is_not_attacked() -> None:
     found = ducat.evaluate(network, x, labels, ducat.ThreatModel(eps=0.1), "quick", num_classes=10)
     assert found.scrutiny.folded
     images = ducat.attacks.adaptive(network, x, labels, ducat.ThreatModel(eps=0.1), "quick")
-    assert abs(float(found.robust.float().mean()) - float((network(images).argmax(1) == labels).float().mean())) <= 0.1
+    assert abs(int(found.robust.sum()) - int((network(images).argmax(1) == labels).sum())) <= 2
 
 
 def test_a_folded_copy_that_goes_astray_on_adversarial_images_is_given_up(
