@@ -11,7 +11,7 @@ import torch
 import ducat
 from ducat import zoo
 from ducat.cli import main
-from ducat.export import Classifier, export
+from ducat.export import Classifier, export, robustbench
 from ducat.export.push import push
 from ducat.reporting.compare import Run
 from ducat.runs import RunFolder
@@ -88,6 +88,18 @@ def test_three_networks_are_attacked_and_the_sink_is_seen(capsys: pytest.Capture
 def test_evaluate_and_export_take_a_name(tmp_path: Path) -> None:
     assert main(["evaluate", NAME, "--suite", "quick", "--samples", "20"]) == 0
     assert main(["export", NAME, "--format", "robustbench", "--out", str(tmp_path / "claim")]) == 0
+
+
+def test_robustbenchs_loader_finds_the_weights_of_a_claim(tmp_path: Path) -> None:
+    model = robustbench.read(export(NAME, "robustbench", tmp_path / "claim").path)
+    assert isinstance(model, torch.nn.Module)
+    state = model.state_dict()
+    # What robustbench.utils.load_model does to the names in a file, for both of these.
+    for start in ("module.", "model."):
+        state = {name[len(start) :] if start in name else name: tensor for name, tensor in state.items()}
+    model.load_state_dict(state, strict=True)
+    x, _ = ducat.data.load_test("digits", samples=20)
+    torch.testing.assert_close(model(x), ducat.load(NAME)(x))
 
 
 def test_a_file_that_is_not_the_tables_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
