@@ -24,7 +24,7 @@ def test_the_notebook_runs_and_shows_the_sink(monkeypatch: pytest.MonkeyPatch) -
         assert shares["blind attack"] > shares["benign"] + 0.2
         assert shares["recovery-aware attack"] < shares["blind attack"]
         assert evaluation["sink_gap"] > 0.1
-        assert evaluation["clean"]["accuracy"] > 0.9
+        assert evaluation["clean"]["accuracy"] > 0.8
         assert len(figure.axes) == 2
     finally:
         plt.close("all")
