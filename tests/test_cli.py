@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import torch
 from PIL import Image
 
 import ducat
-from ducat.cli import COMMANDS, main
+from ducat.cli import main
+from ducat.cli.commands import COMMANDS
+from ducat.cli.overview import OTHERS, SUMMARIES
 from ducat.runs import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -84,6 +87,27 @@ def test_train_then_evaluate_twice_gives_the_same_numbers(capsys: pytest.Capture
         ("evaluate . --json nowhere/x.json", "--json: the folder nowhere does not exist"),
         ("train --name a/b", "name='a/b' is not the name of a folder"),
         ("evalute", "command 'evalute' is unknown: did you mean evaluate?"),
+        ("help evalute", "did you mean evaluate?"),
+        ("completion bsh", "did you mean bash?"),
+        ("train --train.epoch 3", "option --train.epoch is unknown: did you mean --train.epochs?"),
+        ("train --data.nmae=digits", "did you mean --data.name?"),
+        ("train --epochs 3", "did you mean --train.epochs?"),
+        ("train --learning-rate 3", "did you mean --train.learning_rate?"),
+        ("evaluate . --sampels 3", "did you mean --samples?"),
+        ("train --zzz 3", "option --zzz is unknown: see `ducat train --help`"),
+        ("train base", "'base' is one argument too many"),
+        ("train --dummy.kind recovry-aware", "did you mean recovery-aware?"),
+        ("train --train.schedule cosin", "did you mean cosine?"),
+        ("evaluate . --suite standrd", "did you mean standard?"),
+        ("adapt --train.epochs 1 nowhere", "nowhere does not exist"),
+        ("adapt", "checkpoint is missing: run folder, or file of weights"),
+        ("data prepare digits --from empty", "--from empty: the digits come with scikit-learn"),
+        ("data verify digts", "did you mean digits?"),
+        ("evaluate a --checkpoint b", "a and --checkpoint b are both given"),
+        ("evaluate a --data digits", "--data does not fit: a is a run, which brings its own"),
+        ("evaluate --checkpoint b --which last", "--which does not fit: a file of weights holds one network"),
+        ("export . --format onnx", "--out is missing: new file or folder to write"),
+        ("train --resume . --name x", "--resume takes the settings of the run"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(
@@ -96,6 +120,43 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert err.count("\n") == 1
     assert message in err
     assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epochs: 3", "expected ',' or '}'"),
+        ("train:\n  epoch: 3\n", "train.epoch is unknown: did you mean train.epochs?"),
+        ("train:\n  epochs: many\n", "train.epochs: expected int. Got value: many"),
+        ("train: {epochs: -3}\n", "train.epochs=-3 must be at least 1"),
+        ("- 1\n", "Unexpected config"),
+    ],
+)
+def test_a_bad_file_of_settings_is_named(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text(text)
+    assert main(["train", "--name", "x", "--config", "bad.yaml", "--train.seed", "1"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("ducat: bad.yaml: ")
+    assert message in told
+    assert main(["train", "--config=bad.yaml", "--train.sed", "1"]) == 2
+    Path("good.yaml").write_text("train: {epochs: 2}\n")
+    assert main(["train", "--config", "good.yaml", "--train.schedule", "x"]) == 2
+    assert "good.yaml" not in capsys.readouterr().err, "the file is not at fault"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--version"], ["-V"], ["--help"], ["help"], ["nothing"], ["evalute", "--help"], ["help", "nothing"]),
+        *(["completion", shell] for shell in ("bash", "zsh", "fish")),
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_network_imports_no_pytorch(arguments: list[str]) -> None:
+    code = "import sys; from ducat.cli import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout or done.stderr
 
 
 @pytest.mark.slow
@@ -153,11 +214,41 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert f"ducat {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
 def test_the_overview_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert all(f"  {name} " in out for name in COMMANDS)
+    assert all(f"  {name} " in out for name in (*COMMANDS, *OTHERS))
+    assert list(SUMMARIES) == list(COMMANDS)
+
+
+def helped(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train", "adapt", "sweep"])
+def test_help_has_two_levels(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    few = helped(capsys, command, "--help")
+    every = helped(capsys, command, "--help", "all")
+    assert helped(capsys, "help", command, "all") == every
+    assert len(few.splitlines()) < 80
+    assert f"ducat {command} --help all" in few
+    for option in ("--method.name", "--dummy.kind", "--threat.eps", "--train.epochs", "--train.schedule"):
+        assert f"  {option} " in few
+    assert "--train.awp " not in few
+    options = [option.name for option in COMMANDS[command].parser([]).options()]
+    assert len(options) == len(set(options)) > 50
+    assert all(option in every for option in options)
+    for text in (few, every):
+        values = "natural|mixed|pgd-at|trades|mart|consistency"
+        assert f"--method.name {values}" in text
+        assert "constant|multi-step|cosine|one-cycle" in text
+        assert "resnet18|" in text
+        assert not {"Union", "null", "None", "CONFIG", "Literal"} & set(re.findall(r"\w+", text))
+        assert max(map(len, text.splitlines())) <= 120
 
 
 def test_traceback_is_shown_when_asked_for() -> None:

@@ -16,7 +16,10 @@ from typing import NamedTuple
 
 import pytest
 
-from ducat.cli import COMMANDS, main
+import ducat
+from ducat.cli import main
+from ducat.cli.commands import COMMANDS
+from ducat.cli.overview import OTHERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -154,7 +157,8 @@ def options() -> dict[str, set[str]]:
     found = {
         name: {text for action in parser._actions for text in action.option_strings} for name, parser in parsers.items()
     }
-    return {name: {*texts, "--traceback", "--allow-code"} for name, texts in found.items()}
+    own = {name: {*texts, "--traceback", "--allow-code"} for name, texts in found.items()}
+    return {**own, **{name: set() for name in OTHERS}}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -164,7 +168,7 @@ def test_commands_and_options_named_in_the_text_exist(page: Path, options: dict[
         if code.startswith("python "):
             continue
         command = re.match(r"ducat ([a-z-]+)", code)
-        assert command is None or command[1] in COMMANDS, code
+        assert command is None or command[1] in {*COMMANDS, *OTHERS, "COMMAND"}, code
         known = options[command[1]] if command else set().union(*options.values())
         assert set(re.findall(r"(?<!\S)--[a-z][\w.-]*", code)) <= known, code
 
@@ -179,8 +183,14 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
-    assert {"tutorial", "evaluation", "api"} <= {path.parent.name for path in pages}
-    assert "RecoveredClassifier" in (tmp_path / "site" / "api" / "index.html").read_text()
+    assert {"tutorial", "evaluation", "api", "commands"} <= {path.parent.name for path in pages}
+    api = (tmp_path / "site" / "api" / "index.html").read_text()
+    shown = set(re.findall(r'id="(ducat\.[\w.]+)"', api))
+    for name in (*ducat.__all__, "methods.METHODS", "attacks.objectives.Goal", "data.Dataset", "training.Initial"):
+        assert any(each.endswith(f".{name}") for each in shown) or name in {"attacks", "data", "models"}, name
+    assert not [name for name in shown if name.split(".")[-1].startswith("drop_")]
+    signature = re.sub(r"<[^>]+>", "", api)
+    assert "train(\n    config: Config,\n" in signature, "signatures are not formatted: is Ruff there?"
     for path in pages:
         loaded = re.findall(
             r"""<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(https?://[^"]+)""", path.read_text()

@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import re
 from argparse import ArgumentError
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,9 +18,10 @@ import yaml
 from ducat import methods
 from ducat.architecture import Architecture, describe_foreign
 from ducat.data.images import Dataset
-from ducat.data.specs import DataSpec
+from ducat.data.specs import SPECS, DataSpec
 from ducat.dummy import TwoHot
 from ducat.methods import Kind
+from ducat.models import MODELS
 from ducat.models.doors import is_foreign
 from ducat.schedules import SCHEDULES, epoch_of
 from ducat.threat import Norm, ThreatModel
@@ -28,6 +30,18 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+# What help and completion offer for settings that are names, and those of them that take others too.
+CHOICES = {
+    "data.name": tuple(SPECS),
+    "model.name": tuple(MODELS),
+    "method.name": tuple(methods.METHODS),
+    "method.attack": tuple(methods.ATTACKS),
+    "train.schedule": tuple(SCHEDULES),
+    "data": tuple(SPECS),  # this and the next, of a checkpoint
+    "model": tuple(MODELS),
+    "which": ("best", "last"),
+}
+OPEN_CHOICES = ("data.name", "model.name", "data", "model", "which")
 
 
 def _at_least(name: str, value: float | int | None, low: float | int) -> None:
@@ -35,9 +49,11 @@ def _at_least(name: str, value: float | int | None, low: float | int) -> None:
         raise ValueError(f"{name}={value} must be at least {low:g}")
 
 
-def _among(name: str, value: str, choices: Iterable[str]) -> None:
+def _among(name: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value} is unknown: choose from {', '.join(choices)}")
+        close = get_close_matches(value, choices, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"{name}={value} is unknown: {hint}choose from {', '.join(choices)}")
 
 
 def _within(name: str, value: float | int, low: float | int, high: float | int) -> None:
@@ -245,6 +261,9 @@ class TrainConfig:
     without a C compiler, training goes on without it and says so."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto is a GPU if there is one."""
+    threads: int | None = None
+    """Threads of a CPU; by default as many as a batch is worth, no more than there are cores or OMP_NUM_THREADS says:
+    for digits one, which is faster than two where other programs run."""
     validate_every: int = 1
     """Epochs between validations; the last epoch is always validated."""
     checkpoint_minutes: float | int = 10.0
@@ -284,6 +303,7 @@ class TrainConfig:
             epoch_of(milestone, self.epochs, "train.milestones")
         for option in ("averaging_start_epoch", "awp_start_epoch"):
             epoch_of(getattr(self, option), self.epochs, f"train.{option}")
+        _at_least("train.threads", self.threads, 1)
         _at_least("train.validate_every", self.validate_every, 1)
         _at_least("train.checkpoint_minutes", self.checkpoint_minutes, 0)
         _at_least("train.keep", self.keep, 0)
@@ -427,12 +447,13 @@ class Config:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
-def config_parser(**kwargs: Any) -> ArgumentParser:
-    """Return a parser of the settings, for the command line and for YAML files; `kwargs` go to `ArgumentParser`."""
+def config_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
+    """Give a parser the settings, for the command line and for YAML files; without one a new parser."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, **kwargs)
+    if parser is None:
+        parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(Config)
     return parser
 

@@ -46,7 +46,7 @@ PATIENCE = 300  # seconds for what takes three on an idle machine
 # Processes are forked from one that has done its imports, so that each starts at once.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["ducat.cli", "accelerate", "filelock", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"]
+    ["ducat.cli.commands", "accelerate", "filelock", "sklearn.datasets", "sklearn.model_selection", "torch._dynamo"]
 )
 
 

@@ -57,6 +57,14 @@ class Round:
 # target: most of the time goes where a sample may yet fall. Measured against AutoAttack in results/strength.md.
 BUDGETS: dict[str, tuple[Round, ...]] = {
     "quick": (Round("recovered-cross-entropy", 10), Round("weighted-pair", 20)),
+    # A third of the time of the next, for the demo; what it costs in strength is in results/demo.md.
+    "light": (
+        Round("recovered-cross-entropy", 20),
+        Round("weighted-pair", 20),
+        Round(TARGETED, 20, share=0.3, targets=9),
+        Round(TARGETED, 50, restarts=4, share=0.03, targets=9),
+        Round(TARGETED, 100, restarts=4, share=0.01, targets=9),
+    ),
     "standard": (
         Round("recovered-cross-entropy", 20),
         Round("weighted-pair", 20),
@@ -141,7 +149,7 @@ def adaptive(
         x: benign images in [0, 1], shape (B, channels, H, W).
         y: labels in [0, C), shape (B,).
         threat: the ball.
-        budget: a row of `BUDGETS` ("quick", "standard" or "full"), or rounds.
+        budget: a row of `BUDGETS` ("quick", "light", "standard" or "full"), or rounds.
         generator: source of the random starts; PyTorch's global one by default.
 
     Returns:

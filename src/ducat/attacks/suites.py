@@ -193,6 +193,15 @@ SUITES: dict[str, Suite] = {
             Attack("ensemble", True, ensemble("standard")),
         )
     ),
+    "demo": Suite(
+        (
+            Attack("fgsm", False, fgsm),
+            Attack("pgd-20", False, _pgd(20)),
+            Attack("ensemble-light", False, ensemble("light")),
+            Attack("pgd-20", True, _pgd(20)),
+            Attack("ensemble-light", True, ensemble("light")),
+        )
+    ),
     "standard": Suite(_STANDARD),
     "full": Suite(
         (

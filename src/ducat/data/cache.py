@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ducat.data.images import Images, Source, fingerprint
 from ducat.data.progress import Advance, shown_progress
-from ducat.data.specs import SPECS, DataSpec
+from ducat.data.specs import SPECS, DataSpec, known_names
 from ducat.data.stored import Layout, Stored
 from ducat.data.streams import Origin
 
@@ -204,7 +204,7 @@ def read(
     """
     path = entry(name, root)
     if not path.is_file():
-        known = "" if name in SPECS else f" (known: {', '.join(SPECS)})"
+        known = "" if name in SPECS else f" ({known_names(name)})"
         source = "[--from ARCHIVE]" if name in SPECS and SPECS[name].sources else "--from FOLDER-OR-ZIP"
         raise FileNotFoundError(f"data set {name} is not prepared{known}: run `ducat data prepare {name} {source}`")
     header = _read_header(path)

@@ -18,7 +18,7 @@ from ducat.data.archives import Files, open_files
 from ducat.data.download import download
 from ducat.data.images import Lazy, Source, fingerprint, hold_out, named_tensors, stratified_order
 from ducat.data.readers import READERS, Splits, read_corruptions, read_digits, read_folder
-from ducat.data.specs import SPECS, DataSpec
+from ducat.data.specs import SPECS, DataSpec, known_names
 from ducat.data.stored import Stored
 
 LARGEST_SIDE = 2**12
@@ -121,7 +121,7 @@ def prepare(
         cache.write(entry, tensors, header, replace=replace)
         return _status(name, root)
     if spec is None and source is None:
-        raise ValueError(f"data set {name} is unknown (known: {', '.join(SPECS)}); an image folder needs --from FOLDER")
+        raise ValueError(f"data set {name} is unknown ({known_names(name)}); an image folder needs --from FOLDER")
     with _source(spec, None if source is None else Path(source), root) as path, open_files(path) as files:
         notices = [] if spec is None else _provenance(spec, path)
         stamp = _stamp(files, size)

@@ -1,6 +1,7 @@
 """What `ducat` knows about each data set: one row a data set."""
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Literal
 
 Layout = Literal["digits", "cifar", "idx", "tiny-imagenet", "folder", "corruptions"]
@@ -246,3 +247,9 @@ SPECS = {
         ),
     )
 }
+
+
+def known_names(name: str) -> str:
+    """Return what a message says of a name that is in no row: perhaps what was meant, and the rows."""
+    close = get_close_matches(name, SPECS, n=1)
+    return f"{f'did you mean {close[0]}? ' if close else ''}known: {', '.join(SPECS)}"

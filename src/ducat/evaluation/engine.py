@@ -84,7 +84,7 @@ def evaluate(
         seed: of the attacks' random starts.
         batch_size: samples attacked at a time, a chunk. Each chunk has its own seed.
         data: name of the data, for the report.
-        progress: told of each attack and chunk as it starts.
+        progress: told of each attack and chunk as it starts, as a text that also says how far it is (`Stage`).
         parts: a folder that keeps each finished chunk. With it an evaluation that was interrupted continues where it
             was, and several processes started by `accelerate launch` share the chunks; each returns the whole.
         attacks: more attacks that join the worst case: rows of a suite, or functions
@@ -240,6 +240,29 @@ def _transfers(others: Sequence[Measured], subject: _Subject) -> list[Attack]:
     ]
 
 
+class Stage(str):
+    """What an evaluation begins to do, as text.
+
+    Attributes:
+        done: images that all attacks are through with.
+        samples: images in all.
+        standing: how many of those looked at so far, this chunk's included, have withstood every attack.
+        seen: how many those are.
+    """
+
+    done: int
+    samples: int
+    standing: int
+    seen: int
+
+    @classmethod
+    def of(cls, text: str, done: int, samples: int, standing: int, seen: int) -> "Stage":
+        """Return such a text."""
+        stage = cls(text)
+        stage.done, stage.samples, stage.standing, stage.seen = done, samples, standing, seen
+        return stage
+
+
 @dataclass(frozen=True)
 class _Part:
     """What the attacks left of one chunk, on the CPU."""
@@ -248,6 +271,10 @@ class _Part:
     adversarial: Tensor
     attacks: Sequence[AttackResult]
     accepted: Tensor  # for each signal the images that it accepts highest with a wrong class; none unless watched
+
+    @property
+    def standing(self) -> int:
+        return int(torch.stack([self.clean > 0.5, *(attack.correct for attack in self.attacks)]).all(0).sum())
 
 
 @dataclass(frozen=True)
@@ -347,7 +374,7 @@ class _Job:
                 return False
         return True
 
-    def attack(self, number: int, x: Tensor, y: Tensor, progress: Callable[[Attack], None]) -> _Part:
+    def attack(self, number: int, x: Tensor, y: Tensor, progress: Callable[[Attack, int], None]) -> _Part:
         x, y = self.to_device(x, y)
         clean, margin = self.judge(x, y)
         rows = (clean > 0.5).nonzero().squeeze(1)
@@ -363,7 +390,7 @@ class _Job:
                     twin, knows_recovery=attack.knows_recovery, seconds=0.0, same_as=twin.name
                 )
                 continue
-            progress(attack)
+            progress(attack, int((least > 0.5).sum()))
             share, began = clean.clone(), time.perf_counter()
             for place, view in enumerate(self.attacked if len(rows) else ()):
                 aware = attack.knows_recovery or self.subject.how is None
@@ -585,11 +612,26 @@ def _shared(
 ) -> list[_Part]:
     """Attack every chunk, or this process's share of them, and return what all processes made."""
 
+    samples = sum(len(y) for _, y in chunks)
+    before: list[_Part] = []  # what this process has attacked
+
     def attack(number: int) -> _Part:
         first = sum(len(y) for _, y in chunks[:number])
         x, y = chunks[number]
         place = f", samples {first + 1} to {first + len(y)}" if len(chunks) > 1 else ""
-        return job.attack(number, x, y, lambda row: progress(row.name + place))
+        done = sum(len(part.clean) for part in before)
+        stood = sum(part.standing for part in before)
+        before.append(
+            job.attack(
+                number,
+                x,
+                y,
+                lambda row, standing: progress(
+                    Stage.of(row.name + place, first, samples, stood + standing, done + len(y))
+                ),
+            )
+        )
+        return before[-1]
 
     if parts is None:
         return [attack(number) for number in range(len(chunks))]

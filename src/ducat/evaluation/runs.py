@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ducat import checkpoint, weights
+from ducat import checkpoint, threads, weights
 from ducat.attacks.suites import Suite
 from ducat.config import Config
 from ducat.data import load, load_test
@@ -36,6 +36,8 @@ def evaluate_run(
     batch_size: int = 500,
     device: str = "auto",
     progress: Callable[[str], None] | None = None,
+    num_threads: int | None = None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Evaluate a run on its test images, write evaluation.json and evaluation.safetensors, and return the former.
 
@@ -58,6 +60,8 @@ def evaluate_run(
         batch_size: samples attacked at a time.
         device: "auto", "cpu" or "cuda".
         progress: told of each attack and chunk as it starts.
+        num_threads: threads of a CPU; by default as many as the network's passes are worth, see `ducat.threads`.
+        notice: told where more threads are asked for than that.
     """
     config = folder.config
     model = folder.load(which)
@@ -78,6 +82,8 @@ def evaluate_run(
         batch_size=batch_size,
         data=folder.manifest["data"]["title"],
         progress=progress or (lambda attack: None),
+        num_threads=num_threads,
+        notice=notice,
     )
     if _is_main_process():
         behaviour.measure_run(folder)
@@ -99,6 +105,8 @@ def evaluate_checkpoint(
     batch_size: int = 500,
     device: str = "auto",
     progress: Callable[[str], None] | None = None,
+    num_threads: int | None = None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Evaluate any network on a data set's test images, and return the content of an evaluation.json.
 
@@ -118,6 +126,8 @@ def evaluate_checkpoint(
         batch_size: samples attacked at a time.
         device: "auto", "cpu" or "cuda".
         progress: told of each attack and chunk as it starts.
+        num_threads: threads of a CPU; by default as many as the network's passes are worth, see `ducat.threads`.
+        notice: told where more threads are asked for than that.
 
     Raises:
         FileNotFoundError: if there are no such weights or data.
@@ -155,6 +165,8 @@ def evaluate_checkpoint(
         batch_size=batch_size,
         data=dataset.spec.title,
         progress=progress or (lambda attack: None),
+        num_threads=num_threads,
+        notice=notice,
     )
 
 
@@ -208,6 +220,8 @@ def _evaluate_and_save(
     path: Path | None,
     device: str,
     which: Which | None,
+    num_threads: int | None,
+    notice: Callable[[str], None],
     **settings: Any,
 ) -> dict[str, Any]:
     from accelerate import PartialState
@@ -217,7 +231,9 @@ def _evaluate_and_save(
         raise ValueError("device=cuda: PyTorch finds no GPU here; choose cpu or auto")
     parts = path.with_suffix(".parts") if path is not None else None
     others = [other.to(processes.device) for other in settings.pop("surrogates")]
-    evaluation = evaluate(model.to(processes.device), *test, threat, parts=parts, surrogates=others, **settings)
+    model, example = model.to(processes.device), test[0][:1].to(processes.device)
+    with threads.chosen(model, example, min(settings["batch_size"], len(test[1])), num_threads, notice):
+        evaluation = evaluate(model, *test, threat, parts=parts, surrogates=others, **settings)
     evaluation = replace(evaluation, checkpoint=which)
     processes.wait_for_everyone()
     if path is not None and parts is not None and processes.is_main_process:

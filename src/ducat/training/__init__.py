@@ -1,8 +1,8 @@
 """Training: one step, the loop around it, and what is measured on the way."""
 
 from ducat.training.initial import Initial
-from ducat.training.loop import Listener, resume, train
+from ducat.training.loop import Listener, Plan, Watcher, resume, train
 from ducat.training.signals import Interrupted
 from ducat.training.step import Step
 
-__all__ = ["Initial", "Interrupted", "Listener", "Step", "resume", "train"]
+__all__ = ["Initial", "Interrupted", "Listener", "Plan", "Step", "Watcher", "resume", "train"]

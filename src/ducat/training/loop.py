@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ducat import checkpoint, methods
+from ducat import checkpoint, methods, threads
 from ducat import data as datasets
 from ducat.architecture import Architecture
 from ducat.config import Config
@@ -32,6 +32,8 @@ from ducat.training.step import Step
 from ducat.training.validation import Validate, catastrophic_overfitting, validate
 
 AUGMENTATIONS = {"base": datasets.Augmentation.base, "strong": datasets.Augmentation.strong}
+# Passes that the attacks of a validation take for each image, and those of a step of PGD-10 for each of its images.
+VALIDATION_PASSES, STEP_PASSES = 140, 23
 CHECK_EVERY = 20  # steps between looks at the loss: each look makes a GPU wait
 BATCH_NORM_BATCHES = 20  # batches that the statistics of averaged weights are measured on
 
@@ -56,6 +58,38 @@ class _Silent:
     def epoch(self, row: dict[str, Any]) -> None: ...
 
     def warning(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training that begins or goes on has before it.
+
+    Attributes:
+        epochs: of the whole run.
+        steps: of an epoch.
+        epoch: where it begins, counted from 0.
+        dummy_from: the first epoch with dummy classes; `epochs` where there are none.
+        validated: the epochs that end with a validation.
+        validation_steps: how many steps a validation takes as long, roughly, before one has been timed.
+    """
+
+    epochs: int
+    steps: int
+    epoch: int
+    dummy_from: int
+    validated: frozenset[int]
+    validation_steps: float
+
+
+@runtime_checkable
+class Watcher(Listener, Protocol):
+    """A listener that is also told what is ahead, and that a validation goes on."""
+
+    def begin(self, plan: Plan) -> None:
+        """Note what is ahead."""
+
+    def validating(self, attack: str) -> None:
+        """Note that validation begins an attack."""
 
 
 @dataclass
@@ -117,8 +151,9 @@ def train(
     loop = _Loop(
         config, dataset, Path(root) / config.name, listener or _Silent(), architecture, network, objective, validate
     )
-    loop.create(manifest)
-    return loop.run()
+    with loop.threads():
+        loop.create(manifest)
+        return loop.run()
 
 
 def resume(
@@ -173,7 +208,8 @@ def resume(
         network = given(model, architecture)
     loop = _Loop(config, dataset, folder.path, listener or _Silent(), architecture, network, objective, validate)
     loop.restore(tensors, state)
-    return loop.run()
+    with loop.threads():
+        return loop.run()
 
 
 def _dataset(config: Config, given: datasets.Dataset | None) -> datasets.Dataset:
@@ -240,6 +276,13 @@ class _Loop:
         if not 0 < rows < settings.batch_size:
             raise ValueError(f"data.extra_share={data.extra_share} leaves no real or no generated image in a batch")
         return Mixed(made(settings.batch_size - rows), self.extra, rows, len(made(settings.batch_size)))
+
+    def threads(self) -> contextlib.AbstractContextManager[int]:
+        """Compute with as many threads as the settings say, or a batch is worth."""
+        settings = self.config.train
+        images = self.dataset.train.select(torch.arange(2)).floats().to(self.accelerator.device)
+        share = -(-settings.batch_size // (self.accelerator.num_processes * settings.accumulate)) * self.step.views
+        return threads.chosen(self.model, images, share, settings.threads, self.listener.warning)
 
     def create(self, manifest: Mapping[str, Any]) -> None:
         """Make the run folder: it appears whole, with a checkpoint, so that whatever there is can be resumed."""
@@ -313,6 +356,8 @@ class _Loop:
                     tracker = tracking.Tracker.start(
                         settings.tracker, self.folder.path, self.config.flat(), self.position.epoch
                     )
+                if isinstance(self.listener, Watcher):
+                    self.listener.begin(self._plan())
                 with collected(launched=self.accelerator.num_processes > 1) as self.received:
                     while self.position.epoch < settings.epochs:
                         self._epoch(tracker)
@@ -328,6 +373,21 @@ class _Loop:
                 if main:
                     self._close(status)
         return self.folder
+
+    def _plan(self) -> Plan:
+        settings, held_out = self.config.train, len(self.dataset.validation)
+        return Plan(
+            epochs=settings.epochs,
+            steps=len(self.batches),
+            epoch=self.position.epoch,
+            dummy_from=self.config.start_epoch,
+            validated=frozenset(epoch for epoch in range(settings.epochs) if held_out and self._validates(epoch)),
+            validation_steps=VALIDATION_PASSES * held_out / (STEP_PASSES * settings.batch_size),
+        )
+
+    def _validates(self, epoch: int) -> bool:
+        settings = self.config.train
+        return (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs
 
     def _close(self, status: str) -> None:
         try:
@@ -400,8 +460,7 @@ class _Loop:
             "images_per_s": round(at.step * settings.batch_size / at.seconds, 1) if at.seconds else None,
         }
         improved = False
-        due = (at.epoch + 1) % settings.validate_every == 0 or at.epoch + 1 == settings.epochs
-        if due and len(self.dataset.validation):
+        if self._validates(at.epoch) and len(self.dataset.validation):
             row.update(self._validated())
             settled = self.config.dummy.kind == "off" or at.epoch >= self.config.start_epoch
             improved = settled and row["robust"] > at.best
@@ -433,8 +492,14 @@ class _Loop:
             self.step.deployed,
             self.step,
             self.dataset,
-            progress=lambda attack: self._stop() if self.step.agreed(bool(self.received)) else None,
+            progress=self._validation_goes_on,
         )
+
+    def _validation_goes_on(self, attack: str) -> None:
+        if self.step.agreed(bool(self.received)):
+            self._stop()
+        if isinstance(self.listener, Watcher):
+            self.listener.validating(attack)
 
     def _watch(self, row: dict[str, Any]) -> None:
         """Mark a line of metrics that shows catastrophic overfitting, and warn at the first."""

@@ -1,25 +1,24 @@
-"""The command line: one thin function per command. Bad input gives one line and exit code 2."""
+"""One thin function per command. Bad input gives one line and exit code 2."""
 
+import contextlib
 import json
 import os
-import re
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentError, Namespace
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import ducat
 from ducat import checkpoint, data, models, training
 from ducat import demo as demo_room
 from ducat.attacks.suites import SUITES
+from ducat.cli.overview import BAD_INPUT, check, complain
+from ducat.cli.parser import Parser, told
 from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, config_parser
 from ducat.evaluation.audit import FAILURE
 from ducat.evaluation.rejection import SIGNALS
@@ -34,16 +33,8 @@ from ducat.threat import Norm
 from ducat.training import Interrupted
 from ducat.training.adapt import adapt, settings
 
-BAD_INPUT = 2
 # What a user can cause; anything else is a defect of ours and shows its traceback.
 USER_ERRORS = (ArgumentError, ValueError, OSError, FloatingPointError)
-# What the parser of arguments says, and how to say it to those who do not know Python's types.
-ARGUMENT_ERRORS = {
-    r"Does not validate against any of the Union subtypes.*?(Expected an? .*?)\n.*Given value: ": r"\1. Got value: ",
-    r"Expected an? <class '(\w+)'>": r"expected \1",
-    r"^argument ([\w-]+): invalid choice: '?(.*?)'? \(choose from (.*)\)$": r"\1: choose from \3. Got value: \2",
-    r"Expected a typing\.Literal\[([^\]]+)\]": r"choose from \1",
-}
 
 NORMALIZATION = "of a checkpoint: whether its network takes images normalised by the data's mean and deviation"
 EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's, or what is usual for the data"
@@ -51,14 +42,14 @@ SOURCE = "local archive or folder instead of a download; wds:SHARDS, hf:NAME, fo
 REJECT = "measure refusing too: shares of correctly classified benign images that may be refused, such as 0.02 0.05"
 CALIBRATE = "share of correctly classified benign validation images that may be refused, in [0, 1), such as 0.05"
 PUSH = "of --format hub: send --out, made where it is not there, to this repository; a dry run without --confirm"
+THREADS = "threads of a CPU; default: as many as the network's passes are worth, for digits one"
 EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption and targeted the best"
 
 
 class Command(NamedTuple):
-    """A row of the table of commands: what it is for, a parser of its arguments, and what it does with them."""
+    """A row of the table of commands: a parser of its arguments, and what it does with them."""
 
-    help: str
-    parser: Callable[[Sequence[str]], ArgumentParser]
+    parser: Callable[[Sequence[str]], Parser]
     run: Callable[[Namespace, Console], None]
 
 
@@ -92,19 +83,20 @@ def _print_trained(console: Console, folder: RunFolder) -> None:
 
 def _check_resume(given: Namespace) -> None:
     others = sorted(set(given.keys()) - {"resume"})
-    if others:
+    if given.get("resume") is not None and others:
         raise ValueError(f"--resume takes the settings of the run, so --{others[0]} cannot be given with it")
 
 
-def _train_parser(arguments: Sequence[str]) -> ArgumentParser:
-    parser = _settings_parser("ducat train")
+def _train_parser(arguments: Sequence[str]) -> Parser:
+    parser = _settings_parser("ducat train", _check_resume)
     parser.add_argument("--resume", type=Path | None, help="run folder to continue; no other setting may be given")
     return parser
 
 
-def _settings_parser(prog: str) -> ArgumentParser:
-    parser = config_parser(prog=prog)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of settings; see recipes/")
+def _settings_parser(prog: str, check: Callable[[Namespace], None] = lambda given: None) -> Parser:
+    parser = Parser.of(prog, check)
+    config_parser(parser)
+    parser.add_argument("--config", action=ActionConfigFile, metavar="FILE", help="YAML file of settings; see recipes/")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that the run folder is made in")
     return parser
 
@@ -116,11 +108,12 @@ def _run_adapt(arguments: Namespace, console: Console) -> None:
     _print_trained(console, folder)
 
 
-def _adapt_parser(arguments: Sequence[str]) -> ArgumentParser:
+def _adapt_parser(arguments: Sequence[str]) -> Parser:
     parser = _settings_parser("ducat adapt")
-    parser.add_argument("checkpoint", type=Path, help="run folder, or file of weights; comes before the options")
-    if arguments and not arguments[0].startswith("-"):
-        parser.set_defaults(settings(Path(arguments[0])).flat())
+    parser.add_argument("checkpoint", type=Path, help="run folder, or file of weights")
+    if not {"-h", "--help"} & set(arguments):
+        with contextlib.suppress(ArgumentError):  # which is told when all is read
+            parser.set_defaults(settings(parser.parse_args(arguments).checkpoint).flat())
     return parser
 
 
@@ -144,13 +137,14 @@ def _run_sweep(arguments: Namespace, console: Console) -> None:
     _print(console, f"Tables, plot and page: {made.page.parent}/ (open {made.page})")
 
 
-def _sweep_parser(arguments: Sequence[str]) -> ArgumentParser:
+def _sweep_parser(arguments: Sequence[str]) -> Parser:
     parser = _settings_parser("ducat sweep")
     parser.add_argument(
         "--grid",
         type=str,
         nargs="+",
         required=True,
+        metavar="OPTION=VALUE,...",
         help="options and their values, as dummy.benign_weight=0,0.25 train.seed=0,1,2: every combination is trained",
     )
     parser.add_argument("--suite", choices=tuple(SUITES), default="light", help="which attacks to run")
@@ -187,8 +181,8 @@ def _run_data(arguments: Namespace, console: Console) -> None:
             console.print(f"fingerprint: {status.fingerprint}", highlight=False, soft_wrap=True)
 
 
-def _data_parser(arguments: Sequence[str]) -> ArgumentParser:
-    parser = _parser("ducat data")
+def _data_parser(arguments: Sequence[str]) -> Parser:
+    parser = Parser.of("ducat data")
     parser.add_argument("action", type=Literal["list", "prepare", "verify"], help="list, prepare or verify")
     parser.add_argument("name", type=str | None, nargs="?", help="data set, or a new name for an image folder")
     parser.add_argument("--from", type=str | None, help=SOURCE)
@@ -209,7 +203,7 @@ def _check_new(**files: Path | None) -> None:
 
 
 def _run_evaluate(arguments: Namespace, console: Console) -> None:
-    if (arguments.run is None) == (arguments.checkpoint is None):
+    if arguments.run is None and arguments.checkpoint is None:
         raise ValueError("ducat evaluate: give a run folder, or --checkpoint with a file of weights")
     _check_new(json=arguments.json)
     if arguments.checkpoint is not None:
@@ -228,6 +222,8 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
             surrogates=arguments.surrogates,
             second_round_seconds=arguments.second_round_seconds,
             progress=live.attacks(folder.name),
+            num_threads=arguments.threads,
+            notice=live.notice,
         )
     if arguments.json is not None:
         checkpoint.write_text(arguments.json, json.dumps(measured, indent=2) + "\n")
@@ -262,6 +258,8 @@ def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
             surrogates=arguments.surrogates,
             second_round_seconds=arguments.second_round_seconds,
             progress=live.attacks(source.stem),
+            num_threads=arguments.threads,
+            notice=live.notice,
         )
     print_comparison(console, comparing.compare([Run(source.stem, None, config.flat(), {}, [], measured)]))
 
@@ -282,8 +280,8 @@ def _run_compare(arguments: Namespace, console: Console) -> None:
         page.page(files["html"], "Comparison of runs", comparison)
 
 
-def _compare_parser(arguments: Sequence[str]) -> ArgumentParser:
-    parser = _parser("ducat compare")
+def _compare_parser(arguments: Sequence[str]) -> Parser:
+    parser = Parser.of("ducat compare")
     parser.add_argument("runs", type=Path, nargs="+", help="run folders, evaluated; seeds of one setting are grouped")
     parser.add_argument("--html", type=Path | None, help="write the page to this new file")
     for name in comparing.TABLES:
@@ -291,8 +289,20 @@ def _compare_parser(arguments: Sequence[str]) -> ArgumentParser:
     return parser
 
 
-def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
-    parser = _parser("ducat evaluate")
+def _check_evaluated(given: Namespace) -> None:
+    """Tell a run, which brings its data, its network and its checkpoints, from a file of weights."""
+    run, file = given.get("run"), given.get("checkpoint")
+    if run is not None and file is not None:
+        raise ValueError(f"{run} and --checkpoint {file} are both given: evaluate one of the two")
+    of_a_file = ("model", "width", "num_classes", "normalization", "data")
+    for name in of_a_file if run is not None else ("which",) if file is not None else ():
+        if name in given:
+            told = f"{run} is a run, which brings its own" if file is None else "a file of weights holds one network"
+            raise ValueError(f"--{name.replace('_', '-')} does not fit: {told}")
+
+
+def _evaluate_parser(arguments: Sequence[str]) -> Parser:
+    parser = Parser.of("ducat evaluate", _check_evaluated)
     parser.add_argument("run", type=Path | None, nargs="?", help="run folder")
     parser.add_argument("--checkpoint", type=Path | None, help="instead of a run: file of weights, from anywhere")
     parser.add_argument("--model", type=str | None, help="of a checkpoint: its network; default: the data's usual one")
@@ -318,6 +328,7 @@ def _evaluate_parser(arguments: Sequence[str]) -> ArgumentParser:
         metavar="SECONDS",
         help="longest that a second round may take (it begins where something hides the gradients); default: no limit",
     )
+    parser.add_argument("--threads", type=int | None, help=THREADS)
     parser.add_argument("--json", type=Path | None, help="also write the result to this new file")
     return parser
 
@@ -333,8 +344,8 @@ def _run_calibrate(arguments: Namespace, console: Console) -> None:
     )
 
 
-def _calibrate_parser(arguments: Sequence[str]) -> ArgumentParser:
-    parser = _parser("ducat calibrate")
+def _calibrate_parser(arguments: Sequence[str]) -> Parser:
+    parser = Parser.of("ducat calibrate")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--reject", type=float, required=True, metavar="SHARE", help=CALIBRATE)
     parser.add_argument("--signal", choices=tuple(SIGNALS), default="confidence", help="what decides")
@@ -370,10 +381,10 @@ def _push(arguments: Namespace, console: Console) -> None:
     _print(console, f"{made.repository}: {sizes}: {told}")
 
 
-def _export_parser(arguments: Sequence[str]) -> ArgumentParser:
+def _export_parser(arguments: Sequence[str]) -> Parser:
     from ducat.export import FORMATS
 
-    parser = _parser("ducat export")
+    parser = Parser.of("ducat export")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--format", choices=tuple(FORMATS), required=True, help="what to write: a file or a folder")
     parser.add_argument("--out", type=Path, required=True, help="new file or folder to write")
@@ -392,8 +403,8 @@ def _run_serve(arguments: Namespace, console: Console) -> None:
     serve(arguments.run, arguments.which, port=arguments.port, ready=lambda url: _print(console, f"open {url}"))
 
 
-def _serve_parser(arguments: Sequence[str]) -> ArgumentParser:
-    parser = _parser("ducat serve")
+def _serve_parser(arguments: Sequence[str]) -> Parser:
+    parser = Parser.of("ducat serve")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--which", type=Which, default="best", help="checkpoint: best on validation, or last")
     parser.add_argument("--port", type=int, default=7860, help="port on 127.0.0.1; 0 is any free one")
@@ -401,13 +412,21 @@ def _serve_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 
 def _run_demo(arguments: Namespace, console: Console) -> None:
+    def show(title: str, measured: dict[str, Any]) -> None:
+        shares = (measured["clean"]["accuracy"], measured["blind"], measured["robust"], measured["sink_gap"])
+        console.print(f"{title:24}" + "".join(f"{100 * share:10.1f}" for share in shares), highlight=False)
+
+    columns = "".join(f"{name:>10}" for name in ("clean", "blind", "robust", "sink gap"))
+    console.print(f"{'accuracy in %':24}{columns}", highlight=False)
     with Live(console) as live:
         made = demo_room.run(
             arguments.out,
             seed=arguments.seed,
             epochs=arguments.epochs,
+            workers=demo_room.processes() if arguments.processes is None else arguments.processes,
             listener=live.training,
             attacks=live.attacks,
+            finished=show,
         )
     print_comparison(console, made.comparison)
     for sentence in made.sentences:
@@ -415,16 +434,17 @@ def _run_demo(arguments: Namespace, console: Console) -> None:
     console.print(f"Runs, plot and page: {made.folder}/ (open {made.folder / 'report.html'})", highlight=False)
 
 
-def _demo_parser(arguments: Sequence[str]) -> ArgumentParser:
-    parser = _parser("ducat demo")
+def _demo_parser(arguments: Sequence[str]) -> Parser:
+    parser = Parser.of("ducat demo")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="new folder for runs, plot and page")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--epochs", type=int, default=demo_room.EPOCHS, help="epochs of each training")
+    parser.add_argument(
+        "--processes",
+        type=int | None,
+        help="side by side, default: the cores, 3 at most; the numbers are the same for any",
+    )
     return parser
-
-
-def _parser(prog: str) -> ArgumentParser:
-    return ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
 
 
 def _run_analyze(arguments: Namespace, console: Console) -> None:
@@ -445,8 +465,8 @@ def _run_analyze(arguments: Namespace, console: Console) -> None:
         plots.save(plots.FIGURES[arguments.study](found.to_dict()), arguments.figure)
 
 
-def _analyze_parser(arguments: Sequence[str]) -> ArgumentParser:
-    parser = _parser("ducat analyze")
+def _analyze_parser(arguments: Sequence[str]) -> Parser:
+    parser = Parser.of("ducat analyze")
     parser.add_argument("study", choices=tuple(STUDIES), help="what to measure")
     parser.add_argument("runs", type=Path, nargs="+", help="evaluated run folders; one for corruption and targeted")
     parser.add_argument("--which", type=Which | None, help=EVALUATED)
@@ -470,8 +490,8 @@ def _run_zoo(arguments: Namespace, console: Console) -> None:
     _print(console, "Train them yourself: ducat demo. More attacks on one: ducat evaluate zoo:NAME")
 
 
-def _zoo_parser(arguments: Sequence[str]) -> ArgumentParser:
-    parser = _parser("ducat zoo")
+def _zoo_parser(arguments: Sequence[str]) -> Parser:
+    parser = Parser.of("ducat zoo")
     parser.add_argument("names", type=str, nargs="*", help="networks, such as zoo:digits-published; default: all")
     parser.add_argument("--evaluate", action="store_true", help="attack them here and now")
     parser.add_argument("--suite", choices=tuple(SUITES), default="quick", help="which attacks to run")
@@ -480,18 +500,18 @@ def _zoo_parser(arguments: Sequence[str]) -> ArgumentParser:
 
 
 COMMANDS: dict[str, Command] = {
-    "zoo": Command("list networks that come with ducat, or attack them in seconds", _zoo_parser, _run_zoo),
-    "demo": Command("train, attack and compare four networks on digits, offline, in minutes", _demo_parser, _run_demo),
-    "train": Command("train a network and leave a run folder", _train_parser, _run_train),
-    "adapt": Command("give a trained network dummy classes and train it on", _adapt_parser, _run_adapt),
-    "sweep": Command("train and evaluate every combination of settings", _sweep_parser, _run_sweep),
-    "evaluate": Command("attack a run, blind and recovery-aware", _evaluate_parser, _run_evaluate),
-    "calibrate": Command("let a run refuse what it is unsure of", _calibrate_parser, _run_calibrate),
-    "compare": Command("put evaluated runs side by side", _compare_parser, _run_compare),
-    "analyze": Command("what several evaluated runs say together", _analyze_parser, _run_analyze),
-    "export": Command("write a run for ONNX, a model hub and other tools", _export_parser, _run_export),
-    "serve": Command("a local page to try a run on", _serve_parser, _run_serve),
-    "data": Command("list, prepare and verify data sets", _data_parser, _run_data),
+    "zoo": Command(_zoo_parser, _run_zoo),
+    "demo": Command(_demo_parser, _run_demo),
+    "train": Command(_train_parser, _run_train),
+    "adapt": Command(_adapt_parser, _run_adapt),
+    "sweep": Command(_sweep_parser, _run_sweep),
+    "evaluate": Command(_evaluate_parser, _run_evaluate),
+    "calibrate": Command(_calibrate_parser, _run_calibrate),
+    "compare": Command(_compare_parser, _run_compare),
+    "analyze": Command(_analyze_parser, _run_analyze),
+    "export": Command(_export_parser, _run_export),
+    "serve": Command(_serve_parser, _run_serve),
+    "data": Command(_data_parser, _run_data),
 }
 
 
@@ -521,36 +541,27 @@ def _print(console: Console, text: str, label: str = "") -> None:
     console.print(Text.assemble((f"{label} " if label else "", "bold"), text), highlight=False, soft_wrap=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    traceback = "--traceback" in arguments
-    arguments = [argument for argument in arguments if argument != "--traceback"]
+def run(arguments: list[str], traceback: bool) -> int:
+    """Run a command line that names one of `COMMANDS`, and return its exit code."""
     # Of several processes that train together, the first speaks for all.
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     try:
-        arguments = _allow_code(arguments)
-        if not arguments or arguments[0] in ("-h", "--help"):
-            _overview(console)
-        elif arguments[0] == "--version":
-            console.print(f"ducat {ducat.__version__}", highlight=False)
-        else:
-            command, rest = _find(arguments[0]), arguments[1:]
-            parser = command.parser(rest)
-            parsed = parser.instantiate(parser.parse_args(rest))
-            if parsed.get("resume") is not None:
-                _check_resume(parser.parse_args(rest, defaults=False))
-            command.run(parsed, console)
+        name, *rest = _allow_code(arguments)
+        check(name)
+        parser = COMMANDS[name].parser(rest)
+        COMMANDS[name].run(parser.read(rest), console)
     except Interrupted as stop:
-        _complain(str(stop))
+        complain(str(stop))
         return 128 + stop.signum
     except KeyboardInterrupt:
-        _complain("stopped")
+        complain("stopped")
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        raise
     except USER_ERRORS as error:
         if traceback:
             raise
-        _complain(_told(error))
+        complain(told(error))
         return BAD_INPUT
     return 0
 
@@ -565,42 +576,3 @@ def _allow_code(arguments: list[str]) -> list[str]:
         else:
             rest.append(name)
     return rest
-
-
-def _overview(console: Console) -> None:
-    lines = ["usage: ducat COMMAND [options]", "", (ducat.__doc__ or "").strip(), ""]
-    lines += [f"  {name:10} {command.help}" for name, command in COMMANDS.items()]
-    lines += ["", "`ducat COMMAND --help` explains a command's options; `ducat --version` prints the version."]
-    lines += [
-        "Every command takes --traceback, which shows where an error comes from, and --allow-code FILE.py:FUNCTION,",
-        "which lets the function run that a run's network was made by.",
-    ]
-    console.print("\n".join(lines), highlight=False, markup=False)
-
-
-def _find(name: str) -> Command:
-    if name not in COMMANDS:
-        close = get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
-        raise ValueError(f"command {name!r} is unknown: {hint}")
-    return COMMANDS[name]
-
-
-def _told(error: BaseException) -> str:
-    """Return an error's message in the words of the command line, without those of Python."""
-    message = str(error)
-    if isinstance(error, OSError):
-        message = re.sub(r"^\[Errno \d+\] ", "", message)
-    if isinstance(error, ArgumentError):
-        message = re.sub(r'^Parser key "([^"]+)"', r"\1", message)
-        for pattern, plain in ARGUMENT_ERRORS.items():
-            message = re.sub(pattern, plain, message, flags=re.DOTALL)
-    return message
-
-
-def _complain(message: str) -> None:
-    print(f"ducat: {' '.join(message.split())}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
