@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ducat.installing import warn_of_the_other
+
 if TYPE_CHECKING:
     from ducat import attacks, data, losses, models
     from ducat.dummy import RecoveredClassifier, add_dummy_classes, recover, two_hot
@@ -40,6 +42,8 @@ _ROOMS = {
     "runs": ("load",),
     "threat": ("ThreatModel",),
 }
+
+warn_of_the_other()
 
 if not TYPE_CHECKING:  # a type checker would take every name for one of ours
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ducat import checkpoint, records
+from ducat import checkpoint, records, zoo
 from ducat.architecture import Architecture
 from ducat.config import Config
 from ducat.data import Dataset
@@ -75,12 +75,13 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path | str) -> "RunFolder":
-        """Return the run folder at `path`.
+        """Return the run folder at `path`, or of a network of the zoo by its name, such as "zoo:digits-pgd-at".
 
         Raises:
             FileNotFoundError: if there is none.
+            ValueError: if the zoo has no such network.
         """
-        folder = cls(Path(path))
+        folder = cls(zoo.folder(str(path)) if zoo.is_name(path) else Path(path))
         if not folder.config_path.is_file():
             raise FileNotFoundError(f"{path} is not a run folder: it has no config.yaml")
         return folder
@@ -293,7 +294,7 @@ def load(run_folder: Path | str, which: Which = "best") -> nn.Module:
     A network with dummy classes comes behind `RecoveredClassifier`.
 
     Args:
-        run_folder: the folder of the run.
+        run_folder: the folder of the run, or a network of the zoo, such as "zoo:digits-recovery-aware".
         which: "best", by robust accuracy on the validation split, "last", or "epoch-N" where epochs are kept.
 
     Raises:

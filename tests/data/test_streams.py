@@ -315,5 +315,5 @@ def test_a_hugging_face_data_set_is_streamed(image_folder: Path, tmp_path: Path)
 
 def test_hugging_face_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'ducat\[hf\]'"):
+    with pytest.raises(ValueError, match=r"pip install .*\[hf\]'"):
         data.load("hf:mnist")

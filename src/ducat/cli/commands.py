@@ -44,6 +44,7 @@ EPS = "radius of the ball on images in [0, 1], such as 8/255; default: the run's
 SOURCE = "local archive or folder instead of a download; wds:SHARDS, hf:NAME, folder:PATH are decoded as they come"
 REJECT = "measure refusing too: shares of correctly classified benign images that may be refused, such as 0.02 0.05"
 CALIBRATE = "share of correctly classified benign validation images that may be refused, in [0, 1), such as 0.05"
+PUSH = "of --format hub: send --out, made where it is not there, to this repository; a dry run without --confirm"
 THREADS = "threads of a CPU; default: as many as the network's passes are worth, for digits one"
 KEPT = Path("evaluations")  # where what is measured of checkpoints from elsewhere goes
 EVALUATED = "checkpoint, best or last; default: the one that was evaluated, for corruption and targeted the best"
@@ -437,11 +438,29 @@ def _calibrate_parser(arguments: Sequence[str]) -> Parser:
 def _run_export(arguments: Namespace, console: Console) -> None:
     from ducat.export import export
 
+    if arguments.push is not None:
+        _push(arguments, console)
+        return
+    if arguments.confirm:
+        raise ValueError("--confirm goes with --push")
     with console.status(f"exporting {arguments.run}"):
         made = export(
             arguments.run, arguments.format, arguments.out, which=arguments.which, detector=arguments.detector
         )
     _print(console, f"{made.path}: differs from the network by at most {made.difference:.1g} on {made.images}")
+
+
+def _push(arguments: Namespace, console: Console) -> None:
+    from ducat.export.push import push
+
+    if arguments.format != "hub":
+        raise ValueError(f"--push takes --format hub, not {arguments.format}")
+    options = {name: arguments[name] for name in ("which", "detector", "confirm")}
+    with console.status(f"pushing {arguments.run}"):
+        made = push(arguments.run, arguments.push, arguments.out, **options)
+    sizes = ", ".join(f"{name} ({size:,} bytes)" for name, size in made.files.items())
+    told = f"sent: {made.address}" if made.address else "nothing was sent; add --confirm to send it"
+    _print(console, f"{made.repository}: {sizes}: {told}")
 
 
 def _export_parser(arguments: Sequence[str]) -> Parser:
@@ -455,6 +474,8 @@ def _export_parser(arguments: Sequence[str]) -> Parser:
     parser.add_argument(
         "--detector", action="store_true", help="second output: the probability that an image is adversarial"
     )
+    parser.add_argument("--push", type=str | None, metavar="OWNER/NAME", help=PUSH)
+    parser.add_argument("--confirm", action="store_true", help="with --push: send it, instead of saying what would be")
     return parser
 
 
@@ -536,7 +557,31 @@ def _analyze_parser(arguments: Sequence[str]) -> Parser:
     return parser
 
 
+def _run_zoo(arguments: Namespace, console: Console) -> None:
+    from ducat.reporting import zoo as showing
+
+    if not arguments.evaluate:
+        for text in showing.cards(arguments.names):
+            _print(console, text)
+        print_comparison(console, showing.comparison(arguments.names))
+        return
+    with Live(console) as live:
+        comparison = showing.attacked(arguments.names, arguments.suite, arguments.samples, live.attacks)
+    print_comparison(console, comparison)
+    _print(console, "Train them yourself: ducat demo. More attacks on one: ducat evaluate zoo:NAME")
+
+
+def _zoo_parser(arguments: Sequence[str]) -> Parser:
+    parser = Parser.of("ducat zoo")
+    parser.add_argument("names", type=str, nargs="*", help="networks, such as zoo:digits-published; default: all")
+    parser.add_argument("--evaluate", action="store_true", help="attack them here and now")
+    parser.add_argument("--suite", choices=tuple(SUITES), default="quick", help="which attacks to run")
+    parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")
+    return parser
+
+
 COMMANDS: dict[str, Command] = {
+    "zoo": Command(_zoo_parser, _run_zoo),
     "demo": Command(_demo_parser, _run_demo),
     "train": Command(_train_parser, _run_train),
     "adapt": Command(_adapt_parser, _run_adapt),

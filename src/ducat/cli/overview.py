@@ -9,6 +9,7 @@ from ducat.cli.completion import SHELLS
 BAD_INPUT = 2
 # What each command is for; the functions behind it are in `commands.COMMANDS`.
 SUMMARIES = {
+    "zoo": "list networks that come with ducat, or attack them in seconds",
     "demo": "train, attack and compare four networks on digits, offline, in minutes",
     "train": "train a network and leave a run folder",
     "adapt": "give a trained network dummy classes and train it on",

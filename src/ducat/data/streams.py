@@ -29,6 +29,7 @@ from ducat.data.images import Lazy
 from ducat.data.progress import shown_progress
 from ducat.data.readers import Splits, Survey, read_folder, survey
 from ducat.data.specs import DataSpec
+from ducat.installing import install
 
 
 @runtime_checkable
@@ -427,7 +428,7 @@ def _class_names(path: Path, spec: DataSpec | None, top: int) -> tuple[str, ...]
 
 def _tables(source: str) -> list[tuple[str, Any]]:
     if importlib.util.find_spec("datasets") is None:
-        raise ValueError("hf: needs the package datasets: pip install 'ducat[hf]'")
+        raise ValueError(f"hf: needs the package datasets: {install('hf')}")
     import datasets
 
     try:

@@ -19,7 +19,7 @@ from ducat.threat import ThreatModel
 Content = Mapping[str, Any]  # of an evaluation.json
 
 # From the weakest on; any other suite is as hard as itself alone.
-HARDNESS = {name: rank for rank, name in enumerate(("quick", "single-step", "light", "standard", "full"))}
+HARDNESS = {name: rank for rank, name in enumerate(("quick", "single-step", "demo", "light", "standard", "full"))}
 assert HARDNESS.keys() == SUITES.keys()
 
 

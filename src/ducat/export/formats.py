@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ducat.export import hub, robustbench
 from ducat.export.classifier import Classifier, Deployed, load, save
+from ducat.installing import install
 from ducat.runs import Which
 
 FLIPPED = 0.05  # of the images
@@ -146,7 +147,7 @@ def _quiet(logger: str) -> Iterator[None]:
 def _need(extra: str, *modules: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
-        raise ValueError(f"{', '.join(missing)} is not installed: pip install 'ducat[{extra}]'")
+        raise ValueError(f"{', '.join(missing)} is not installed: {install(extra)}")
 
 
 def _write_onnx(source: Deployed, path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ducat import checkpoint
 from ducat.evaluation.rejection import SIGNALS
 from ducat.export.classifier import Classifier, Deployed
+from ducat.installing import DISTRIBUTION
 from ducat.reporting import compare as comparing
 
 
@@ -51,6 +52,8 @@ def _card(source: Deployed) -> str:
         "",
         "## Use",
         "",
+        f"In an environment with `pip install {DISTRIBUTION}`:",
+        "",
         "```python",
         "from ducat.export import Classifier",
         "",
@@ -64,7 +67,7 @@ def _card(source: Deployed) -> str:
         "",
         "## Accuracy",
         "",
-        *_accuracy(source),
+        *accuracy(source),
         *_refusing(source),
     ]
     return "\n".join(lines) + "\n"
@@ -96,7 +99,8 @@ def _method(source: Deployed) -> str:
     return config.method.name + ("" if kind == "off" else f" with {kind} dummy classes")
 
 
-def _accuracy(source: Deployed) -> list[str]:
+def accuracy(source: Deployed) -> list[str]:
+    """Return the lines of a card that say what was measured."""
     if source.evaluated is None:
         return [
             "**Not evaluated.** Nothing has been measured of this checkpoint, neither its clean accuracy nor its "

@@ -11,16 +11,35 @@ from torch import Tensor
 from ducat.export.classifier import Deployed, save
 from ducat.methods import DUMMY_CLASSES, Paper, find
 
-_LOADER = '''"""The model of this folder for RobustBench: images in [0, 1] to logits, one deterministic forward pass."""
+_LOADER = '''"""The model of this folder for RobustBench: images in [0, 1] to logits, one deterministic forward pass.
+
+It needs `pip install ducat-robust`.
+"""
 
 from pathlib import Path
 
-from ducat.export import Classifier, load
+from torch import Tensor, nn
+
+from ducat import recover
+from ducat.export import load
 
 
-def load_model() -> Classifier:
+class Model(nn.Module):
+    """The classifier by names without "model.", which RobustBench's loader takes off the names of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        loaded = load(Path(__file__).with_name("weights.safetensors"))
+        self.network, self.dummy_classes = loaded.model, loaded.architecture.dummy_classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.network(images)
+        return recover(logits) if self.dummy_classes else logits
+
+
+def load_model() -> nn.Module:
     """Return the model in evaluation mode."""
-    return load(Path(__file__).with_name("weights.safetensors"))
+    return Model().eval()
 '''
 
 NOT_MEASURED = "not measured"

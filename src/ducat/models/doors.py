@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ducat.installing import install
 from ducat.models.outputs import LogitsOnly
 
 __all__ = ["Fit", "allow_code", "door", "is_foreign", "is_function"]
@@ -101,7 +102,7 @@ def _library(package: str, name: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ValueError(f"model.name={name} needs {package}: pip install 'ducat[{package}]' ({error})") from error
+        raise ValueError(f"model.name={name} needs {package}: {install(package)} ({error})") from error
 
 
 def _called(function: Callable[..., nn.Module], what: str, *arguments: Any, **options: Any) -> nn.Module:

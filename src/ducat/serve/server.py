@@ -30,6 +30,7 @@ from ducat.dummy import recover
 from ducat.evaluation.behaviour import png
 from ducat.evaluation.rejection import accepted
 from ducat.export import Deployed
+from ducat.installing import install
 from ducat.runs import Which
 from ducat.seeding import generator
 from ducat.threat import ThreatModel
@@ -326,7 +327,7 @@ def serve(
         raise ValueError(f"port={port} is outside [0, {2**16 - 1}]")
     missing = [module for module in ("starlette", "uvicorn") if find_spec(module) is None]
     if missing:
-        raise ValueError(f"{', '.join(missing)} is not installed: pip install 'ducat[serve]'")
+        raise ValueError(f"{', '.join(missing)} is not installed: {install('serve')}")
     import uvicorn
 
     from ducat.serve.connections import Impatient

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ducat.config import TRACKERS
+from ducat.installing import install
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -57,7 +58,7 @@ class Tracker:
 def check(name: str) -> None:
     """Raise ValueError if a tracker's package is not installed; "auto" and "none" need none."""
     if name in TRACKERS and not _installed(name):
-        raise ValueError(f"train.tracker={name} needs a package that is not installed: pip install 'ducat[{name}]'")
+        raise ValueError(f"train.tracker={name} needs a package that is not installed: {install(name)}")
 
 
 def _installed(package: str) -> bool:

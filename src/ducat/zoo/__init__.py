@@ -1,0 +1,195 @@
+"""Networks by name: `zoo:NAME` stands for a run folder wherever one is asked for.
+
+Each network is one safetensors file with its weights, settings, manifest, metrics and evaluation, checked against the
+SHA-256 in the table. Small ones lie beside this file. Others are fetched from Hugging Face's hub when they are first
+used, or taken from the folder that the environment variable DUCAT_ZOO names, which needs no network.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ducat import checkpoint
+
+PREFIX = "zoo:"
+HERE = Path(__file__).parent
+CARD = ("config", "manifest", "metrics", "evaluation", "made_by")  # what a file's header holds besides the weights
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table of networks.
+
+    Attributes:
+        about: what it is, in a few words.
+        sha256: of its file, NAME.safetensors, in hexadecimal digits.
+        repository: on Hugging Face's hub; None for a file that comes with the package.
+        revision: commit of the repository.
+    """
+
+    about: str
+    sha256: str
+    repository: str | None = None
+    revision: str | None = None
+
+
+NETWORKS: Mapping[str, Entry] = MappingProxyType(
+    {
+        "digits-pgd-at": Entry(
+            "PGD-AT, no dummy classes", "e633e16205a824dc6db9fbff29a090e2f2defbc59cdc3c31cccacb288d181e15"
+        ),
+        "digits-published": Entry(
+            "PGD-AT with dummy classes as published", "b960083c8fcb685937c6b1f10d4147a623669ce9c20fba03792250b853cda4f4"
+        ),
+        "digits-recovery-aware": Entry(
+            "PGD-AT with recovery-aware dummy classes",
+            "196d952f3f040df025f05a86506ba42138835bdb76300f29a24b507ce1fba656",
+        ),
+    }
+)
+
+
+def is_name(source: Path | str) -> bool:
+    """Whether a path is the name of a network of the zoo, such as "zoo:digits-pgd-at"."""
+    return str(source).startswith(PREFIX)
+
+
+def find(name: str, networks: Mapping[str, Entry] = NETWORKS) -> Entry:
+    """Return the row of a name, with or without "zoo:".
+
+    Raises:
+        ValueError: if there is none.
+    """
+    name = name.removeprefix(PREFIX)
+    if name not in networks:
+        raise ValueError(f"{PREFIX}{name} is unknown: choose from {', '.join(PREFIX + known for known in networks)}")
+    return networks[name]
+
+
+def fetch(name: str, networks: Mapping[str, Entry] = NETWORKS) -> Path:
+    """Return the file of a network, which is the one that the table means, bit by bit.
+
+    Raises:
+        ValueError: if there is no such network, or the file is not the one of the table.
+        OSError: if it is not here and cannot be fetched.
+    """
+    entry, file = find(name, networks), f"{name.removeprefix(PREFIX)}.safetensors"
+    folder = os.environ.get("DUCAT_ZOO")
+    if entry.repository is None:
+        path = HERE / file
+    elif folder:
+        path = Path(folder) / file
+    else:
+        path = _from_hub(entry, file)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist" + (": DUCAT_ZOO names its folder" if folder else ""))
+    with open(path, "rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found != entry.sha256:
+        raise ValueError(
+            f"{path} is not the network {name}: its SHA-256 is {found[:12]}..., not {entry.sha256[:12]}..."
+        )
+    return path
+
+
+def _from_hub(entry: Entry, file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    assert entry.repository is not None
+    try:
+        return Path(hf_hub_download(entry.repository, file, revision=entry.revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise OSError(
+            f"{file} cannot be fetched from {entry.repository} ({type(error).__name__}): without a network, put it "
+            "into a folder, and name that in the environment variable DUCAT_ZOO"
+        ) from error
+
+
+def card(name: str, networks: Mapping[str, Entry] = NETWORKS) -> dict[str, Any]:
+    """Return what is known of a network: "config" (YAML), "manifest", "metrics", "evaluation" and "made_by".
+
+    Raises:
+        ValueError, OSError: as `fetch`.
+    """
+    state = checkpoint.read(fetch(name, networks))[1]
+    return {key: state[key] for key in CARD}
+
+
+def folder(name: str, networks: Mapping[str, Entry] = NETWORKS) -> Path:
+    """Return the run folder of a network, made in the user's cache folder when it is first asked for.
+
+    Its checkpoint is called "best". It belongs to the user: evaluations of theirs are written into it.
+
+    Raises:
+        ValueError, OSError: as `fetch`.
+    """
+    import platformdirs
+
+    entry, short = find(name, networks), name.removeprefix(PREFIX)
+    root = Path(os.environ.get("DUCAT_DATA") or platformdirs.user_cache_dir("ducat")).expanduser()
+    path = root / "zoo" / entry.sha256[:12] / short
+    if not path.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _unpack(fetch(name, networks), path)
+    return path
+
+
+def _unpack(file: Path, path: Path) -> None:
+    tensors, state = checkpoint.read(file)
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    best = hidden / "checkpoints" / "best"
+    best.mkdir(parents=True)
+    checkpoint.save(best / "checkpoint.safetensors", tensors, {"model": state["model"]})
+    texts = {
+        "config.yaml": state["config"],
+        "manifest.json": json.dumps(state["manifest"], indent=2) + "\n",
+        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in state["metrics"]),
+        "evaluation.json": json.dumps(state["evaluation"], indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        checkpoint.write_text(hidden / name, text)
+    with contextlib.suppress(OSError):  # Another process was faster.
+        hidden.rename(path)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def pack(run: Path, file: Path, made_by: list[str], which: str = "last") -> str:
+    """Write an evaluated run as a file of the zoo, and return its SHA-256.
+
+    Args:
+        run: the run folder.
+        file: the new file.
+        made_by: the commands that make it, in their order.
+        which: the checkpoint, the one that was evaluated.
+
+    Raises:
+        ValueError: if the evaluation is of another checkpoint.
+    """
+    tensors, state = checkpoint.read(run / "checkpoints" / which / "checkpoint.safetensors")
+    evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    if evaluation.get("checkpoint") != which:
+        raise ValueError(f"{run}: the checkpoint {which} is not the one that was evaluated")
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    program, *arguments = manifest["command"]
+    metrics = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    content = {
+        "model": state["model"],
+        "config": (run / "config.yaml").read_text(encoding="utf-8"),
+        "manifest": {**manifest, "command": [Path(program).name, *arguments]},
+        "metrics": [json.loads(line) for line in metrics],
+        "evaluation": {**evaluation, "checkpoint": "best"},
+        "made_by": made_by,
+    }
+    weights = checkpoint.part("model", tensors)
+    checkpoint.save(file, checkpoint.named("model", weights), content)
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

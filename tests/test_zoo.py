@@ -1,0 +1,221 @@
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import ducat
+from ducat import zoo
+from ducat.cli import main
+from ducat.export import Classifier, export, robustbench
+from ducat.export.push import push
+from ducat.reporting.compare import Run
+from ducat.runs import RunFolder
+
+NAME = "zoo:digits-recovery-aware"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DUCAT_DATA", str(tmp_path / "cache"))
+    monkeypatch.delenv("DUCAT_ZOO", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("name", zoo.NETWORKS)
+def test_a_network_predicts_what_its_card_says(name: str) -> None:
+    known = zoo.card(name)
+    evaluation, manifest = known["evaluation"], known["manifest"]
+    x, y = ducat.data.load_test("digits")
+    with torch.no_grad():
+        logits = ducat.load(f"zoo:{name}")(x)
+    assert logits.shape == (500, 10)
+    assert (logits.argmax(1) == y).double().mean().item() == pytest.approx(evaluation["clean"]["accuracy"])
+    assert evaluation["samples"] == 500
+    assert evaluation["robust"] <= evaluation["blind"]
+    assert manifest["data"]["fingerprint"] == ducat.data.load("digits").fingerprint
+    assert len(known["made_by"]) == 3
+    assert "/" not in manifest["command"][0]
+
+
+def test_the_published_one_has_a_sink_and_ours_has_a_small_one() -> None:
+    gaps = {name: zoo.card(name)["evaluation"]["sink_gap"] for name in zoo.NETWORKS}
+    assert gaps["digits-pgd-at"] == 0
+    assert gaps["digits-published"] > 0.4
+    assert gaps["digits-recovery-aware"] < 0.15
+
+
+def test_a_name_is_a_run_folder_of_the_user(cache: Path) -> None:
+    folder = RunFolder.open(NAME)
+    assert folder.path.is_relative_to(cache)
+    assert (folder.name, folder.checkpoints) == ("digits-recovery-aware", ["best"])
+    assert Run.read(Path(NAME)).evaluation["checkpoint"] == "best"
+    (folder.path / "mine").touch()
+    assert (RunFolder.open(NAME).path / "mine").is_file()
+
+
+def test_an_unknown_name_lists_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "zoo:cats"]) == 2
+    assert "zoo:cats is unknown: choose from zoo:digits-pgd-at" in capsys.readouterr().err
+
+
+def test_the_list_shows_both_numbers_and_a_card_shows_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["zoo"]) == 0
+    shown = capsys.readouterr().out
+    for name in zoo.NETWORKS:
+        assert f"zoo:{name}: " in shown
+    assert "blind" in shown
+    assert "robust" in shown
+    assert main(["zoo", "zoo:digits-published"]) == 0
+    assert "ducat demo --out demo" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_three_networks_are_attacked_and_the_sink_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    before = zoo.card("digits-published")
+    assert main(["zoo", "--evaluate", "--samples", "100"]) == 0
+    shown = capsys.readouterr().out
+    assert "warning digits-published: sink gap of" in shown
+    assert "ducat demo" in shown
+    assert Run.read(Path("zoo:digits-published")).evaluation == before["evaluation"]  # nothing was written
+
+
+@pytest.mark.slow
+def test_evaluate_and_export_take_a_name(tmp_path: Path) -> None:
+    assert main(["evaluate", NAME, "--suite", "quick", "--samples", "20"]) == 0
+    assert main(["export", NAME, "--format", "robustbench", "--out", str(tmp_path / "claim")]) == 0
+
+
+def test_robustbenchs_loader_finds_the_weights_of_a_claim(tmp_path: Path) -> None:
+    model = robustbench.read(export(NAME, "robustbench", tmp_path / "claim").path)
+    assert isinstance(model, torch.nn.Module)
+    state = model.state_dict()
+    # What robustbench.utils.load_model does to the names in a file, for both of these.
+    for start in ("module.", "model."):
+        state = {name[len(start) :] if start in name else name: tensor for name, tensor in state.items()}
+    model.load_state_dict(state, strict=True)
+    x, _ = ducat.data.load_test("digits", samples=20)
+    torch.testing.assert_close(model(x), ducat.load(NAME)(x))
+
+
+def test_a_file_that_is_not_the_tables_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "big.safetensors"
+    shutil.copy(zoo.HERE / "digits-pgd-at.safetensors", file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    networks = {"big": zoo.Entry("a larger one", digest, "ducat/zoo", "main")}
+    monkeypatch.setenv("DUCAT_ZOO", str(tmp_path))
+    assert zoo.fetch("zoo:big", networks) == file
+    assert RunFolder(zoo.folder("big", networks)).checkpoints == ["best"]
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"is not the network zoo:big: its SHA-256 is"):
+        zoo.fetch("zoo:big", networks)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"DUCAT_ZOO names its folder"):
+        zoo.fetch("zoo:big", networks)
+
+
+def test_a_larger_one_comes_from_the_hub_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = zoo.HERE / "digits-pgd-at.safetensors"
+    asked: list[Any] = []
+
+    def download(repository: str, name: str, *, revision: str) -> str:
+        asked.append((repository, name, revision))
+        return str(file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    networks = {"big": zoo.Entry("a larger one", zoo.NETWORKS["digits-pgd-at"].sha256, "ducat/zoo", "abc")}
+    assert zoo.fetch("big", networks) == file
+    assert asked == [("ducat/zoo", "big.safetensors", "abc")]
+
+
+def test_without_a_network_the_message_names_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fail(*arguments: object, **settings: object) -> str:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(OSError, match=r"name that in the environment variable DUCAT_ZOO"):
+        zoo.fetch("big", {"big": zoo.Entry("a larger one", "0" * 64, "ducat/zoo", "abc")})
+
+
+class Hub:
+    """Stands for huggingface_hub.HfApi, and keeps what it is sent in a folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.made = root, dict[str, Any]()
+
+    def __call__(self, **settings: object) -> "Hub":
+        return self
+
+    def create_repo(self, name: str, **settings: object) -> None:
+        self.made[name] = settings
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, **settings: object) -> SimpleNamespace:
+        shutil.copytree(folder_path, self.root / repo_id)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    api = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.HfApi", api)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "mine")
+    return api
+
+
+def test_push_says_what_it_would_send_then_sends_it(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", NAME, "--format", "hub", "--out", str(tmp_path / "out"), "--push", "me/digits"]
+    assert main(command) == 0
+    assert "nothing was sent" in capsys.readouterr().out
+    assert hub.made == {}
+    assert main([*command, "--confirm"]) == 0
+    assert "https://hub/me/digits" in capsys.readouterr().out
+    assert hub.made == {"me/digits": {"private": True, "exist_ok": True}}
+    x, _ = ducat.data.load_test("digits", samples=20)
+    pulled = Classifier.from_pretrained(hub.root / "me" / "digits")
+    torch.testing.assert_close(pulled(x), ducat.load(NAME)(x))
+
+
+def test_push_refuses_other_numbers_other_weights_and_strangers(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = export(NAME, "hub", tmp_path / "out").path
+    card, text = out / "README.md", (out / "README.md").read_text()
+    card.write_text(text + "\nWords of mine.\n")
+    assert push(NAME, "me/digits", out).address is None
+    robust = f"{100 * zoo.card(NAME)['evaluation']['robust']:.1f}"
+    assert robust in text
+    card.write_text(text.replace(robust, "99.9"))
+    with pytest.raises(ValueError, match=r"other numbers than the run's evaluation"):
+        push(NAME, "me/digits", out, confirm=True)
+    card.write_text(text)
+    with pytest.raises(ValueError, match=r"is not that of the run"):
+        push("zoo:digits-published", "me/digits", _with_card(out, "zoo:digits-published", tmp_path), confirm=True)
+    (out / "token.txt").touch()
+    with pytest.raises(ValueError, match=r"take out token\.txt"):
+        push(NAME, "me/digits", out, confirm=True)
+    (out / "token.txt").unlink()
+    for name in ("digits", "a/b/c", "me/di gits"):
+        with pytest.raises(ValueError, match=r"push: "):
+            push(NAME, name, out)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ValueError, match=r"hf auth login"):
+        push(NAME, "me/digits", out, confirm=True)
+    RunFolder.open(NAME).evaluation_path.write_text(json.dumps({**zoo.card(NAME)["evaluation"], "checkpoint": "last"}))
+    with pytest.raises(ValueError, match=r"run `ducat evaluate` first"):
+        push(NAME, "me/digits", out)
+    assert hub.made == {}
+
+
+def _with_card(out: Path, name: str, tmp_path: Path) -> Path:
+    """Return the files of `out` under the card of another network."""
+    mixed = export(name, "hub", tmp_path / "mixed").path
+    shutil.copy(out / "model.safetensors", mixed)
+    return mixed
