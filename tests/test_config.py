@@ -68,7 +68,7 @@ def test_what_an_epoch_minimises(kind: str, epoch: int, reading: str, two_hot: b
         (lambda: ThreatConfig(eps=8), "did you mean 8/255"),
         (lambda: Config(name="a" * 300), r"of 300 characters cannot name a run: .* at most 200 bytes"),
         (lambda: Config(name="a\x1b[31mb"), r"name='a\\x1b\[31mb' of 7 characters cannot name a run"),
-        (lambda: Config(model=ModelConfig(width=10**20)), r"model\.width=10+ does not fit"),
+        (lambda: Config(model=ModelConfig(width=10**20)), r"model\.width=10+ is outside \[1, 4096\]"),
         (lambda: Config(train=TrainConfig(seed=2**63)), r"train\.seed=\d+ does not fit: numbers end below 2\^63"),
         (
             lambda: Config(method=MethodConfig("natural"), dummy=DummyConfig("published")),

@@ -23,7 +23,8 @@ def texts() -> list[Path]:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     names = listed.stdout.split() if listed.returncode == 0 else []
     kinds = (".py", ".md", ".yaml", ".yml", ".toml", ".ipynb", "")
-    return [ROOT / name for name in names if Path(name).suffix in kinds and not name.startswith("tests/")]
+    chosen = [ROOT / name for name in names if Path(name).suffix in kinds and not name.startswith("tests/")]
+    return [path for path in chosen if path.is_file()]  # docs/results is a link to a folder
 
 
 def test_every_line_that_installs_names_our_distribution_and_an_extra_that_there_is() -> None:

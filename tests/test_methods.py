@@ -340,7 +340,7 @@ def test_there_are_recipes() -> None:
         (lambda: DataConfig(crop_padding=-1), r"data\.crop_padding=-1 must be at least 0"),
         (
             lambda: MethodConfig(attack="fgsm"),
-            r"method\.attack=fgsm is unknown: choose from pgd, pgd-cosine, fgsm-rs, n-fgsm",
+            r"method\.attack=fgsm is unknown: did you mean n-fgsm\? choose from pgd, pgd-cosine, fgsm-rs, n-fgsm",
         ),
         (lambda: MethodConfig(label_smoothing=1.0), r"method\.label_smoothing=1\.0 is outside \[0, 1\)"),
         (

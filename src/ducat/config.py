@@ -493,7 +493,7 @@ def _reader() -> ArgumentParser:
 LATER = (
     *("crop_padding", "extra", "extra_share", "held_out", "workers"),
     *("init", "input_size", "options", "weights", "clip_start", "cross_entropy", "benign_share", "pair_weight"),
-    *("accumulate", "batch_norm", "clip_norm", "compile", "drop_last", "eps_ramp_epochs", "optimizer"),
+    *("accumulate", "batch_norm", "clip_norm", "compile", "drop_last", "eps_ramp_epochs", "optimizer", "threads"),
 )
 
 

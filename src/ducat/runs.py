@@ -266,7 +266,7 @@ class RunFolder:
                 f"{self.path} has no checkpoint {which} ({why}status: {self.manifest['status']}): "
                 f"choose from {', '.join(self.checkpoints)}"
             )
-        return checkpoint.read(path, holds=HOLDS)
+        return checkpoint.read(path, holds=("model",))  # of the zoo no more is needed
 
     def load(self, which: Which = "best") -> nn.Module:
         """Return the trained network as it is, with 2C outputs if it has dummy classes, in evaluation mode.

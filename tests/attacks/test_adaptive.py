@@ -168,7 +168,7 @@ def test_the_image_that_came_closest_is_kept(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_unknown_budget_is_named(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="budget 'huge' is unknown: choose from quick, standard, full"):
+    with pytest.raises(ValueError, match="budget 'huge' is unknown: choose from quick, light, standard, full"):
         attack(network, images, labels, THREATS[0], budget="huge")
 
 

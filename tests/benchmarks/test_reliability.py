@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import reliability
 from benchmarks.reliability import COMMANDS, GOOD, WRITERS, Command, Damage, attempt, damages
-from ducat import checkpoint, cli, records
+from ducat import checkpoint, records
+from ducat.cli import commands
 from ducat.runs import RunFolder
 
 TRIES = 60
@@ -67,10 +68,10 @@ def test_faults_are_caught_by_the_harness(runs: tuple[Path, Path], monkeypatch: 
         patched.setattr(records, "conform", lambda value, expected, key="": value)
         assert attempt(row("serve"), broken, *runs).outcome == "traceback"
     with monkeypatch.context() as patched:
-        patched.setattr(cli, "_complain", lambda text: print(f"ducat: {text}\nmore", file=sys.stderr))
+        patched.setattr(commands, "complain", lambda text: print(f"ducat: {text}\nmore", file=sys.stderr))
         assert attempt(row("serve"), broken, *runs).outcome == "not one line"
     with monkeypatch.context() as patched:
-        patched.setattr(cli, "_told", lambda error: "something is wrong")
+        patched.setattr(commands, "told", lambda error: "something is wrong")
         assert attempt(row("serve"), broken, *runs).outcome == "does not name the file"
 
     def careless(folder: RunFolder) -> dict[str, object]:

@@ -225,6 +225,11 @@ def thirty_two_bits(folder: Path) -> None:
     Image.fromarray(np.zeros((8, 8), np.float32)).save(folder / "train" / "ant" / "deep.tif")
 
 
+def escape(folder: Path) -> None:
+    for part in ("train", "test"):
+        shutil.copytree(folder / part / "ant", folder / part / "\x1b[2J")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -232,7 +237,7 @@ def thirty_two_bits(folder: Path) -> None:
         (add("train/ant/x.jpg"), r"train/ant/x\.jpg is not a PNG, JPEG, .* or AVIF image that can be read"),
         (halve("train/ant/00.png"), r"train/ant/00\.png is cut short or damaged"),
         (thirty_two_bits, r"train/ant/deep\.tif .* save it with 8 bits a channel"),
-        (add("train/\x1b[2J/x.png"), r"the class '\\x1b\[2J' has characters that cannot be shown"),
+        (escape, r"the class '\\x1b\[2J' has characters that cannot be shown"),
         (add("test/wasp/x.png"), r"the class of test/wasp/x\.png is not among those of train/"),
         (add("train/x.png"), r"train/x\.png is not at train/CLASS/FILE"),
         (add("more/train/ant/x.png"), "more than one image folder"),

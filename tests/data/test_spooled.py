@@ -103,7 +103,7 @@ def test_an_evaluation_of_ten_times_the_images_takes_no_more_memory(
         forget_the_peak()
         parts = tmp_path / str(rows)
         found = ducat.evaluate(model, x, y, ducat.ThreatModel(), suite, num_classes=4, batch_size=50, parts=parts)
-        found.save(tmp_path / "evaluation.json")
+        found.save(tmp_path / "evaluation.json", replace=True)
         ducat.Evaluation.load(tmp_path / "evaluation.json")
         peaks[rows] = peak()
     assert found.robust.float().mean() < found.clean.float().mean() == 1

@@ -190,6 +190,7 @@ def test_the_command_begins_with_the_settings_of_the_run(tmp_path: Path) -> None
 def test_settings_of_a_run_with_epochs_that_the_tail_has_not(tmp_path: Path) -> None:
     trained = replace(
         TINY,
+        threat=ThreatConfig(eps=0.1),
         dummy=DummyConfig("off"),
         train=TrainConfig(epochs=130, averaging="swa", averaging_start_epoch=120, awp=0.01, awp_start_epoch=105),
     )

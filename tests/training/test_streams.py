@@ -125,6 +125,7 @@ def _one_of_two(rank: int, root: Path) -> None:
 
     if rank == 1:
         Encoded.read = dying  # type: ignore[method-assign]
+    os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate says that it should be set
     join(rank, 2, root / "meeting")
     settings = config("streamed", root)
     settings = replace(settings, data=replace(settings.data, workers=0))

@@ -117,6 +117,7 @@ def strongest(contents: Sequence[Content], ball: tuple[str, float]) -> int:
     2. Of these, those that no other outdoes: by a suite at least as hard, on at least as many test images, and by more
        in one of the two. A suite of one's own is as hard as itself alone.
     3. Of what is left, the one that claims least: with the lowest upper end of the 95 % interval of robust accuracy.
+       Of equal ones, the one that measured refusing too.
 
     Args:
         contents: contents of evaluation.json, at least one.
@@ -132,7 +133,15 @@ def strongest(contents: Sequence[Content], ball: tuple[str, float]) -> int:
     nearest = max(map(near, contents))
     left = [place for place, content in enumerate(contents) if near(content) == nearest]
     left = [place for place in left if not any(_outdoes(contents[other], contents[place]) for other in left)]
-    return min(left, key=lambda place: (contents[place]["robust_ci95"][1], contents[place]["robust"], place))
+    return min(
+        left,
+        key=lambda place: (
+            contents[place]["robust_ci95"][1],
+            contents[place]["robust"],
+            not contents[place].get("rejection"),
+            place,
+        ),
+    )
 
 
 def _outdoes(first: Content, second: Content) -> bool:

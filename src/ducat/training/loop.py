@@ -6,7 +6,6 @@ stopped.
 
 import contextlib
 import math
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -357,9 +356,10 @@ class _Loop:
                 raise ValueError(
                     f"{self.folder.path} has been trained on by another process meanwhile: look at it, then resume"
                 )
+            if main:  # reads what may be damaged, before anything is written
+                self.folder.clean(from_epoch=self.position.epoch)
             try:
                 if main:
-                    self.folder.clean(from_epoch=self.position.epoch)
                     if self.resumed:
                         self.folder.note_resumption(self.position.epoch, self.position.step, _now())
                     tracker = tracking.Tracker.start(
@@ -367,19 +367,15 @@ class _Loop:
                     )
                 if isinstance(self.listener, Watcher):
                     self.listener.begin(self._plan())
-                with lost_processes_named(), collected(launched=self.accelerator.num_processes > 1) as self.received:
+                with (
+                    lost_processes_named(self.folder.path),
+                    collected(launched=self.accelerator.num_processes > 1) as self.received,
+                ):
                     while self.position.epoch < settings.epochs:
                         self._epoch(tracker)
                 status = "finished"
                 if self.received:
                     raise Interrupted(self.received[0], self.folder, finished=True)
-            except RuntimeError as error:
-                if self.accelerator.num_processes > 1 and re.search("onnection|peer|gloo|NCCL", str(error)):
-                    raise ConnectionError(
-                        "another process of this training is gone, so this one ends; go on with the same launcher and: "
-                        f"ducat train --resume {self.folder.path}"
-                    ) from error
-                raise
             except KeyboardInterrupt:
                 status = "finished" if status == "finished" else "interrupted"
                 raise

@@ -7,6 +7,7 @@ exchanged inside it: in evaluation mode batch norm reads the running statistics,
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,11 @@ PIXELS = (0, 2, 3)  # all dimensions of activations but the channels
 
 
 @contextmanager
-def lost_processes_named() -> Iterator[None]:
+def lost_processes_named(run: Path) -> Iterator[None]:
     """Say in one line that another process has gone, instead of where an exchange with it failed.
+
+    Args:
+        run: the folder of the run that they train.
 
     Raises:
         OSError: an exchange with another process failed.
@@ -33,8 +37,8 @@ def lost_processes_named() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
         raise OSError(
-            "another process of this training has ended or cannot be reached: its own message says why; "
-            "go on with ducat train --resume"
+            "another process of this training has ended or cannot be reached: its own message says why; go on with the "
+            f"same launcher and: ducat train --resume {run}"
         ) from error
 
 
