@@ -1,5 +1,6 @@
 import importlib
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch import nn
 
 # One thread: the networks of the tests are too small to share, and results then do not depend on the machine's cores.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 settings.register_profile("ducat", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("ducat")
 

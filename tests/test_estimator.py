@@ -16,7 +16,7 @@ import ducat
 from ducat import RobustClassifier
 from ducat.cli import main
 
-TINY = {"epochs": 4, "steps": 1, "batch_size": 32, "random_state": 0}
+TINY = {"epochs": 2, "steps": 1, "batch_size": 32, "random_state": 0}
 IN_PLACE = "scikit-learn's Pipeline fits its steps in place, whatever they are"
 
 

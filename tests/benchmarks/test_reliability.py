@@ -14,7 +14,7 @@ from ducat import checkpoint, records
 from ducat.cli import commands
 from ducat.runs import RunFolder
 
-TRIES = 60
+TRIES = 36
 QUICK = ("calibrate", "analyze always-failed", "analyze transfer", "export hub", "serve", "train --resume")
 
 
@@ -87,7 +87,7 @@ def test_faults_are_caught_by_the_harness(runs: tuple[Path, Path], monkeypatch: 
 def test_full_disks_leave_nothing_half_written(runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ("calibrate", "export hub", "export torch-export", "data prepare", "train")
     monkeypatch.setattr(reliability, "WRITERS", tuple(map(row, chosen)))
-    monkeypatch.setattr(reliability, "SIZES", (200, 12_000))
+    monkeypatch.setattr(reliability, "SIZES", (100, 12_000))
     tries = list(reliability.full_disk(*runs))
     assert len(tries) == 10
     assert all(tried.outcome in GOOD for tried in tries), tries

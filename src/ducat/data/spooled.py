@@ -6,11 +6,13 @@ than a chunk at a time.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -71,11 +73,30 @@ def is_on_disk(tensor: Tensor) -> bool:
 
 
 def release(*tensors: Tensor) -> None:
-    """Give back the memory of tensors that are on disk; their values stay."""
-    for tensor in tensors:
-        mapped = _maps.get(tensor.data_ptr())
-        if mapped is not None and hasattr(mapped, "madvise"):
-            mapped.madvise(mmap.MADV_DONTNEED)
+    """Give back the memory of tensors that are on disk, and what was used for their chunks; their values stay."""
+    mapped = [one for tensor in tensors if (one := _maps.get(tensor.data_ptr())) is not None]
+    for one in mapped:
+        if hasattr(one, "madvise"):
+            one.madvise(mmap.MADV_DONTNEED)
+    if mapped:
+        _trim()
+
+
+@cache
+def _trimmer() -> Callable[[int], int] | None:
+    """Return glibc's `malloc_trim`, None where there is none."""
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+    return trim
+
+
+def _trim() -> None:
+    # glibc keeps what was freed between allocations that live on: with each chunk that would be a little more.
+    trim = _trimmer()
+    if trim is not None:
+        trim(0)
 
 
 def chunks(tensor: Tensor, size: int) -> Iterator[Tensor]:

@@ -112,7 +112,8 @@ def evaluate_run(
         )
     if _is_main_process(device):
         kept.promote(folder)
-        if behaviour.read(folder) is None:
+        # An evaluation of the zoo comes without its images.
+        if folder.evaluation_path.with_suffix(".safetensors").is_file() and behaviour.read(folder) is None:
             behaviour.measure_run(folder, dataset)
     return measured
 
