@@ -152,7 +152,15 @@ def test_a_hash_answers_the_same_image_alike_and_a_near_one_otherwise() -> None:
 
 
 def measured(**changes: Any) -> dict[str, Any]:
-    row = {"clean": 0.9, "reported": 0.5, "at_most": False, "warnings": [], "seconds": 1.0, "cpu_seconds": 1.0}
+    row = {
+        "suite": "light",
+        "clean": 0.9,
+        "reported": 0.5,
+        "at_most": False,
+        "warnings": [],
+        "seconds": 1.0,
+        "cpu_seconds": 1.0,
+    }
     return {**row, **changes}
 
 
@@ -185,8 +193,8 @@ def test_the_table_tells_honest_networks_from_defences() -> None:
     rows = {"robust": measured(reported=0.7), "one-hot": measured(at_most=True, warnings=["gradients vanish: 9 of 9"])}
     lines = table(rows, {"robust": {"true": 0.7}, "one-hot": {"true": 0.4}}, {"robust": measured(reported=0.7)})
     honest, defences = lines.split("## Defences")
-    assert "| `robust` | the same by PGD-AT | 90.0 | 70.0 | 70.0 | +0.0 | 70.0 | 1.00 |  | 1 | ok |" in honest
-    assert "| 90.0 | at most 50.0 | 40.0 | +10.0 | gradients vanish | 1 | ok |" in defences
+    assert "| `robust` | the same by PGD-AT | 90.0 | 70.0 | 70.0 | +0.0 | 70.0 | 1.00 | light |  | 1 | ok |" in honest
+    assert "| 90.0 | at most 50.0 | 40.0 | +10.0 | light | gradients vanish | 1 | ok |" in defences
 
 
 def test_the_evaluator_and_the_zoo_agree_on_a_linear_network(tmp_path: Path, bases: Bases) -> None:

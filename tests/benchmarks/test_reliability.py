@@ -14,7 +14,7 @@ from ducat import checkpoint, records
 from ducat.cli import commands
 from ducat.runs import RunFolder
 
-TRIES = 36
+TRIES = 24
 QUICK = ("calibrate", "analyze always-failed", "analyze transfer", "export hub", "serve", "train --resume")
 
 
