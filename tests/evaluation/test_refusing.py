@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +44,31 @@ def test_the_threshold_is_set_on_validation_images(run: Path) -> None:
     (row,) = measured["signals"][1]["rows"]
     assert measured["signals"][1]["signal"] == "real"
     assert row["threshold"] == pytest.approx(calibrated["threshold"], abs=1e-4)
+
+
+def test_thresholds_are_never_set_on_images_that_the_run_was_trained_on(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def held_out(images: int) -> Path:
+        """A copy of the tiny run that says to have held out as many."""
+        path = tmp_path / str(images)
+        shutil.copytree(tiny_run, path, ignore=shutil.ignore_patterns("evaluation*"))
+        config, manifest = path / "config.yaml", json.loads((path / "manifest.json").read_text())
+        config.write_text(re.sub(r"held_out: .*", f"held_out: {images}", config.read_text()))
+        manifest["data"]["fingerprint"] = ducat.data.load("digits", samples=400, held_out=images).fingerprint
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        return path
+
+    few = held_out(30)
+    assert main(["calibrate", str(few), "--reject", "0.1"]) == 0
+    assert json.loads((few / "rejection.json").read_text())["images"] == 30
+    assert main(["evaluate", str(few), "--suite", "quick", "--samples", "4", "--reject", "0.1"]) == 0
+    assert json.loads((few / "evaluation.json").read_text())["rejection"]["calibrated"] == 30
+    capsys.readouterr()
+    none = str(held_out(0))
+    for command in (["calibrate", none], ["evaluate", none, "--suite", "quick", "--samples", "4"]):
+        assert main([*command, "--reject", "0.1"]) == 2
+        assert "no images were held out of training" in capsys.readouterr().err
 
 
 def test_what_was_measured_is_kept_and_shown(run: Path, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def evaluate_run(
             num_classes=folder.read(which)[1]["model"]["num_classes"],
             seed=seed,
             reject=reject,
-            held_out=_held_out(load(config.data.name, root=config.data.root)) if reject else None,
+            held_out=_held_out(dataset) if reject else None,
             surrogates=[RunFolder.open(Path(run)).load("best") for run in surrogates],
             second_round_seconds=second_round_seconds,
             batch_size=batch_size,
@@ -240,9 +240,7 @@ def calibrate_run(
         FileNotFoundError: if there is no such run or checkpoint, or the data are gone.
         ValueError: if share or signal do not fit, or the data are not those that the run was trained on.
     """
-    folder.dataset()
-    settings = folder.config.data
-    x, y = _held_out(load(settings.name, root=settings.root))
+    x, y = _held_out(folder.dataset())
     content = {
         "schema": 1,
         "signal": signal,
@@ -265,7 +263,17 @@ def read_calibration(folder: RunFolder, which: Which) -> dict[str, Any] | None:
 
 
 def _held_out(dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Return the images that a network was not trained on, and by which thresholds may be set.
+
+    Raises:
+        ValueError: if none were held out.
+    """
     validation = dataset.validation
+    if not len(validation):
+        raise ValueError(
+            "no images were held out of training: thresholds would be set on images that the network has learnt; "
+            "train with data.held_out above 0"
+        )
     return validation.floats(), validation.labels
 
 
