@@ -48,6 +48,12 @@ def test_the_name_is_that_of_the_project() -> None:
 def test_a_checkout_is_installed_from_itself_and_a_copy_from_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
     assert installing.install("onnx") == f"pip install -e '{ROOT}[onnx]'"
     monkeypatch.setattr(installing, "__file__", "/somewhere/site-packages/ducat/installing.py")
+    noted = SimpleNamespace(read_text=lambda name: f'{{"url": "{ROOT.as_uri()}", "dir_info": {{}}}}')
+    monkeypatch.setattr(metadata, "distribution", lambda name: noted)
+    assert installing.install("onnx") == f"pip install '{ROOT}[onnx]'", "a copy that was installed from a checkout"
+    noted.read_text = lambda name: '{"url": "file:///gone"}'
+    assert installing.install("onnx") == "pip install 'ducat-robust[onnx]'"
+    noted.read_text = lambda name: None
     assert installing.install("onnx") == "pip install 'ducat-robust[onnx]'"
     assert installing.install() == "pip install 'ducat-robust'"
 

@@ -91,6 +91,16 @@ def test_evaluate_and_export_take_a_name(tmp_path: Path) -> None:
     assert main(["export", NAME, "--format", "robustbench", "--out", str(tmp_path / "claim")]) == 0
 
 
+@pytest.mark.slow
+def test_a_network_is_adapted_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--train.epochs", "1", "--data.samples", "64", "--train.batch_size", "64", "--threat.steps", "1"]
+    assert main(["adapt", "zoo:digits-pgd-at", "--runs", str(tmp_path), "--name", "mine", *short]) == 0
+    assert "mine: epoch 1 of 1" in capsys.readouterr().out, "the progress is that of the new run"
+    adapted = RunFolder.open(tmp_path / "mine")
+    assert adapted.config.threat.build(None).eps == pytest.approx(0.2)
+    assert adapted.load("last")(torch.rand(2, 1, 8, 8)).shape == (2, 20)
+
+
 def test_robustbenchs_loader_finds_the_weights_of_a_claim(tmp_path: Path) -> None:
     model = robustbench.read(export(NAME, "robustbench", tmp_path / "claim").path)
     assert isinstance(model, torch.nn.Module)

@@ -499,12 +499,13 @@ LATER = (
 
 def _check_whole(values: Any) -> None:
     """Raise ValueError if a key of a run's config is missing, or null where a run has written its value out."""
-    for section in dataclasses.fields(Config):
+    usual = Config()
+    for section in dataclasses.fields(usual):
         if not isinstance(values, dict) or section.name not in values:
             raise ValueError(f"{section.name} is missing")
         if section.name == "name":
             continue
-        hints = get_type_hints(type(getattr(Config(), section.name)))
+        hints = get_type_hints(type(getattr(usual, section.name)))
         found = values[section.name]
         if not isinstance(found, dict):
             raise ValueError(f"{section.name} is {found!r}, not settings")

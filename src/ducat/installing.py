@@ -1,8 +1,10 @@
 """What our distribution is called, how an extra of it is installed, and what else may lie in the same folder."""
 
+import json
 import warnings
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 DISTRIBUTION = "ducat-robust"  # `ducat` on the package index is somebody else's log processor
 OTHER = "ducat"
@@ -11,11 +13,24 @@ OTHER = "ducat"
 def install(extra: str | None = None) -> str:
     """Return the command that installs this package, or an extra of it, right for where this code runs.
 
-    From a checkout it names the checkout's folder, otherwise the distribution on the package index.
+    In a checkout, or where it was installed from one, it names the checkout's folder, otherwise the distribution on the
+    package index.
     """
     checkout = Path(__file__).parents[2]
     here = (checkout / "pyproject.toml").is_file() and Path(__file__).parent.parent.name == "src"
-    return f"pip install {'-e ' * here}'{checkout if here else DISTRIBUTION}{f'[{extra}]' if extra else ''}'"
+    what = str(checkout) if here else _installed_from() or DISTRIBUTION
+    return f"pip install {'-e ' * here}'{what}{f'[{extra}]' if extra else ''}'"
+
+
+def _installed_from() -> str | None:
+    """Return the folder that the distribution was installed from, if pip noted one (PEP 610) that is still there."""
+    try:
+        noted = json.loads(metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, ValueError):
+        return None
+    url = urlsplit(noted.get("url", ""))
+    folder = Path(unquote(url.path))
+    return str(folder) if url.scheme == "file" and (folder / "pyproject.toml").is_file() else None
 
 
 def warn_of_the_other() -> None:

@@ -81,7 +81,7 @@ class RunFolder:
             FileNotFoundError: if there is none.
             ValueError: if the zoo has no such network.
         """
-        folder = cls(zoo.folder(str(path)) if zoo.is_name(path) else Path(path))
+        folder = cls(zoo.place(path))
         if not folder.config_path.is_file():
             raise FileNotFoundError(f"{path} is not a run folder: it has no config.yaml")
         return folder

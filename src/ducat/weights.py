@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ducat import checkpoint
+from ducat import checkpoint, zoo
 from ducat.architecture import Architecture
 from ducat.models import MODELS
 from ducat.runs import RunFolder
@@ -286,15 +286,16 @@ def read(source: Path | str) -> Weights:
     """Read weights of ours or of other people. No code in a file is run.
 
     Args:
-        source: a run folder, of which the best checkpoint is taken, or a file: one of our checkpoints, or a state_dict
-            as torch.save or safetensors writes it, or a Lightning checkpoint. A state_dict may be nested (`NESTINGS`),
-            beside other things, which are not read.
+        source: a run folder, of which the best checkpoint is taken, a network of the zoo by its name, such as
+            "zoo:digits-pgd-at", or a file: one of our checkpoints, or a state_dict as torch.save or safetensors writes
+            it, or a Lightning checkpoint. A state_dict may be nested (`NESTINGS`), beside other things, which are not
+            read.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
         ValueError: if the file is damaged, or holds no weights; the message says what it is.
     """
-    source = Path(source)
+    source = zoo.place(source)
     if source.is_dir():
         run = RunFolder.open(source)
         source = run.checkpoint_path("best" if run.manifest["data"]["validation"] else "last")

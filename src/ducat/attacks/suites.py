@@ -180,28 +180,24 @@ _STANDARD = (
     _AUTOATTACK(True),
 )
 
+
+def _light(name: str, budget: str) -> tuple[Attack, ...]:
+    """Return the rows of a suite without AutoAttack; the ensemble has the name and the budget."""
+    return (
+        Attack("fgsm", False, fgsm),
+        Attack("pgd-20", False, _pgd(20)),
+        Attack(name, False, ensemble(budget)),
+        Attack("pgd-20", True, _pgd(20)),
+        Attack(name, True, ensemble(budget)),
+    )
+
+
 SUITES: dict[str, Suite] = {
     "quick": Suite(_QUICK, audit=False),
     # What shows catastrophic overfitting during training: FGSM and PGD on the deployed classifier.
     "single-step": Suite((*_QUICK, Attack("fgsm", True, fgsm), Attack("pgd-10", True, _pgd(10))), audit=False),
-    "light": Suite(
-        (
-            Attack("fgsm", False, fgsm),
-            Attack("pgd-20", False, _pgd(20)),
-            Attack("ensemble", False, ensemble("standard")),
-            Attack("pgd-20", True, _pgd(20)),
-            Attack("ensemble", True, ensemble("standard")),
-        )
-    ),
-    "demo": Suite(
-        (
-            Attack("fgsm", False, fgsm),
-            Attack("pgd-20", False, _pgd(20)),
-            Attack("ensemble-light", False, ensemble("light")),
-            Attack("pgd-20", True, _pgd(20)),
-            Attack("ensemble-light", True, ensemble("light")),
-        )
-    ),
+    "light": Suite(_light("ensemble", "standard")),
+    "demo": Suite(_light("ensemble-light", "light")),
     "standard": Suite(_STANDARD),
     "full": Suite(
         (

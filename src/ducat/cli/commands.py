@@ -107,8 +107,9 @@ def _settings_parser(prog: str, check: Callable[[Namespace], None] = lambda give
 
 def _run_adapt(arguments: Namespace, console: Console) -> None:
     with Live(console) as live:
-        title = arguments.checkpoint.stem
-        folder = adapt(arguments.checkpoint, _config(arguments), arguments.runs, live.training(title))
+        config = _config(arguments)
+        title = config.name or arguments.checkpoint.stem
+        folder = adapt(arguments.checkpoint, config, arguments.runs, live.training(title))
     _print_trained(console, folder)
 
 
@@ -494,12 +495,17 @@ def _serve_parser(arguments: Sequence[str]) -> Parser:
 
 
 def _run_demo(arguments: Namespace, console: Console) -> None:
+    shown = False
+
     def show(title: str, measured: dict[str, Any]) -> None:
+        nonlocal shown
+        if not shown:
+            columns = "".join(f"{name:>10}" for name in ("clean", "blind", "robust", "sink gap"))
+            console.print(f"{'accuracy in %':24}{columns}", highlight=False)
+            shown = True
         shares = (measured["clean"]["accuracy"], measured["blind"], measured["robust"], measured["sink_gap"])
         console.print(f"{title:24}" + "".join(f"{100 * share:10.1f}" for share in shares), highlight=False)
 
-    columns = "".join(f"{name:>10}" for name in ("clean", "blind", "robust", "sink gap"))
-    console.print(f"{'accuracy in %':24}{columns}", highlight=False)
     with Live(console) as live:
         made = demo_room.run(
             arguments.out,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ducat import methods, weights
+from ducat import methods, weights, zoo
 from ducat.architecture import Architecture
 from ducat.config import Config, DummyConfig
 from ducat.runs import RunFolder
@@ -29,7 +29,7 @@ def settings(source: Path | str) -> Config:
     Raises:
         FileNotFoundError: if there is no such file or folder.
     """
-    source = Path(source)
+    source = zoo.place(source)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a run folder, or a file of weights")
     run = _run_of(source)
@@ -67,8 +67,8 @@ def adapt(
     them: trained on recovery-aware, it becomes robust against attackers who know recovery.
 
     Args:
-        source: a run folder, of which the best checkpoint is taken, or a file: one of our checkpoints, or a state_dict
-            as `weights.read` takes it. No code in a file is run.
+        source: a run folder, of which the best checkpoint is taken, a network of the zoo by its name, or a file: one of
+            our checkpoints, or a state_dict as `weights.read` takes it. No code in a file is run.
         config: what to train, as for `train`; `settings(source)` by default. Dummy classes are in use from the first
             epoch on, whatever `dummy.start_epoch` says. `model.normalization` says what a bare state_dict was trained
             with: data if its network took normalised images, none if it took images in [0, 1] as they are. Our own
@@ -83,7 +83,7 @@ def adapt(
         ValueError: if the file is not what it should be, or does not fit the network that the settings ask for; the
             message names the keys at fault.
     """
-    source = Path(source)
+    source = zoo.place(source)
     config = settings(source) if config is None else config
     if config.dummy.kind == "off":
         raise ValueError("dummy.kind=off leaves nothing to adapt: choose published or recovery-aware")

@@ -61,6 +61,15 @@ def is_name(source: Path | str) -> bool:
     return str(source).startswith(PREFIX)
 
 
+def place(source: Path | str) -> Path:
+    """Return a path as it is, or for the name of a network of the zoo its run folder, see `folder`.
+
+    Raises:
+        ValueError, OSError: as `folder`.
+    """
+    return folder(str(source)) if is_name(source) else Path(source)
+
+
 def find(name: str, networks: Mapping[str, Entry] = NETWORKS) -> Entry:
     """Return the row of a name, with or without "zoo:".
 
