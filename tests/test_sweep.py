@@ -130,3 +130,11 @@ def test_the_command_says_what_it_left(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"open {tmp_path / 'mine' / 'report.html'}" in "".join(printed.split("\n"))
     assert main([*words, "--grid", "dummy.strat_epoch=0"]) == 2
     assert "strat_epoch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"grid": ', "\x00"])
+def test_a_damaged_note_of_a_sweep_is_named_before_anything_is_trained(tmp_path: Path, content: str) -> None:
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(ValueError, match=r"sweep\.json is damaged \(.*\): choose another --name, or delete it"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]

@@ -463,11 +463,11 @@ class Config:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
-        parser = _reader()
         try:
+            text = path.read_text(encoding="utf-8")
             if whole:
-                _check_whole(yaml.safe_load(path.read_text(encoding="utf-8")))
-            return cls(**vars(parser.instantiate(parser.parse_path(str(path)))))
+                _check_whole(yaml.safe_load(text))
+            return _read(text)
         except (ArgumentError, ValueError, TypeError, OverflowError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
@@ -481,6 +481,13 @@ def config_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
         parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(Config)
     return parser
+
+
+@functools.lru_cache
+def _read(text: str) -> Config:
+    """Read settings, which are asked for again and again: reading them takes a quarter of a second."""
+    parser = _reader()
+    return Config(**vars(parser.instantiate(parser.parse_string(text))))
 
 
 @functools.cache

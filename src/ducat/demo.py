@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from multiprocessing.context import BaseContext
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -20,7 +22,7 @@ from ducat.reporting.compare import Comparison, Run, compare
 from ducat.runs import RunFolder
 from ducat.training import Listener, Plan, train
 
-EPOCHS = 30
+EPOCHS = 20
 NETWORKS: dict[str, tuple[str, DummyConfig]] = {
     "natural": ("natural", DummyConfig("off")),
     "PGD-AT": ("pgd-at", DummyConfig("off")),
@@ -237,6 +239,15 @@ def _whole(title: str, settings: Config, root: Path, seed: int) -> tuple[str, Pa
     return _evaluated(title, _trained(title, settings, root), seed)
 
 
+def _context() -> BaseContext:
+    """Return how processes are begun: where that can be, from one that has imported all that they need."""
+    if "forkserver" not in multiprocessing.get_all_start_methods() or sys.platform == "darwin":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "accelerate", "scipy.special", "torch._dynamo"])
+    return context
+
+
 def _side_by_side(
     configs: dict[str, Config],
     root: Path,
@@ -246,7 +257,7 @@ def _side_by_side(
     ended: Callable[[str, Path, dict[str, Any]], None],
 ) -> None:
     """Train and evaluate in processes: natural training, which is short, whole; then trainings before evaluations."""
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     events, stop = context.SimpleQueue(), context.Event()
     with ProcessPoolExecutor(workers, context, _begin, (events, stop)) as pool:
         first, *others = configs

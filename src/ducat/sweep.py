@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from ducat import checkpoint, training
+from ducat import checkpoint, records, training
 from ducat.config import Config, config_parser
 from ducat.evaluation import behaviour
 from ducat.evaluation.runs import evaluate_run
@@ -112,9 +113,11 @@ def sweep(
     every = configs(base, grid)
     settings = {"config": base.flat(), "grid": dict(grid), "suite": suite, "samples": samples, "which": which}
     noted = folder / "sweep.json"
-    if noted.is_file() and json.loads(noted.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
-        raise ValueError(f"{folder} holds a sweep of other settings: choose another --name")
-    if not noted.is_file():
+    if noted.is_file():
+        remedy = "choose another --name, or delete it if the runs beside it are of these settings"
+        if records.read(noted, dict[str, Any], remedy) != json.loads(json.dumps(settings)):
+            raise ValueError(f"{folder} holds a sweep of other settings: choose another --name")
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(noted, json.dumps(settings, indent=1) + "\n")
     runs, failed = [], {}

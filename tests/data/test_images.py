@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from ducat import data
-from ducat.data.images import Images, floats, hold_out, stratified_order, stratified_subset
+from ducat.data.images import Images, Memory, floats, hold_out, stratified_order, stratified_subset
 
 
 def labelled(labels: list[int]) -> Images:
@@ -125,3 +125,17 @@ def test_floats_are_the_bytes_divided_by_255_in_aligned_memory(shape: tuple[int,
     np.testing.assert_array_equal(made.numpy(), images.numpy().astype(np.float32) / np.float32(255))
     assert made.is_contiguous()
     assert made.data_ptr() % 64 == 0
+
+
+def test_memory_is_used_again_once_nothing_refers_to_it() -> None:
+    memory, images = Memory(), torch.full((4, 3, 8, 8), 51, dtype=torch.uint8)
+    first = floats(images, memory)
+    place, part = first.data_ptr(), first[1:].flatten()
+    assert floats(images, memory).data_ptr() != place
+    del first
+    assert floats(torch.zeros_like(images), memory).data_ptr() != place, "a part of it is still at hand"
+    assert (part == 0.2).all()
+    del part
+    kept = floats(images[:2], memory), floats(images, memory)
+    assert place in [each.data_ptr() for each in kept]
+    assert all((each == 0.2).all() for each in kept)

@@ -3,8 +3,10 @@ import os
 import shutil
 import signal
 import tarfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from ducat import data
 from ducat.data import Augmentation, Batches, batches, images
 from ducat.data.augment import window
 from ducat.data.encoded import Encoded
-from ducat.data.images import Lazy
+from ducat.data.images import Lazy, floats
 
 Picture = Callable[..., bytes]
 
@@ -104,6 +106,21 @@ def test_batches_do_not_depend_on_workers_or_processes(
     ]
     assert_same(joined, alone)
     assert not torch.equal(alone[0][0][0], alone[0][0][1])  # each view has a crop of its own
+
+
+@pytest.mark.slow
+def test_what_is_decoded_stays_until_the_batch_is_made(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, augment = data.load(f"wds:{shards}").train, Augmentation(flip=True, resized_crop=0.3)
+    assert len(train) > 20
+    settings: dict[str, Any] = {"seed": 0, "augment": augment, "drop_last": False}
+    expected = list(Batches(train, 2, **settings, workers=0).epoch(0))
+
+    def slow(*arguments: Any) -> torch.Tensor:
+        time.sleep(0.03)  # in which the workers decode whatever they may
+        return floats(*arguments)
+
+    monkeypatch.setattr(batches, "floats", slow)
+    assert_same(list(Batches(train, 2, **settings, workers=2).epoch(0)), expected)
 
 
 def test_an_epoch_of_a_stream_visits_each_image_once_and_can_be_entered_anywhere(shards: Path) -> None:

@@ -155,7 +155,7 @@ def test_what_is_left_of_other_settings_or_another_model_is_not_used(templates: 
 
 
 SHARED = """
-import sys
+import os, signal, sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
@@ -163,9 +163,15 @@ import ducat
 state = PartialState(cpu=True)
 model, x, y = torch.load(sys.argv[1], weights_only=False)
 done = []
+
+def progress(attack):
+    done.append(attack)
+    if sys.argv[3:] and attack.endswith(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
 evaluation = ducat.evaluate(
     model, x, y, ducat.ThreatModel(eps=0.09), "quick", num_classes=4, batch_size=10, parts=Path(sys.argv[2]),
-    progress=done.append
+    progress=progress
 )
 evaluation.save(Path(sys.argv[2]) / f"{state.process_index}.json")
 Path(sys.argv[2], f"{state.process_index}.txt").write_text("\\n".join(done))
@@ -173,20 +179,24 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
-def test_several_processes_share_the_samples(templates: Templates, tmp_path: Path) -> None:
-    torch.save(templates, tmp_path / "templates.pt")
-    (tmp_path / "script.py").write_text(SHARED)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    source = Path(ducat.__file__).parents[1]
-    subprocess.run(
-        [*launch, "script.py", "templates.pt", "parts"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
-        check=True,
+def launch(templates: Templates, folder: Path, *arguments: str) -> int:
+    """Evaluate in two processes, whose parts go to the folder `parts`, and return the exit code."""
+    torch.save(templates, folder / "templates.pt")
+    (folder / "script.py").write_text(SHARED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "script.py", "templates.pt", "parts", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(ducat.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         timeout=300,
     )
+    return done.returncode
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_samples(templates: Templates, tmp_path: Path) -> None:
+    assert launch(templates, tmp_path) == 0
     alone = numbers(evaluate(templates, batch_size=10))
     places = []
     for process in range(2):
@@ -194,6 +204,17 @@ def test_several_processes_share_the_samples(templates: Templates, tmp_path: Pat
         said = (tmp_path / "parts" / f"{process}.txt").read_text().split("\n")
         places.append({line.partition(", ")[2] for line in said})
     assert places == [{"samples 1 to 10", "samples 21 to 30"}, {"samples 11 to 20", "samples 31 to 40"}]
+
+
+@pytest.mark.slow
+def test_what_processes_had_finished_when_one_was_killed_is_kept(templates: Templates, tmp_path: Path) -> None:
+    assert launch(templates, tmp_path, "samples 31 to 40") != 0
+    assert (tmp_path / "parts" / "00001.safetensors").is_file()
+    assert not (tmp_path / "parts" / "00003.safetensors").exists()
+    said: list[str] = []
+    continued = evaluate(templates, batch_size=10, parts=tmp_path / "parts", progress=said.append)
+    assert numbers(continued) == numbers(evaluate(templates, batch_size=10))
+    assert not [line for line in said if line.endswith("samples 11 to 20")], "a finished chunk is attacked again"
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from ducat.data import autoaugment
+from ducat.data.images import empty_like
 from ducat.data.specs import DataSpec
 
 
@@ -129,7 +130,7 @@ def crop_and_flip(
         padding: pixels of black on each side.
     """
     if not padding:  # large images have none: mirroring alone is 15 times faster than the gather below
-        images = images.clone()
+        images = empty_like(images).copy_(images)
         for row in flipped.nonzero().flatten().tolist():
             images[row] = images[row].flip(2)
         return images

@@ -1,10 +1,12 @@
 """Batches for training: a function of the seed, the epoch and the step, whatever the device and number of processes."""
 
+import math
 import os
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ducat.data.augment import TRIES, Augmentation
 from ducat.data.encoded import Encoded
-from ducat.data.images import Images, Lazy, Source, floats
+from ducat.data.images import Images, Lazy, Memory, Source, floats
 from ducat.data.own import Items
 from ducat.seeding import generator
 
@@ -29,6 +31,9 @@ THREADS = 2
 
 MOST_WORKERS = 8
 """Processes that decode images, unless told otherwise, at most."""
+
+AHEAD = 2
+"""Batches that each of them is ahead of what is asked for."""
 
 
 class Batches:
@@ -86,9 +91,12 @@ class Batches:
         if augment is not None and augment.resized_crop and not isinstance(pixels, Encoded):
             raise ValueError("resized_crop needs images that are decoded as they come: prepare them from folder:PATH")
         held = isinstance(images, Images) or torch.device(device).type != "cpu"
+        # What worker processes decode for a CPU they also augment there, so that training has less to do.
+        self.early = self.decodes and torch.device(device).type == "cpu"
         self.streams = self.decodes or images.nbytes > (RESIDENT_BYTES if held else HOST_BYTES)
         self.images = images if self.streams else images.to(device)
         self.device = device
+        self._memory = Memory()
         self.batch_size = batch_size
         self.seed = seed
         self.augment = augment
@@ -120,11 +128,8 @@ class Batches:
         batches = order.split(self.batch_size)[start_step : len(self)]
         fetched = self._decode(batches, epoch, start_step) if self.decodes else self._fetch(batches)
         for step, (rows, (pixels, labels)) in enumerate(zip(batches, fetched, strict=True), start_step):
-            views = [
-                self._view(pixels[min(view, len(pixels) - 1)], epoch, step, view, len(rows))
-                for view in range(self.views)
-            ]
-            yield floats(torch.stack(views) if self.views > 1 else views[0]), labels
+            views = pixels if self.early else self._augmented(pixels, epoch, step, len(rows))
+            yield floats(views if self.views > 1 else views[0], self._memory), labels
 
     def _mine(self, total: int) -> tuple[int, int]:
         start, stop = (total * rank // self.world_size for rank in (self.rank, self.rank + 1))
@@ -153,21 +158,22 @@ class Batches:
                 yield first()
 
     def _decode(self, batches: Sequence[Tensor], epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the same of images that worker processes decode, with as many views in front as differ."""
+        """Yield the same of images that worker processes decode, with as many views in front as differ so far."""
+        steps = _Steps(self, batches, epoch, start_step)
         loader = DataLoader(
-            _Steps(self, batches, epoch, start_step),
+            steps,
             batch_size=None,
             num_workers=self.workers,
+            prefetch_factor=AHEAD if self.workers else None,
             worker_init_fn=_leave_signals,
             # Else it takes a number from the caller's global generator.
             generator=generator(self.seed, "workers", epoch),
-            pin_memory=torch.device(self.device).type == "cuda",
         )
-        steps = iter(loader)
+        decoded = iter(loader)
         try:
-            while True:
+            for index in count():
                 try:
-                    pixels, labels, error = next(steps)
+                    shape, labels, error = next(decoded)
                 except StopIteration:
                     return
                 except RuntimeError as death:
@@ -177,53 +183,87 @@ class Batches:
                     raise OSError(f"a process that decodes images has died ({reason}): try --data.workers 1") from death
                 if error:
                     raise ValueError(error)
-                yield pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+                yield steps.place(index, shape).to(self.device), labels.to(self.device)
         finally:
-            del steps  # ends the workers
+            del decoded  # ends the workers
 
-    def _view(self, images: Tensor, epoch: int, step: int, view: int, total: int) -> Tensor:
+    def _augmented(self, pixels: Tensor, epoch: int, step: int, total: int) -> Tensor:
+        """Augment each view of this process's rows; `pixels` has one for all where they do not differ yet."""
         if self.augment is None:
-            return images
-        return self.augment(
-            images, generator(self.seed, "augmentation", epoch, step, view), self._mine(total)[0], total
-        )
+            return pixels.expand(self.views, *pixels.shape[1:])
+        views = [
+            self.augment(
+                pixels[min(view, len(pixels) - 1)],
+                generator(self.seed, "augmentation", epoch, step, view),
+                self._mine(total)[0],
+                total,
+            )
+            for view in range(self.views)
+        ]
+        return torch.stack(views) if len(views) > 1 else views[0][None]
 
 
-class _Steps(Dataset[tuple[Tensor, Tensor, str]]):
-    """The steps of an epoch: pixels and labels of one process's rows, and what was wrong with them, else nothing."""
+class _Steps(Dataset[tuple[tuple[int, ...], Tensor, str]]):
+    """The steps of an epoch: shape of the pixels, labels of one process's rows, and what was wrong with them, if so.
+
+    The pixels are in `place`: memory that all processes share, one part after the other. New shared memory for each
+    step takes as long as a tenth of the decoding.
+    """
 
     def __init__(self, batches: Batches, steps: Sequence[Tensor], epoch: int, start: int) -> None:
         assert isinstance(batches.images, Lazy)
         self.batches, self.images, self.steps, self.epoch, self.start = batches, batches.images, steps, epoch, start
+        views = batches.views if self._differ or batches.early else 1
+        largest = views * max((self._mine(rows).numel() for rows in steps), default=0) * math.prod(batches.images.shape)
+        # The loader hands a step out before the next but `AHEAD` of each worker is begun.
+        self.places = torch.empty((batches.workers * AHEAD + 1, largest), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, str]:
-        rows, augment = self.steps[index], self.batches.augment
-        mine = slice(*self.batches._mine(len(rows)))
+    def place(self, index: int, shape: Sequence[int]) -> Tensor:
+        """Return where a step's pixels are: until the step after it is asked for, they stay."""
+        return self.places[index % len(self.places), : math.prod(shape)].view(shape)
+
+    def __getitem__(self, index: int) -> tuple[tuple[int, ...], Tensor, str]:
+        mine = self._mine(self.steps[index])
         try:
-            if isinstance(self.images.pixels, Items):
-                chosen = self.images.subset(rows[mine])
-                views = [
-                    self.images.pixels.draw(chosen.rows, self.batches.seed, self.epoch, view)
-                    for view in range(self.batches.views)
-                ]
-                return torch.stack(views), chosen.labels, ""
-            if augment is None or not augment.resized_crop:
-                fetched = self.images.select(rows[mine])
-                return fetched.images[None], fetched.labels, ""
-            key = self.batches.seed, "crop", self.epoch, self.start + index
-            draws = [
-                torch.rand(len(rows), TRIES, 4, generator=generator(*key, view))[mine]
-                for view in range(self.batches.views)
-            ]
-            encoded: Any = self.images.pixels
-            pixels = encoded.crops(self.images.rows[rows[mine]], torch.stack(draws), augment.resized_crop)
-            return pixels, self.images.labels[rows[mine]], ""
+            pixels = self._pixels(index, mine)
+            if self.batches.early:
+                pixels = self.batches._augmented(pixels, self.epoch, self.start + index, len(self.steps[index]))
         except (ValueError, OSError) as error:
             # An error that crosses processes as such comes out with a traceback for a message.
-            return torch.empty(0), torch.empty(0), str(error)
+            return (), torch.empty(0), str(error)
+        self.place(index, pixels.shape).copy_(pixels)  # which does nothing where they are there
+        return tuple(pixels.shape), self.images.labels[mine], ""
+
+    @property
+    def _differ(self) -> bool:
+        """Whether views differ before they are augmented as batches."""
+        augment = self.batches.augment
+        return isinstance(self.images.pixels, Items) or (augment is not None and augment.resized_crop > 0)
+
+    def _mine(self, rows: Tensor) -> Tensor:
+        return rows[slice(*self.batches._mine(len(rows)))]
+
+    def _pixels(self, index: int, mine: Tensor) -> Tensor:
+        augment, views, seed = self.batches.augment, range(self.batches.views), self.batches.seed
+        rows = self.images.rows[mine]
+        if isinstance(self.images.pixels, Items):
+            return torch.stack([self.images.pixels.draw(rows, seed, self.epoch, view) for view in views])
+        if not self._differ:
+            return self.images.pixels.read(rows)[None]
+        assert augment is not None
+        total = len(self.steps[index])
+        draws = [
+            torch.rand(total, TRIES, 4, generator=generator(seed, "crop", self.epoch, self.start + index, view))
+            for view in views
+        ]
+        encoded: Any = self.images.pixels
+        share = slice(*self.batches._mine(total))
+        place = self.place(index, (len(views), len(rows), *self.images.shape))
+        pixels: Tensor = encoded.crops(rows, torch.stack(draws)[:, share], augment.resized_crop, place)
+        return pixels
 
 
 def _leave_signals(worker: int) -> None:

@@ -72,7 +72,11 @@ class Encoded:
         return torch.from_numpy(pixels)
 
     def crops(
-        self, rows: Int64[Tensor, m], draws: Float[Tensor, "views m tries 4"], smallest: float
+        self,
+        rows: Int64[Tensor, m],
+        draws: Float[Tensor, "views m tries 4"],
+        smallest: float,
+        out: UInt8[Tensor, "views m channels height width"] | None = None,
     ) -> UInt8[Tensor, "views m channels height width"]:
         """Decode these rows, and cut a random part out of each for each view, brought to the one size.
 
@@ -80,12 +84,13 @@ class Encoded:
             rows: which.
             draws: uniform numbers in [0, 1), as for `ducat.data.augment.window`.
             smallest: share of an image's area that is kept at least.
+            out: where the pixels go, and what is returned; new memory by default.
         """
-        pixels = np.empty((*draws.shape[:2], *self.shape), np.uint8)
+        pixels = np.empty((*draws.shape[:2], *self.shape), np.uint8) if out is None else out.numpy()
         for place, row in enumerate(rows.tolist()):
             picture = self.picture(row)
             for view, tries in enumerate(draws[:, place]):
                 box = window(tries, (picture.height, picture.width), smallest)
                 cut = decode.crop(picture, box, self.shape[1:], self.resample)
                 pixels[view, place] = decode.array(cut, self.shape[0])
-        return torch.from_numpy(pixels)
+        return torch.from_numpy(pixels) if out is None else out

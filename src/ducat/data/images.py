@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from ducat.data.specs import DataSpec
 SPLIT_SEED = 2410
 CHUNK_BYTES = 2**22
 """Most bytes of pixels that are read at once where all of a set goes by."""
+
+CACHED = 2**17
+"""Pixels that a core's cache holds as float32."""
 
 
 class Source(ABC):
@@ -183,19 +187,47 @@ def join(first: Source, second: Source) -> Source:
     return Lazy(_Joined(first, second), labels, ids)
 
 
-def floats(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+def floats(images: UInt8[Tensor, "*shape"], memory: Memory | None = None) -> Float[Tensor, "*shape"]:
     """Return images as float32 in [0, 1]: the value / 255, correctly rounded."""
     # GPUs multiply by 1 / 255 when the divisor is a number; a tensor they divide by.
-    # Not in one step, which is not vectorised on CPUs.
-    there = _empty(images.shape) if images.device.type == "cpu" else torch.empty_like(images, dtype=torch.float32)
-    return there.copy_(images).div_(torch.full((), 255.0, device=images.device))
+    there, divisor = empty_like(images, torch.float32, memory), torch.full((), 255.0, device=images.device)
+    if images.device.type != "cpu" or not images.numel():
+        return there.copy_(images).div_(divisor)
+    # Not in one step, which is not vectorised on CPUs, but both while the numbers are in the cache.
+    rows = max(1, CACHED // images[0].numel())
+    for part, pixels in zip(there.split(rows), images.split(rows), strict=True):
+        part.copy_(pixels).div_(divisor)
+    return there
 
 
-def _empty(shape: torch.Size) -> Float[Tensor, "*shape"]:
-    """Return memory of NumPy's, which asks for huge pages: else touching it first takes longer than filling it."""
-    count, aligned = shape.numel(), 64  # bytes, as PyTorch's is: sums over it may depend on that
-    memory = torch.from_numpy(np.empty(count + aligned // 4, np.float32))
-    return memory[-memory.data_ptr() % aligned // 4 :][:count].view(shape)
+class Memory:
+    """Memory that tensors leave, for those that come after them: what is new the system has to clear first."""
+
+    def __init__(self) -> None:
+        self._left: list[np.ndarray] = []
+
+    def take(self, size: int) -> np.ndarray:
+        """Return so many bytes, which come back as soon as nothing refers to them."""
+        whole = self._left.pop() if self._left else None
+        if whole is None or len(whole) < size:
+            whole = np.empty(size, np.uint8)
+        taken = whole[:size]
+        weakref.finalize(taken, self._left.append, whole).atexit = False
+        return taken
+
+
+def empty_like(images: Tensor, dtype: torch.dtype | None = None, memory: Memory | None = None) -> Tensor:
+    """Return memory for as many numbers; on a CPU NumPy's, which asks for huge pages.
+
+    Else touching it first takes longer than filling it.
+    """
+    dtype = dtype or images.dtype
+    if images.device.type != "cpu":
+        return torch.empty_like(images, dtype=dtype)
+    size, aligned = images.numel() * dtype.itemsize, 64  # bytes, as PyTorch's is: sums over it may depend on that
+    bare = torch.from_numpy((memory or Memory()).take(size + aligned))
+    start = -bare.data_ptr() % aligned
+    return bare[start : start + size].view(dtype).view(images.shape)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib.util
 import io
 import math
 import struct
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -103,14 +104,26 @@ def read_digits() -> Splits:
     in the whole set.
     Source: E. Alpaydin, C. Kaynak (1998), UCI Machine Learning Repository, "Optical Recognition of Handwritten Digits".
     """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
-    labels = torch.from_numpy(digits.target).long()
+    rows = _digits()
+    images = rows[:, :-1].reshape(-1, 1, 8, 8).mul(255 / 16).round().to(torch.uint8)
+    labels = rows[:, -1].long()
     train, test = hold_out(_images(images, labels), 500)
     train, validation = hold_out(train, SPECS["digits"].validation)
     return Splits(tuple("0123456789"), train, test, validation)
+
+
+def _digits() -> Tensor:
+    """Return scikit-learn's table: the 64 pixels, 0 to 16, and the label in each row."""
+    # Its file by itself: importing scikit-learn takes three seconds.
+    package = importlib.util.find_spec("sklearn")
+    places = [] if package is None else package.submodule_search_locations or []
+    file = next((file for place in places if (file := Path(place, "datasets/data/digits.csv.gz")).is_file()), None)
+    if file is not None:
+        return torch.from_numpy(np.loadtxt(file, delimiter=","))
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return torch.from_numpy(np.column_stack([digits.data, digits.target]))
 
 
 _CIFAR_FILES = {

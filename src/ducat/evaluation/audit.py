@@ -85,7 +85,7 @@ def measure_signs(
     ball = ThreatModel(threat.norm, max(far, threat.eps))
     distant = adaptive(deployed, x, y, ball, generator=noise("far"))
     only_black_box = 0
-    if queries:
+    if queries and withstood_gradients.any():
         queried = external.square(deployed, x, y, threat, noise("square"), queries=queries)
         only_black_box = int((withstood_gradients & ~standing(queried)).sum())
     left = withstood & standing(x)
