@@ -1,10 +1,10 @@
 """Make the networks that come with the package, from the runs of `ducat demo`.
 
-    OMP_NUM_THREADS=1 ducat demo --out demo
+    ducat demo --out demo
     OMP_NUM_THREADS=1 python -m benchmarks.zoo demo/runs
 
-attacks three of the four networks with the suite `light` (the demo's) on all 500 test images, where that has not been
-done, writes them to src/ducat/zoo/, and prints the SHA-256 for the table in src/ducat/zoo/__init__.py.
+attacks three of the four networks with the suite `standard`, AutoAttack included, on all 500 test images, where that has
+not been done, writes them to src/ducat/zoo/, and prints the SHA-256 for the table in src/ducat/zoo/__init__.py.
 """
 
 import argparse
@@ -20,10 +20,10 @@ RUNS = {
     "digits-published": "digits-small-pgd-at-published-s0",
     "digits-recovery-aware": "digits-small-pgd-at-recovery-aware-s0",
 }
-SUITE = "light"
+SUITE = "standard"
 MADE_BY = [
-    "OMP_NUM_THREADS=1 ducat demo --out demo",
-    "OMP_NUM_THREADS=1 ducat evaluate demo/runs/{run} --which last --suite light",
+    "ducat demo --out demo",
+    "OMP_NUM_THREADS=1 ducat evaluate demo/runs/{run} --which last --suite standard",
     "python -m benchmarks.zoo demo/runs",
 ]
 

@@ -200,8 +200,8 @@ class RunFolder:
         name = self.config.data.name
         if dataset.fingerprint != self.manifest.get("data", {}).get("fingerprint"):
             raise ValueError(
-                f"the data {name} are not those that {self.path} was trained on: prepare those again, or point "
-                "DUCAT_DATA at their folder"
+                f"the data {name} are not those that {self.path} was trained on: prepare those again, point "
+                f"DUCAT_DATA at their folder, or undo what was changed under `data` in {self.config_path}"
             )
 
     def note_resumption(self, epoch: int, step: int, time: str) -> None:

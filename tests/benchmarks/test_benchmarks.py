@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ducat
-from benchmarks import batch_norm, training_step
+from benchmarks import batch_norm, others, training_step
 from benchmarks.cure import fronts, networks
 from benchmarks.cure.fronts import Point, above, front
 from benchmarks.cure.networks import Gated, Half, Held, ManyDummies, calibrated, through_stand_ins
@@ -209,3 +209,23 @@ def test_joint_and_separate_statistics_are_compared_seed_by_seed() -> None:
     assert "| TRADES | off | joint | 2 | 85.0 ± 7.1 | 50.0 ± 0.0 | 50.0 ± 0.0 | 10 |" in table
     # The third seed has no counterpart, and counts in no difference.
     assert "| | | *separate − joint* | 2 | +2.0 ± 1.4 | +0.0 ± 0.0 | +0.0 ± 0.0 | ×1.20 |" in table
+
+
+def test_attacks_of_other_libraries_are_counted_by_what_the_deployed_classifier_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [row for row in others.ROWS if row.attack.startswith("LinfPGD") or row.library == "ducat"]
+    untouched = others.Row("ducat", "none", lambda model, x, y, threat, seed: x)
+    outside = others.Row("ducat", "any grey, drawn into the ball", lambda model, x, y, threat, seed: x * 0 + 0.5)
+    monkeypatch.setattr(others, "ROWS", (*rows, untouched, outside))
+    *found, worst = others.measure("digits-published", 20, 0)
+    by_attack = {row["attack"]: row for row in found}
+    assert float(by_attack["none"]["recovered"]) >= 95
+    assert float(by_attack["any grey, drawn into the ball"]["recovered"]) > 10, (
+        "the image may go eps far and no farther"
+    )
+    for knowledge in ("blind", "recovered"):
+        assert float(worst[knowledge]) <= min(float(row[knowledge]) for row in found)
+    # The sink: blind attacks leave much of what those that know break.
+    ours = by_attack['ensemble, "standard"']
+    assert float(ours["recovered"]) < float(ours["blind"]) - 20
