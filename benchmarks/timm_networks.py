@@ -24,6 +24,7 @@ from torch import nn
 
 PICKED = Path(__file__).with_suffix(".txt")
 SIZE, CLASSES, COMPARED, ATTACKED = 64, 10, 8, 1
+MEMORY = 2**34  # bytes of addresses
 
 
 def declare_operators() -> None:
@@ -78,10 +79,14 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def run(name: str, limit: int) -> dict[str, Any]:
-    """Measure a network in a process of its own, so that none can stop the others, for so many seconds of processor."""
+    """Measure a network in a process of its own, so that none can stop the others.
+
+    It has so many seconds of processor, and `MEMORY`.
+    """
 
     def measured(end: Any) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         end.send(measure(name))
 
     forked = multiprocessing.get_context("fork")  # which has imported everything already

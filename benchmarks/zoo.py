@@ -3,8 +3,8 @@
     ducat demo --out demo
     OMP_NUM_THREADS=1 python -m benchmarks.zoo demo/runs
 
-attacks three of the four networks with the suite `standard`, AutoAttack included, on all 500 test images, where that has
-not been done, writes them to src/ducat/zoo/, and prints the SHA-256 for the table in src/ducat/zoo/__init__.py.
+attacks three of the four networks with the suite `standard`, AutoAttack included, on all 500 test images, where that
+has not been done, writes them to src/ducat/zoo/, and prints the SHA-256 for the table in src/ducat/zoo/__init__.py.
 """
 
 import argparse

@@ -46,8 +46,8 @@ def test_a_network_predicts_what_its_card_says(name: str) -> None:
 def test_the_published_one_has_a_sink_and_ours_has_a_small_one() -> None:
     gaps = {name: zoo.card(name)["evaluation"]["sink_gap"] for name in zoo.NETWORKS}
     assert gaps["digits-pgd-at"] == 0
-    assert gaps["digits-published"] > 0.4
-    assert gaps["digits-recovery-aware"] < 0.15
+    assert gaps["digits-published"] > 0.25
+    assert gaps["digits-recovery-aware"] < 0.1
 
 
 def test_a_name_is_a_run_folder_of_the_user(cache: Path) -> None:

@@ -43,14 +43,14 @@ class Entry:
 NETWORKS: Mapping[str, Entry] = MappingProxyType(
     {
         "digits-pgd-at": Entry(
-            "PGD-AT, no dummy classes", "e633e16205a824dc6db9fbff29a090e2f2defbc59cdc3c31cccacb288d181e15"
+            "PGD-AT, no dummy classes", "e72d9eef4fc1e77319fbac2cc1c8750106f4fb3f961611def356e3517cce00d2"
         ),
         "digits-published": Entry(
-            "PGD-AT with dummy classes as published", "b960083c8fcb685937c6b1f10d4147a623669ce9c20fba03792250b853cda4f4"
+            "PGD-AT with dummy classes as published", "8c962a80a39490eb8c2f10e6a7efc6984b97985593581d8e18542afdbd979c3a"
         ),
         "digits-recovery-aware": Entry(
             "PGD-AT with recovery-aware dummy classes",
-            "196d952f3f040df025f05a86506ba42138835bdb76300f29a24b507ce1fba656",
+            "53af2a88049f1f841d208056602db42e641dd0e5d2337f31f8eb99656a043591",
         ),
     }
 )
