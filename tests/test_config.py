@@ -30,6 +30,21 @@ def test_a_resolved_config_survives_yaml(tmp_path: Path) -> None:
     assert config.name == "digits-small-pgd-at-recovery-aware-s0"
 
 
+def test_settings_that_are_read_again_are_a_copy_and_files_that_they_name_lie_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "main.yaml").write_text("data: data.yaml\n")
+    (tmp_path / "there" / "data.yaml").write_text("name: digits\nsamples: 100\n")
+    monkeypatch.chdir(tmp_path)
+    assert Config.from_yaml("there/main.yaml").data.samples == 100
+
+    config = Config(data=DataConfig("digits"), model=ModelConfig(options={"depth": 2})).resolve(SPECS["digits"])
+    Path("whole.yaml").write_text(config.to_yaml())
+    Config.from_yaml("whole.yaml", whole=True).model.options["depth"] = 3
+    assert Config.from_yaml("whole.yaml", whole=True) == config
+
+
 def test_what_depends_on_the_data_comes_from_the_data() -> None:
     digits = Config(data=DataConfig("digits")).resolve(SPECS["digits"])
     assert (digits.model.name, digits.threat.eps, digits.threat.step_size) == ("small", 0.2, 0.05)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
@@ -92,7 +93,8 @@ def run(
         seed: of everything random.
         epochs: length of each training; dummy classes begin after half of it (published) or three quarters.
         workers: processes that work side by side; the numbers are the same for any, since each computes with one
-            thread. With more than 1 a script must call this under `if __name__ == "__main__"`.
+            thread. With more than 1 a script must call this under `if __name__ == "__main__"`; on Linux a process of
+            300 MB, from which they are begun, then stays until the script ends.
         listener: makes the listener to a training from its name.
         attacks: makes, from the name of a method, what is called with each attack on it.
         finished: told of each network's evaluation as soon as it is known.
@@ -213,9 +215,11 @@ def _tell(title: str, what: str, *arguments: Any) -> None:
     _events.put((title, what, *arguments))
 
 
-def _begin(events: SimpleQueue[Any], stop: Event) -> None:
+def _begin(events: SimpleQueue[Any], stop: Event, environment: dict[str, str]) -> None:
     global _events
     _events = events
+    os.environ.clear()  # of when the first process was begun, which may have been long ago
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that began this one ends it
     parent = multiprocessing.parent_process()
 
@@ -245,6 +249,14 @@ def _context() -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "accelerate", "scipy.special", "torch._dynamo"])
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"  # it would import what lies in the working folder
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONSAFEPATH")
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
     return context
 
 
@@ -259,7 +271,7 @@ def _side_by_side(
     """Train and evaluate in processes: natural training, which is short, whole; then trainings before evaluations."""
     context = _context()
     events, stop = context.SimpleQueue(), context.Event()
-    with ProcessPoolExecutor(workers, context, _begin, (events, stop)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin, (events, stop, dict(os.environ))) as pool:
         first, *others = configs
         pending: dict[Future[Any], str] = {pool.submit(_whole, first, configs[first], root, seed): first}
         pending.update({pool.submit(_trained, title, configs[title], root): title for title in others})

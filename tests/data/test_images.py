@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -118,7 +120,7 @@ def test_another_part_is_held_out_or_none() -> None:
             data.load("digits", held_out=held_out)
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (5, 1, 7, 3), (2, 40, 3, 64, 64)])
+@pytest.mark.parametrize("shape", [(0, 3, 2, 2), (5, 1, 7, 3), (2, 40, 3, 64, 64), (7,), ()])
 def test_floats_are_the_bytes_divided_by_255_in_aligned_memory(shape: tuple[int, ...]) -> None:
     images = torch.randint(256, shape, dtype=torch.uint8)
     made = floats(images)
@@ -139,3 +141,5 @@ def test_memory_is_used_again_once_nothing_refers_to_it() -> None:
     kept = floats(images[:2], memory), floats(images, memory)
     assert place in [each.data_ptr() for each in kept]
     assert all((each == 0.2).all() for each in kept)
+    del kept
+    assert len(pickle.dumps(memory)) < 200, "other processes have no use for it"

@@ -334,3 +334,18 @@ def test_hugging_face_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install .*\[hf\]'"):
         data.load("hf:mnist")
+
+
+def test_shared_memory_that_is_too_small_is_one_line_and_not_needed_without_workers(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
+    train = data.load(f"wds:{shards}").train
+    with pytest.raises(
+        OSError, match=r"no room for [\d,]+ bytes in shared memory: try --data\.workers 0, or give /dev"
+    ):
+        list(Batches(train, 8, seed=0, augment=None, workers=1).epoch(0))
+    assert len(list(Batches(train, 8, seed=0, augment=None, workers=0).epoch(0))) > 1

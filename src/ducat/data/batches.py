@@ -187,20 +187,26 @@ class Batches:
         finally:
             del decoded  # ends the workers
 
-    def _augmented(self, pixels: Tensor, epoch: int, step: int, total: int) -> Tensor:
-        """Augment each view of this process's rows; `pixels` has one for all where they do not differ yet."""
-        if self.augment is None:
-            return pixels.expand(self.views, *pixels.shape[1:])
-        views = [
-            self.augment(
-                pixels[min(view, len(pixels) - 1)],
-                generator(self.seed, "augmentation", epoch, step, view),
-                self._mine(total)[0],
-                total,
-            )
-            for view in range(self.views)
-        ]
-        return torch.stack(views) if len(views) > 1 else views[0][None]
+    def _augmented(self, pixels: Tensor, epoch: int, step: int, total: int, out: Tensor | None = None) -> Tensor:
+        """Augment each view of this process's rows; `pixels` has one for all where they do not differ yet.
+
+        The result is in `out` where that is given, which may be the memory of `pixels`.
+        """
+        shared = [pixels[min(view, len(pixels) - 1)] for view in range(self.views)]
+        places = [None] * self.views if out is None else list(out)
+        if self.augment is not None:
+            draws = [generator(self.seed, "augmentation", epoch, step, view) for view in range(self.views)]
+            start = self._mine(total)[0]
+            shared = [
+                self.augment(images, draw, start, total, place)
+                for images, draw, place in zip(shared, draws, places, strict=True)
+            ]
+        if out is None:
+            return torch.stack(shared) if self.views > 1 else shared[0][None]
+        for images, place in zip(shared, out, strict=True):
+            if images.data_ptr() != place.data_ptr():
+                place.copy_(images)
+        return out
 
 
 class _Steps(Dataset[tuple[tuple[int, ...], Tensor, str]]):
@@ -216,7 +222,16 @@ class _Steps(Dataset[tuple[tuple[int, ...], Tensor, str]]):
         views = batches.views if self._differ or batches.early else 1
         largest = views * max((self._mine(rows).numel() for rows in steps), default=0) * math.prod(batches.images.shape)
         # The loader hands a step out before the next but `AHEAD` of each worker is begun.
-        self.places = torch.empty((batches.workers * AHEAD + 1, largest), dtype=torch.uint8).share_memory_()
+        slots = max(1, min(len(steps), batches.workers * AHEAD + 1))
+        self.places = torch.empty((slots, largest), dtype=torch.uint8)
+        if batches.workers:
+            try:
+                self.places.share_memory_()
+            except RuntimeError as error:
+                raise OSError(
+                    f"there is no room for {self.places.nbytes:,} bytes in shared memory: try --data.workers 0, or "
+                    "give /dev/shm more (docker: --shm-size)"
+                ) from error
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -227,15 +242,19 @@ class _Steps(Dataset[tuple[tuple[int, ...], Tensor, str]]):
 
     def __getitem__(self, index: int) -> tuple[tuple[int, ...], Tensor, str]:
         mine = self._mine(self.steps[index])
+        total = len(self.steps[index])
         try:
             pixels = self._pixels(index, mine)
-            if self.batches.early:
-                pixels = self.batches._augmented(pixels, self.epoch, self.start + index, len(self.steps[index]))
         except (ValueError, OSError) as error:
             # An error that crosses processes as such comes out with a traceback for a message.
             return (), torch.empty(0), str(error)
-        self.place(index, pixels.shape).copy_(pixels)  # which does nothing where they are there
-        return tuple(pixels.shape), self.images.labels[mine], ""
+        views = self.batches.views if self.batches.early else len(pixels)
+        place = self.place(index, (views, *pixels.shape[1:]))
+        if self.batches.early:
+            self.batches._augmented(pixels, self.epoch, self.start + index, total, place)
+        elif pixels.data_ptr() != place.data_ptr():
+            place.copy_(pixels)
+        return tuple(place.shape), self.images.labels[mine], ""
 
     @property
     def _differ(self) -> bool:

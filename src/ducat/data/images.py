@@ -191,7 +191,7 @@ def floats(images: UInt8[Tensor, "*shape"], memory: Memory | None = None) -> Flo
     """Return images as float32 in [0, 1]: the value / 255, correctly rounded."""
     # GPUs multiply by 1 / 255 when the divisor is a number; a tensor they divide by.
     there, divisor = empty_like(images, torch.float32, memory), torch.full((), 255.0, device=images.device)
-    if images.device.type != "cpu" or not images.numel():
+    if images.device.type != "cpu" or not images.numel() or not images.ndim:
         return there.copy_(images).div_(divisor)
     # Not in one step, which is not vectorised on CPUs, but both while the numbers are in the cache.
     rows = max(1, CACHED // images[0].numel())
@@ -205,6 +205,10 @@ class Memory:
 
     def __init__(self) -> None:
         self._left: list[np.ndarray] = []
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        """Send nothing of it to other processes."""
+        return Memory, ()
 
     def take(self, size: int) -> np.ndarray:
         """Return so many bytes, which come back as soon as nothing refers to them."""

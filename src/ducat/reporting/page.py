@@ -63,7 +63,7 @@ def _figures(comparison: Comparison) -> dict[str, str]:
             name, title = f"curve-{number}-{place}", comparing.setting(alike[0], eps=False)
             figures[name] = plots.inline(plots.curve(alike, title), name)
         if run.metrics and run.path is not None:
-            config = Config.from_yaml(run.path / "config.yaml")
+            config = Config.from_yaml(run.path / "config.yaml", whole=True)
             start = config.start_epoch if config.dummy.kind != "off" else None
             name = f"training-{number}"
             figures[name] = plots.inline(plots.training_curves(run.metrics, start), name)
