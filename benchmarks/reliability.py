@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -23,6 +24,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -318,6 +320,18 @@ def product(run: Path, other: Path, commands: Sequence[Command] = COMMANDS) -> I
                     yield attempt(command, damage, run, other)
 
 
+def side_by_side(run: Path, other: Path, commands: Sequence[Command], jobs: int) -> Iterator[Try]:
+    """Yield what `product` does, with commands in several processes."""
+    places = [COMMANDS.index(command) for command in commands]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        for tries in pool.map(partial(_all_of, run, other), places):
+            yield from tries
+
+
+def _all_of(run: Path, other: Path, place: int) -> list[Try]:
+    return list(product(run, other, [COMMANDS[place]]))
+
+
 def forked(do: Callable[[], Any], *, limit: int | None = None, kill_after: float | None = None) -> Any:
     """Return what a function returns in a fork of this process; None if the fork was killed.
 
@@ -539,6 +553,7 @@ def main() -> None:
     parser.add_argument("--commands", nargs="*", default=[command.name for command in COMMANDS], help="of `damage`")
     parser.add_argument("--log", type=Path, help="a .jsonl file that each try is added to")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=1, help="processes of `damage`, a command each")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tries: dict[str, list[Try]] = {part: [] for part in PARTS}
@@ -546,7 +561,7 @@ def main() -> None:
         run, other = make(Path(place))
         commands = [command for command in COMMANDS if command.name in arguments.commands]
         sources = {
-            "damage": product(run, other, commands),
+            "damage": side_by_side(run, other, commands, arguments.jobs),
             "disk": full_disk(run, other),
             "kills": kills(Path(place), arguments.kills),
         }

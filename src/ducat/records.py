@@ -163,6 +163,16 @@ class Scrutiny(TypedDict):
     second_round: SecondRound | None
 
 
+class Origin(TypedDict):
+    """What tells evaluations apart that are of one suite, ball, number of images and seed."""
+
+    weights: NotRequired[str | None]
+    reject: NotRequired[list[float]]
+    surrogates: NotRequired[list[str]]
+    second_round_seconds: NotRequired[float | None]
+    source: NotRequired[dict[str, Any] | None]
+
+
 class Evaluation(TypedDict):
     """evaluation.json."""
 
@@ -190,7 +200,7 @@ class Evaluation(TypedDict):
     dummy_classes: NotRequired[bool]
     scrutiny: NotRequired[Scrutiny]
     rejection: NotRequired[Rejection | None]
-    origin: NotRequired[dict[str, Any] | None]
+    origin: NotRequired[Origin | None]
 
 
 class Calibration(TypedDict):

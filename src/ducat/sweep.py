@@ -140,7 +140,7 @@ def sweep(
 
 def _report(runs: Sequence[RunFolder], folder: Path) -> Comparison:
     for run in runs:
-        if behaviour.read(run) is None:
+        if not behaviour.is_current(run):
             behaviour.measure_run(run)
     comparison = comparing.compare([Run.read(run.path) for run in runs])
     checkpoint.write_text(folder / "table.md", comparing.to_markdown(comparison))

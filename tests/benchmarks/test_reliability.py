@@ -48,6 +48,7 @@ def test_damaged_files_are_refused_in_one_line_and_left_alone(runs: tuple[Path, 
         ("metrics.jsonl", "epoch removed", "train --resume"),
         ("evaluation.json", "robust is of another type", "compare"),
         ("evaluation.json", "attacks.0.accuracy removed", "export robustbench"),
+        ("evaluation.json", "origin.weights is of another type", "compare"),
         ("behaviour.json", "examples.0.images.benign removed", "compare"),
         ("rejection.json", "threshold is null", "serve"),
         ("evaluation.safetensors", "evaluation.suite is null", "analyze always-failed"),
@@ -60,6 +61,18 @@ def test_the_key_at_fault_is_named(runs: tuple[Path, Path], file: str, way: str,
     assert tried.outcome == "refused", tried
     if not file.endswith(".safetensors"):  # a digest finds those
         assert damage.key.removeprefix("attacks.0.") in tried.said
+
+
+def test_what_follows_from_an_evaluation_is_made_again_and_its_images_are_looked_at_before_another(
+    runs: tuple[Path, Path],
+) -> None:
+    tried = attempt(row("evaluate"), Damage("behaviour.json", "[] instead", b"[]"), *runs)
+    assert tried.outcome == "done", tried
+    images = next(path for path in runs[0].glob("evaluations/*.safetensors"))
+    cut = Damage(str(images.relative_to(runs[0])), "cut in half", images.read_bytes()[:-100])
+    tried = attempt(row("evaluate"), cut, *runs)
+    assert tried.outcome == "refused", tried
+    assert "delete it and the .json beside it" in tried.said
 
 
 def test_faults_are_caught_by_the_harness(runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

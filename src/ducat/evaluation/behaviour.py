@@ -262,6 +262,14 @@ def read(folder: RunFolder) -> dict[str, Any] | None:
     return content if content["evaluation"] == _digest(folder.evaluation_path) else None
 
 
+def is_current(folder: RunFolder) -> bool:
+    """Tell whether there is a behaviour.json of the run's evaluation; one that is damaged is to be made again."""
+    try:
+        return read(folder) is not None
+    except ValueError:
+        return False
+
+
 def _path(folder: RunFolder) -> Path:
     return folder.path / "behaviour.json"
 

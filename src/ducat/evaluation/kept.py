@@ -174,16 +174,36 @@ def adopt(folder: RunFolder) -> Path | None:
     return path
 
 
+def check(folder: RunFolder) -> None:
+    """Refuse a run whose strongest evaluation has images that cannot be read, before hours go into another.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    path = _strongest(folder)
+    if path is None or not path.with_suffix(".safetensors").is_file():
+        return
+    try:
+        checkpoint.read(path.with_suffix(".safetensors"))
+    except ValueError as error:
+        raise ValueError(f"{error}: delete it and the .json beside it") from error
+
+
+def _strongest(folder: RunFolder) -> Path | None:
+    found = evaluations(folder)
+    current = {path: content for path, content in found.items() if is_current(folder, content)} or found
+    threat = folder.config.threat
+    ball = (threat.norm, threat.build(None).eps)
+    return list(current)[strongest(list(current.values()), ball)] if current else None
+
+
 def promote(folder: RunFolder) -> Path:
     """Let the strongest evaluation of a run's present checkpoints be evaluation.json; return where it lies itself.
 
     Evaluations of checkpoints that have been trained on since are kept, and speak for the run only if all are of such.
     """
-    found = evaluations(folder)
-    current = {path: content for path, content in found.items() if is_current(folder, content)} or found
-    threat = folder.config.threat
-    ball = (threat.norm, threat.build(None).eps)
-    path = list(current)[strongest(list(current.values()), ball)]
+    path = _strongest(folder)
+    assert path is not None, "called after an evaluation"
     for suffix in (".safetensors", ".json"):
         if path.with_suffix(suffix).is_file():
             _put(path.with_suffix(suffix), folder.evaluation_path.with_suffix(suffix))

@@ -89,6 +89,7 @@ def evaluate_run(
     path = kept.path_for(folder.evaluations_path, find_suite(suite).name, threat, len(test[1]), seed, which, origin)
     measured = None if again else _kept(path, suite)
     if measured is None:
+        kept.check(folder)
         measured = _evaluate_and_save(
             model,
             test,
@@ -113,7 +114,7 @@ def evaluate_run(
     if _is_main_process(device):
         kept.promote(folder)
         # An evaluation of the zoo comes without its images.
-        if folder.evaluation_path.with_suffix(".safetensors").is_file() and behaviour.read(folder) is None:
+        if folder.evaluation_path.with_suffix(".safetensors").is_file() and not behaviour.is_current(folder):
             behaviour.measure_run(folder, dataset)
     return measured
 
