@@ -388,8 +388,8 @@ def _verdict(groups: Sequence[Group], pairs: Sequence[Pair]) -> str:
             untested.append(other.name)
             continue
         pair, sign = signs[best.name, other.name]
-        low, high = sorted(100 * sign * end for end in pair.ci95)
-        points = f"{100 * sign * pair.difference:.1f} points ({low:.1f} to {high:.1f}, p = {pair.adjusted:.2g})"
+        low, high = sorted(100 * sign * end + 0.0 for end in pair.ci95)  # + 0.0: -0.0 is shown as such
+        points = f"{100 * sign * pair.difference + 0.0:.1f} points ({low:.1f} to {high:.1f}, p = {pair.adjusted:.2g})"
         text = f"{other.name} by {points}"
         (sure if pair.adjusted < 0.05 else open_).append(text)
     head = f"{best.name} has the highest robust accuracy, {100 * best.mean('robust'):.1f} %"
