@@ -10,11 +10,13 @@ compared with those before, image by image, and the suite `quick` is run on one 
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,8 @@ def declare_operators() -> None:
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Return what became of one network, as a row of the table."""
+def measure(name: str) -> Iterator[dict[str, Any]]:
+    """Yield what became of one network, as a row of the table: once it is adapted, and once it is evaluated."""
     import ducat
     from ducat.architecture import Architecture, describe_foreign
     from ducat.dummy import dummy_heads
@@ -67,7 +69,9 @@ def measure(name: str) -> dict[str, Any]:
         row["heads"] = len(dummy_heads(model))
         row["unchanged"] = int((after.argmax(1) == before.argmax(1)).sum())
     except ValueError as error:
-        return {**row, "refused": str(error)}
+        yield {**row, "refused": str(error)}
+        return
+    yield dict(row)
     began = time.perf_counter()
     y = before.argmax(1)[:ATTACKED]
     try:
@@ -75,7 +79,7 @@ def measure(name: str) -> dict[str, Any]:
         row |= {"robust": float(measured.robust.float().mean()), "attacked": ATTACKED}
     except ValueError as error:
         row["refused"] = str(error)
-    return {**row, "seconds": round(time.perf_counter() - began, 1)}
+    yield {**row, "seconds": round(time.perf_counter() - began, 1)}
 
 
 def run(name: str, limit: int) -> dict[str, Any]:
@@ -87,18 +91,22 @@ def run(name: str, limit: int) -> dict[str, Any]:
     def measured(end: Any) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        end.send(measure(name))
+        for row in measure(name):
+            end.send(row)
 
     forked = multiprocessing.get_context("fork")  # which has imported everything already
     ours, theirs = forked.Pipe()
     process = forked.Process(target=measured, args=(theirs,))
     process.start()
     theirs.close()
-    try:
-        return dict(ours.recv())
-    except EOFError:
-        process.join()
-        return {"network": name, "failed": f"ended with {process.exitcode} after at most {limit} s of processor"}
+    row: dict[str, Any] = {"network": name}
+    with contextlib.suppress(EOFError):
+        while True:
+            row = ours.recv()
+    process.join()
+    if process.exitcode:
+        row["failed"] = f"ended with {process.exitcode} after at most {limit} s of processor"
+    return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:

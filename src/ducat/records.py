@@ -65,6 +65,9 @@ class Epoch(TypedDict):
     pgd: NotRequired[float]
 
 
+VALIDATION = ("clean", "blind", "robust")  # keys of an epoch that are there together or not at all
+
+
 class Ball(TypedDict):
     norm: Literal["linf", "l2", "l1"]
     eps: float
@@ -302,6 +305,19 @@ def read(path: Path, record: Any, remedy: str = "") -> Any:
         return conform(json.loads(path.read_text(encoding="utf-8")), record)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}){remedy and ': '}{remedy}") from error
+
+
+def epoch(line: str | bytes) -> dict[str, Any]:
+    """Read a line of metrics.jsonl.
+
+    Raises:
+        ValueError: if it is not JSON, a key is missing or of another type, or a validation is there in part.
+    """
+    row: dict[str, Any] = conform(json.loads(line), Epoch)
+    missing = [name for name in VALIDATION if name not in row]
+    if 0 < len(missing) < len(VALIDATION):
+        raise ValueError(f"{missing[0]} is missing")
+    return row
 
 
 def conform(value: Any, expected: Any, key: str = "") -> Any:

@@ -226,12 +226,12 @@ class RunFolder:
         rows = []
         for number, line in enumerate(whole):
             try:
-                rows.append(records.conform(json.loads(line), records.Epoch))
+                rows.append(records.epoch(line))
             except ValueError as error:
                 raise ValueError(f"{path} is damaged in line {number + 1} ({error})") from error
         if last:
             with contextlib.suppress(ValueError):
-                rows.append(records.conform(json.loads(last), records.Epoch))
+                rows.append(records.epoch(last))
         return rows
 
     def drop_metrics(self, from_epoch: int) -> None:

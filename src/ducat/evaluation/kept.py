@@ -175,11 +175,14 @@ def adopt(folder: RunFolder) -> Path | None:
 
 
 def check(folder: RunFolder) -> None:
-    """Refuse a run whose strongest evaluation has images that cannot be read, before hours go into another.
+    """Refuse a run of which something cannot be read that its page shows, before hours go into an evaluation.
+
+    That is its metrics, and the images of its strongest evaluation.
 
     Raises:
-        ValueError: if they cannot.
+        ValueError: if it cannot be read.
     """
+    _ = folder.metrics
     path = _strongest(folder)
     if path is None or not path.with_suffix(".safetensors").is_file():
         return
