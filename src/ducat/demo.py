@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -288,5 +289,7 @@ def _side_by_side(
                         ended(*result)
         except BaseException:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
+            for left in root.glob(".*.tmp"):  # what a process was writing as it was ended
+                shutil.rmtree(left, ignore_errors=True)
             raise
