@@ -218,9 +218,9 @@ def test_attacks_of_other_libraries_are_counted_by_what_the_deployed_classifier_
     untouched = others.Row("ducat", "none", lambda model, x, y, threat, seed: x)
     outside = others.Row("ducat", "any grey, drawn into the ball", lambda model, x, y, threat, seed: x * 0 + 0.5)
     monkeypatch.setattr(others, "ROWS", (*rows, untouched, outside))
-    *found, worst = others.measure("digits-published", 20, 0)
+    *found, worst = others.measure("digits-published", 40, 0)
     by_attack = {row["attack"]: row for row in found}
-    assert float(by_attack["none"]["recovered"]) >= 95
+    assert float(by_attack["none"]["recovered"]) >= 90
     assert float(by_attack["any grey, drawn into the ball"]["recovered"]) > 10, (
         "the image may go eps far and no farther"
     )
