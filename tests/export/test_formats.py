@@ -268,6 +268,8 @@ def test_autoattack_and_foolbox_run_on_a_loaded_model_as_it_is(tiny_run: Path) -
     assert (model(adversarial).argmax(1) == y).sum() < clean.sum()
 
     fmodel = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
-    _, (clipped,), (success,) = foolbox.attacks.LinfPGD(steps=5)(fmodel, x, y, epsilons=[0.1])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        _, (clipped,), (success,) = foolbox.attacks.LinfPGD(steps=20)(fmodel, x, y, epsilons=[0.1])
     torch.testing.assert_close(success, model(clipped).argmax(1) != y)
     assert success.sum() > (~clean).sum()

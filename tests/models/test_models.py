@@ -84,7 +84,7 @@ def test_channels_last_gives_the_same_logits(name):
     expected = model(images)
     model = model.to(memory_format=torch.channels_last)
     actual = model(images.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)  # of up to 70 layers that sum in another order
 
 
 @pytest.mark.parametrize("name", MODELS)
