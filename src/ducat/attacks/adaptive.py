@@ -57,7 +57,7 @@ class Round:
 # target: most of the time goes where a sample may yet fall. Measured against AutoAttack in results/strength.md.
 BUDGETS: dict[str, tuple[Round, ...]] = {
     "quick": (Round("recovered-cross-entropy", 10), Round("weighted-pair", 20)),
-    # A third of the time of the next, for the demo; what it costs in strength is in results/demo.md.
+    # Shorter than the next, for the demo; what that saves, and costs in strength, is in results/demo.md.
     "light": (
         Round("recovered-cross-entropy", 20),
         Round("weighted-pair", 20),
