@@ -50,22 +50,18 @@ def _foolbox(name: str, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatMo
     return images
 
 
-def _torchattacks(
-    name: str, options: dict[str, Any], model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int
-) -> Tensor:
+def _torchattacks_pgd(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Tensor:
     import torchattacks
 
-    return getattr(torchattacks, name)(model, eps=threat.eps, **options)(x, y)
-
-
-def _torchattacks_pgd(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Tensor:
-    return _torchattacks("PGD", {"alpha": threat.eps / 4, "steps": 20}, model, x, y, threat, seed)
+    return torchattacks.PGD(model, eps=threat.eps, alpha=threat.eps / 4, steps=20)(x, y)
 
 
 def _torchattacks_autoattack(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Tensor:
+    import torchattacks
+
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
-    return _torchattacks("AutoAttack", {"n_classes": classes, "seed": seed}, model, x, y, threat, seed)
+    return torchattacks.AutoAttack(model, eps=threat.eps, n_classes=classes, seed=seed)(x, y)
 
 
 def _autoattack(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> Tensor:

@@ -79,12 +79,13 @@ def test_width_is_the_channels_of_the_first_stage(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_channels_last_gives_the_same_logits(name):
+    torch.manual_seed(0)  # the bound is near what 70 layers that sum in another order leave of float32
     model = build(name, 10, width=8).eval()
     images = torch.rand(2, 3, 16, 16)
     expected = model(images)
     model = model.to(memory_format=torch.channels_last)
     actual = model(images.contiguous(memory_format=torch.channels_last))
-    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)  # of up to 70 layers that sum in another order
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -229,7 +229,8 @@ def empty_like(images: Tensor, dtype: torch.dtype | None = None, memory: Memory 
     if images.device.type != "cpu":
         return torch.empty_like(images, dtype=dtype)
     size, aligned = images.numel() * dtype.itemsize, 64  # bytes, as PyTorch's is: sums over it may depend on that
-    bare = torch.from_numpy((memory or Memory()).take(size + aligned))
+    count = size + aligned
+    bare = torch.from_numpy(np.empty(count, np.uint8) if memory is None else memory.take(count))
     start = -bare.data_ptr() % aligned
     return bare[start : start + size].view(dtype).view(images.shape)
 

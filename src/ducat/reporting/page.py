@@ -10,6 +10,7 @@ from typing import Any
 from ducat import checkpoint
 from ducat.config import Config
 from ducat.evaluation.kept import curves
+from ducat.records import VALIDATION
 from ducat.reporting import compare as comparing
 from ducat.reporting import plots
 from ducat.reporting.compare import Comparison, Run, Section
@@ -95,7 +96,7 @@ def _describe(run: Run) -> dict[str, str]:
     validated = [row for row in run.metrics if "robust" in row]
     if validated:
         first, last = validated[0], validated[-1]
-        changes = ", ".join(f"{name} {100 * first[name]:.1f} to {100 * last[name]:.1f} %" for name in plots.CURVES)
+        changes = ", ".join(f"{name} {100 * first[name]:.1f} to {100 * last[name]:.1f} %" for name in VALIDATION)
         texts["training"] = (
             f"Training loss and validation accuracy by epoch. From epoch {first['epoch'] + 1} to {last['epoch'] + 1}: "
             f"loss {first['loss']:.2f} to {last['loss']:.2f}, {changes}."

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ducat import checkpoint
+from ducat.records import VALIDATION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +25,6 @@ MANY = (*COLOURS, "#882255", "#332288", "#117733", "#AA4499", "#999933", "#77777
 PHONE = 4.6  # inches
 MARKS = ("o", "s", "D", "^", "v", "P")
 INK = "#1a1b1c"  # text and lines; inside a page it gives way to the page's own colour
-CURVES = ("clean", "blind", "robust")
 # Parts of the probability: name in behaviour.json, legend, colour, hatching.
 PARTS = (
     ("real", "own class, real", "#0072B2", ""),
@@ -50,7 +50,7 @@ def trade_off(points: Mapping[str, Sequence[Mapping[str, Any]]], title: str = ""
     looks = [look for look, _ in zip(_looks(), points, strict=False)]
     ends = []
     for (name, evaluations), (colour, mark) in zip(points.items(), looks, strict=True):
-        clean, blind, robust = (_measured(evaluations, quantity) for quantity in CURVES)
+        clean, blind, robust = (_measured(evaluations, quantity) for quantity in VALIDATION)
         axes.plot([blind[0], robust[0]], [clean[0], clean[0]], color=colour, linewidth=1.5, zorder=1)
         ends.append((clean[0], max(blind[0], robust[0]), name, colour))
         for under_attack, face, label in ((blind, "white", None), (robust, colour, name)):
@@ -148,7 +148,7 @@ def curve(evaluations: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     figure, axes = _figure(height=3.9, title=title)
     ordered = sorted(evaluations, key=lambda each: each["threat"]["eps"])
     radii = [each["threat"]["eps"] for each in ordered]
-    for quantity, colour, mark in zip(CURVES, COLOURS, MARKS, strict=False):
+    for quantity, colour, mark in zip(VALIDATION, COLOURS, MARKS, strict=False):
         values = [_measured([each], quantity) for each in ordered]
         reaches = [[each[1][side] for each in values] for side in (0, 1)]
         face = "none" if quantity == "blind" else colour
@@ -240,7 +240,7 @@ def training_curves(metrics: Sequence[Mapping[str, Any]], start_epoch: int | Non
     above.plot([row["epoch"] + 1 for row in metrics], [row["loss"] for row in metrics], color=INK, linewidth=1.2)
     above.set_ylabel("training loss")
     validated = [row for row in metrics if "robust" in row]
-    for quantity, colour, mark in zip(CURVES, COLOURS, MARKS, strict=False):
+    for quantity, colour, mark in zip(VALIDATION, COLOURS, MARKS, strict=False):
         epochs, values = [row["epoch"] + 1 for row in validated], [100 * row[quantity] for row in validated]
         below.plot(epochs, values, color=colour, marker=mark, markersize=4, linewidth=1.2, label=quantity)
     below.set_ylabel("validation (%)")
