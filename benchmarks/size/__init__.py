@@ -1,0 +1,1 @@
+"""The paper's table with networks that are good enough to be taken seriously."""

@@ -1,0 +1,179 @@
+"""The paper's table at a size that shows its pattern, and what an attacker who knows of recovery makes of it.
+
+    python -m benchmarks.size --work /tmp/size --archive cifar10-jpeg.zip    # all of it, hours
+    python -m benchmarks.size --work /tmp/size --only base                   # or a row at a time
+    python -m benchmarks.size --work /tmp/size --table results
+
+One network is trained with PGD-AT; every row trains it on, for the same number of epochs with the same learning rate
+and the same steps of the inner attack, and differs in nothing but what `ROWS` says of it. Each is then evaluated by the
+suites of the product. What is in --work is not made again: a training that was stopped is resumed in the middle of an
+epoch, an evaluation after the last chunk of images that was finished.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ducat
+from benchmarks.size.settings import SETTINGS, Setting
+from benchmarks.size.tables import Measured, write
+from ducat.cli import main as command
+from ducat.data import load_test
+from ducat.dummy import RecoveredClassifier
+from ducat.evaluation.runs import evaluate_run
+from ducat.runs import RunFolder
+from ducat.threat import ThreatModel
+
+CHUNK = 100  # images of an evaluation, after which it can go on
+BY_SUM = "by-sum.json"  # the evaluation with the other recovery, in the run folder
+L2 = ThreatModel("l2", 128 / 255)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to train the base on.
+
+    Attributes:
+        title: what tables call it.
+        settings: options that differ from the branch's.
+    """
+
+    title: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+BASE = "base"
+ROWS: dict[str, Row] = {
+    BASE: Row("the base: PGD-AT by n-fgsm"),
+    "pgd-at": Row("PGD-AT, trained on"),
+    "mixed": Row("mixed, half benign", {"method.name": "mixed", "method.weight": 0.5}),
+    "published": Row("dummy classes, published", {"dummy.kind": "published"}),
+    "recovery-aware": Row("dummy classes, recovery-aware", {"dummy.kind": "recovery-aware"}),
+}
+
+
+class Table:
+    """The rows of one setting and seed, in a folder of the setting's name."""
+
+    def __init__(self, work: Path, setting: str, seed: int) -> None:
+        self.setting: Setting = SETTINGS[setting]
+        self.seed, self.work = seed, work
+        self.runs = work / setting / "runs"
+
+    def folder(self, name: str) -> RunFolder:
+        return RunFolder(self.runs / f"{name}-s{self.seed}")
+
+    def train(self, name: str) -> RunFolder:
+        """Train a row, or go on with it, unless it is finished."""
+        folder, row = self.folder(name), ROWS[name]
+        if folder.path.is_dir():
+            if folder.manifest["status"] != "finished":
+                run("train", "--resume", str(folder.path))
+            return folder
+        phase = self.setting.base if name == BASE else self.setting.branch
+        options = {
+            "name": folder.name,
+            "runs": self.runs,
+            "data.root": self.work / "data",
+            **self.setting.common,
+            **phase,
+            **row.settings,
+            "train.seed": self.seed,
+        }
+        words = ["train"]
+        if name != BASE:
+            file = str(self.train(BASE).checkpoint_path("last"))
+            if row.settings.get("dummy.kind", "off") == "off":
+                options["model.weights"] = file
+            else:
+                words = ["adapt", file]
+        run(*words, *(word for option, value in options.items() for word in (f"--{option}", str(value))))
+        return folder
+
+    def evaluate(self, name: str) -> None:
+        """Attack a row in each of the ways that the setting asks for, unless that has been done."""
+        folder, setting = self.train(name), self.setting
+        progress = _Said(name)
+        evaluate_run(folder, "light", samples=setting.light, which="last", batch_size=CHUNK, progress=progress)
+        evaluate_run(folder, "light", samples=setting.l2, which="last", threat=L2, batch_size=CHUNK, progress=progress)
+        if ROWS[name].settings.get("dummy.kind") == "recovery-aware":
+            self.evaluate_by_sum(folder, progress)
+        evaluate_run(folder, "standard", samples=setting.standard, which="last", batch_size=CHUNK, progress=progress)
+
+    def evaluate_by_sum(self, folder: RunFolder, progress: "_Said") -> None:
+        """Attack the classifier that recovers by logsumexp, which is what training works on, instead of by max."""
+        file = folder.path / BY_SUM
+        if file.is_file():
+            return
+        x, y = load_test(self.setting.data, self.setting.light, self.work / "data")
+        measured = ducat.evaluate(
+            RecoveredClassifier(folder.load("last"), "logsumexp"),
+            x,
+            y,
+            folder.config.threat.build(None),
+            "light",
+            num_classes=10,
+            batch_size=CHUNK,
+            data=folder.manifest["data"]["title"],
+            progress=progress,
+            parts=folder.path / "by-sum-parts",
+        )
+        measured.save(file)
+
+    def measured(self) -> list[Measured]:
+        """Return what there is of every row."""
+        found = []
+        for name, row in ROWS.items():
+            folder = self.folder(name)
+            if folder.evaluations_path.is_dir():
+                files = [*sorted(folder.evaluations_path.glob("*.json")), folder.path / BY_SUM]
+                contents = {file.stem: json.loads(file.read_text()) for file in files if file.is_file()}
+                found.append(Measured(row.title, folder, contents))
+        return found
+
+
+class _Said:
+    """Prints which attack is being made on which row."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, attack: str) -> None:
+        print(f"{self.name}: {attack}", flush=True)
+
+
+def run(*words: str) -> None:
+    """Run a command line of ducat; exit if it fails."""
+    print(shlex.join(["ducat", *words]), flush=True)
+    if code := command(list(words)):
+        sys.exit(code)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the prepared data and the runs")
+    parser.add_argument("--setting", choices=SETTINGS, default="cpu", help="data, network and budget")
+    parser.add_argument("--archive", type=Path, help="the data set's archive, where it has to be prepared first")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=ROWS, help="rows to make; all by default")
+    parser.add_argument("--train", action="store_true", help="train the rows and do not attack them yet")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="write what there is; make no rows")
+    arguments = parser.parse_args()
+    table = Table(arguments.work, arguments.setting, arguments.seed)
+    if arguments.table is not None:
+        write(table.setting, table.measured(), arguments.table)
+        return
+    if arguments.archive is not None:
+        source = ["--from", str(arguments.archive), "--root", str(arguments.work / "data")]
+        run("data", "prepare", table.setting.data, *source)
+    for name in arguments.only or ROWS:
+        table.train(name) if arguments.train else table.evaluate(name)
+
+
+if __name__ == "__main__":
+    main()

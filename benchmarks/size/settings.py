@@ -1,0 +1,89 @@
+"""At which size the table is made: data, network, the two phases of training, and how much of it is attacked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One budget for all rows.
+
+    Attributes:
+        about: what a reader of the table has to know of it.
+        common: options of `ducat train` in both phases.
+        base: those of the first phase, PGD-AT from random weights.
+        branch: those of the second, which each row trains in its own way.
+        light: test images of the suite `light`.
+        standard: those of the suite `standard`, AutoAttack blind and knowing recovery.
+        l2: those of `light` within an L2 ball of 128/255.
+    """
+
+    about: str
+    common: Mapping[str, Any]
+    base: Mapping[str, Any]
+    branch: Mapping[str, Any]
+    light: int
+    standard: int
+    l2: int
+
+    @property
+    def data(self) -> str:
+        """Name of the data set."""
+        name: str = self.common["data.name"]
+        return name
+
+
+_CPU = Setting(
+    about="CIFAR-10 (JPEG), 49,000 training images, PreAct-ResNet-18 of width 32, L-inf 8/255; 16 epochs of PGD-AT by "
+    "n-fgsm, then 2 of each by pgd-cosine",
+    common={
+        "data.name": "cifar10-jpeg",
+        "model.name": "preact-resnet18",
+        "model.width": 32,
+        "train.checkpoint_minutes": 4,
+        "train.tracker": "none",
+    },
+    base={
+        "method.attack": "n-fgsm",
+        "train.epochs": 16,
+        "train.schedule": "one-cycle",
+        "train.learning_rate": 0.2,
+        "train.averaging": "ema",
+        "train.validate_every": 4,
+    },
+    branch={
+        "method.attack": "pgd-cosine",
+        "train.epochs": 2,
+        "train.schedule": "cosine",
+        "train.learning_rate": 0.05,
+        "train.warmup_epochs": 0.25,
+        "train.averaging": "off",  # over so few steps an average would mostly be the base
+        "train.validate_every": 2,
+    },
+    light=1000,
+    standard=200,
+    l2=200,
+)
+
+SETTINGS: dict[str, Setting] = {
+    # For two cores of a CPU.
+    "cpu": _CPU,
+    # The numbers mean nothing: to see that it runs. The ball is so large that no attack has to search.
+    "toy": replace(
+        _CPU,
+        about="toy sizes, whose numbers mean nothing",
+        common={
+            **_CPU.common,
+            "data.samples": 60,
+            "model.name": "resnet8",
+            "model.width": 4,
+            "train.batch_size": 30,
+            "threat.eps": 0.5,
+        },
+        base={**_CPU.base, "train.epochs": 2},
+        light=20,
+        standard=10,
+        l2=10,
+    ),
+}

@@ -1,0 +1,109 @@
+"""What was measured, as tables and a figure."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.size.settings import Setting
+from ducat import checkpoint
+from ducat.evaluation.studies import always_failed
+from ducat.reporting import plots
+from ducat.runs import RunFolder
+
+HEAD = """# The paper's table, larger: its rows
+
+Written by `python -m benchmarks.size --table results`. [size.md](size.md): how they were measured, and what they say.
+"""
+SUITES = {
+    ("light", "linf"): "The suite `light`",
+    ("standard", "linf"): "The suite `standard`: with AutoAttack, blind and knowing recovery",
+    ("light", "l2"): "The suite `light` in L2, a ball that no network was trained in",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row, and the contents of its evaluations by the names of their files."""
+
+    title: str
+    folder: RunFolder
+    evaluations: Mapping[str, Mapping[str, Any]]
+
+    def by(self, suite: str, norm: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
+        """Yield title and content of the evaluations of a suite in a ball."""
+        for name, content in self.evaluations.items():
+            if (content["suite"], content["threat"]["norm"]) == (suite, norm):
+                yield self.title + (", by logsumexp" if name == "by-sum" else ""), content
+
+
+def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Return evaluations of one suite as a table in Markdown, in %, with what each attack leaves by itself."""
+    # An attack that a network without dummy classes has once, another has twice.
+    attacks = list(dict.fromkeys(attack["name"] for _, content in rows for attack in content["attacks"]))
+    text = [
+        f"| network | images | clean | blind | robust | sink gap | {' | '.join(attacks)} |",
+        "| --- | ---: | ---: | ---: | --- | ---: |" + " ---: |" * len(attacks),
+    ]
+    for title, content in rows:
+        left = {attack["name"]: f"{100 * attack['accuracy']:.1f}" for attack in content["attacks"]}
+        low, high = content["robust_ci95"]
+        robust = f"{'at most ' * content['at_most']}{100 * content['robust']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        text.append(
+            f"| {title} | {content['samples']} | {100 * content['clean']['accuracy']:.1f} | "
+            f"{100 * content['blind']:.1f} | {robust} | {100 * content['sink_gap']:.1f} | "
+            + " | ".join(left.get(name, "") for name in attacks)
+            + " |"
+        )
+    return "\n".join(text) + "\n"
+
+
+def trained(rows: Sequence[Measured]) -> str:
+    """Return what each training took, as a table in Markdown."""
+    text = [
+        "| network | epochs | training loss, last epoch | minutes | threads | number format |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        manifest, last = row.folder.manifest, row.folder.metrics[-1]
+        text.append(
+            f"| {row.title} | {row.folder.config.train.epochs} | {last['loss']:.3f} | {manifest['seconds'] / 60:.0f} | "
+            f"{manifest['threads']} | {manifest['precision']} |"
+        )
+    return "\n".join(text) + "\n"
+
+
+def _measured_by(folder: RunFolder) -> tuple[str, int]:
+    content = json.loads(folder.evaluation_path.read_text())
+    return content["suite"], content["samples"]
+
+
+def write(setting: Setting, rows: Sequence[Measured], out: Path) -> None:
+    """Write the tables, the figure and everything that was measured."""
+    out.mkdir(exist_ok=True)
+    text = [HEAD, f"{setting.about}. Accuracies in %, with 95 % intervals.\n", trained(rows)]
+    for (suite, norm), title in SUITES.items():
+        found = [pair for row in rows for pair in row.by(suite, norm)]
+        if found:
+            text += [f"## {title}\n", table(found)]
+    # The evaluation that speaks for a run is its strongest; not all rows may have it yet.
+    counts = Counter(_measured_by(row.folder) for row in rows)
+    for how in (how for how, number in counts.items() if number > 1):
+        alike = [row for row in rows if _measured_by(row.folder) == how]
+        study = always_failed([row.folder.path for row in alike])
+        text += ["## Samples that always fail\n", f"{study.sheet().title}. Suite `{how[0]}`, {len(alike)} networks.\n"]
+    shown = {title: [content] for row in rows for title, content in row.by("light", "linf")}
+    plots.save(plots.trade_off(shown, setting.about.partition(";")[0]), out / "size.svg")
+    content = {
+        row.title: {
+            "evaluations": row.evaluations,
+            "manifest": row.folder.manifest,
+            "metrics": row.folder.metrics,
+            "config": row.folder.config_path.read_text(),
+        }
+        for row in rows
+    }
+    checkpoint.write_text(out / "size.json", json.dumps(content) + "\n")
+    checkpoint.write_text(out / "size-tables.md", "\n".join(text))

@@ -1,0 +1,37 @@
+"""The table at a size that shows the paper's pattern is made from end to end, a row at a time, at toy size."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(work: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.size", "--setting", "toy", "--work", str(work), *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_rows_are_made_once_from_one_base_and_told_with_both_numbers(cifar10_jpeg: Path, tmp_path: Path) -> None:
+    run(tmp_path, "--archive", str(cifar10_jpeg), "--only", "published", "recovery-aware", "--train")
+    runs = tmp_path / "toy" / "runs"
+    assert sorted(path.name for path in runs.iterdir()) == ["base-s0", "published-s0", "recovery-aware-s0"]
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in sorted(runs.iterdir())[1:]]
+    assert manifests[0]["initial"] == manifests[1]["initial"]
+    assert "ducat adapt" not in run(tmp_path, "--only", "recovery-aware")
+    assert "recovery-aware" not in run(tmp_path, "--only", "recovery-aware")
+    run(tmp_path, "--table", str(tmp_path / "out"))
+    content = json.loads((tmp_path / "out" / "size.json").read_text())["dummy classes, recovery-aware"]
+    assert len(content["evaluations"]) == 4
+    for measured in content["evaluations"].values():
+        assert measured["robust"] <= measured["blind"]
+    page = (tmp_path / "out" / "size-tables.md").read_text()
+    assert "dummy classes, recovery-aware, by logsumexp | 20 |" in page
+    assert "autoattack-recovered" in page
