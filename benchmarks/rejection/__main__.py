@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ducat
 from benchmarks.cure import objectives
@@ -33,7 +33,7 @@ from benchmarks.rejection.rows import ROWS, Row
 from benchmarks.rejection.second import second
 from benchmarks.rejection.settings import SETTINGS, Setting
 from benchmarks.rejection.tables import write
-from ducat import checkpoint
+from ducat import checkpoint, seeding
 from ducat.architecture import Architecture
 from ducat.attacks.adaptive import Round
 from ducat.cli import main as command
@@ -128,7 +128,7 @@ class Question:
         network.load_state_dict(checkpoint.part("model", tensors))
         return network.eval(), folder
 
-    def deployed(self, name: str) -> tuple[nn.Module, dict[str, rejection.Signal], RunFolder]:
+    def deployed(self, name: str) -> tuple[RecoveredClassifier, dict[str, rejection.Signal], RunFolder]:
         """Return the classifier of a row with 2C outputs, its signals, and the run it is from."""
         row = ROWS[name]
         network, folder = self.trained(row.of or name)
@@ -152,8 +152,11 @@ class Question:
         trained = time.perf_counter()
         threat = folder.config.threat.build(None)
         x, y = load_test(self.setting.data, self.setting.test, self.data)
+        found: list[Tensor] = []
+        if isinstance(model.model, SmallBall):
+            found = model.model.attack(x, y, threat, seeding.generator(self.seed, "small ball"))
         measured = rejection.measure(
-            model, x, y, threat, SHARES, signals=signals, budget="rows", seed=self.seed, batch_size=200
+            model, x, y, threat, SHARES, signals=signals, found=found, budget="rows", seed=self.seed, batch_size=200
         )
         content = {
             "name": name,
