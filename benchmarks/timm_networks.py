@@ -1,8 +1,9 @@
-"""One network from each module of timm: does it take dummy classes with unchanged predictions, and can it be evaluated?
+"""One network from each module of timm: does it take dummy classes with the same predictions, and can it be evaluated?
 
-Each network is made by the same door as `--model.name timm/NAME`, with new weights and 10 classes, on images of 64 x 64
-(resized inside of the model where it only takes another size). It is given dummy classes, its recovered predictions are
-compared with those before, image by image, and the suite `quick` is run on one image. Each has a process of its own.
+Each network is made by the same door as `--model.name timm/NAME`, with new weights and 10 classes, on images of 64 x
+64, or of the next of `SIZES` that it takes, or resized inside of the model where it only takes its own size. It is
+given dummy classes, its recovered predictions are compared with those before, image by image, and the suite `quick` is
+run on one image. Each has a process of its own.
 
     python -m benchmarks.timm_networks --out results/timm.md
 
@@ -25,7 +26,8 @@ import torch
 from torch import nn
 
 PICKED = Path(__file__).with_suffix(".txt")
-SIZE, CLASSES, COMPARED, ATTACKED = 64, 10, 8, 1
+SIZES = (64, 84, 96)  # pixels a side: patches of 8 and 16, of 14 by threes, and of 16 by threes
+CLASSES, COMPARED, ATTACKED = 10, 8, 1
 MEMORY = 2**34  # bytes of addresses
 
 
@@ -40,28 +42,43 @@ def declare_operators() -> None:
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+def described(name: str) -> Any:
+    """Return the description of a network for the smallest of `SIZES` that it takes, or for its own size."""
+    from ducat.architecture import Architecture, describe_foreign
+
+    own = None
+    for size in SIZES:
+        asked = Architecture(f"timm/{name}", CLASSES, False, 3, (0.5,) * 3, (0.5,) * 3, image_size=size)
+        for options in ({"img_size": size}, {}):  # convolutional networks have no such option
+            try:
+                found = describe_foreign(replace(asked, options=options), normalize=True)
+            except ValueError:
+                continue
+            if found.fit_size is None:
+                return found
+            own = own or found
+    if own is None:
+        raise ValueError(f"timm/{name} takes images of none of {SIZES} pixels a side, and not of its own size")
+    return own
+
+
 def measure(name: str) -> Iterator[dict[str, Any]]:
     """Yield what became of one network, as a row of the table: once it is adapted, and once it is evaluated."""
     import ducat
-    from ducat.architecture import Architecture, describe_foreign
     from ducat.dummy import dummy_heads
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
     row: dict[str, Any] = {"network": name}
-    asked = Architecture(f"timm/{name}", CLASSES, False, 3, (0.5,) * 3, (0.5,) * 3, image_size=SIZE)
     try:
-        try:
-            described = describe_foreign(replace(asked, options={"img_size": SIZE}), normalize=True)
-        except ValueError:  # convolutional networks have no such option, and some others only take their own size
-            described = describe_foreign(asked, normalize=True)
-        model = described.build().eval()
+        description = described(name)
+        model = description.build().eval()
         row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-        row["size"] = described.fit_size or SIZE
+        row["size"] = description.fit_size or description.image_size
         for module in model.modules():  # heads of zeros would make all predictions alike
             if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.any():
                 nn.init.normal_(module.weight, std=0.02)
-        x = torch.rand(COMPARED, 3, SIZE, SIZE)
+        x = torch.rand(COMPARED, 3, description.image_size, description.image_size)
         with torch.no_grad():
             before = model(x)
             ducat.add_dummy_classes(model, images=x[:2])
