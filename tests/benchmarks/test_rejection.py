@@ -167,13 +167,13 @@ def test_the_table_compares_at_equal_refusals_and_seeds(tmp_path: Path) -> None:
         written(tmp_path, "aware", seed, {"confidence": aware, "pair": 0.5})
     written(tmp_path, "pgd-at", 2, {"confidence": 0.5})  # a seed that `aware` has not got does not count against it
     (tmp_path / "digits" / "rows" / "second-aware-s0.json").write_text(
-        json.dumps([{"signal": "pair", "product": 0.5, "second": 0.49, "seconds": 1}])
+        json.dumps([{"signal": "pair", "product": 0.5, "standard": 0.495, "second": 0.49, "seconds": 1}])
     )
     write(tmp_path, tmp_path)
     text = (tmp_path / "rejection-tables.md").read_text()
     assert "| aware | confidence |" in text
     assert "| 0, 1 | 83.0 | 85.0 | +3.0 ± 1.0 | +3.0 ± 1.0 | 84.0 | 10 / 20 / 40 | 90.0 |" in text
-    assert "| aware-s0 | pair | 50.0 | 49.0 |" in text
+    assert "| aware-s0 | pair | 50.0 | 49.5 | 49.0 |" in text
     assert "of 2 lines with several seeds: aware by confidence (+3.0 ± 1.0 against pgd-at)." in text
     assert (tmp_path / "rejection-digits.svg").is_file()
     assert set(json.loads((tmp_path / "rejection.json").read_text())["digits"]) == {"rows", "second"}
