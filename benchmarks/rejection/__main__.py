@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ducat
 from benchmarks.cure import objectives
@@ -152,11 +152,8 @@ class Question:
         trained = time.perf_counter()
         threat = folder.config.threat.build(None)
         x, y = load_test(self.setting.data, self.setting.test, self.data)
-        found: list[Tensor] = []
-        if isinstance(model.model, SmallBall):
-            found = model.model.attack(x, y, threat, seeding.generator(self.seed, "small ball"))
         measured = rejection.measure(
-            model, x, y, threat, SHARES, signals=signals, found=found, budget="rows", seed=self.seed, batch_size=200
+            model, x, y, threat, SHARES, signals=signals, budget="rows", seed=self.seed, batch_size=200
         )
         content = {
             "name": name,

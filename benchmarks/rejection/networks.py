@@ -5,12 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ducat.attacks.pgd import attackable
 from ducat.dummy import recover
-from ducat.evaluation.rejection import SIGNALS, Signal, lead, log_odds
-from ducat.threat import ThreatModel
-
-STEPS = 60  # of the small ball's own attack
+from ducat.evaluation.rejection import SIGNALS, Signal, lead
 
 
 class SharedAbstain(nn.Module):
@@ -58,48 +54,19 @@ class SmallBall(nn.Module):
         logits, shift = self.network(x), self._shift(x.detach())
         return torch.cat([logits, self.network((x + shift).clamp(0, 1))], dim=1)
 
-    def _shift(self, x: Tensor, of: Tensor | None = None) -> Tensor:
-        """Return the way to where class `of`, by default the prediction, is weakest."""
+    def _shift(self, x: Tensor) -> Tensor:
         shift = torch.zeros_like(x)
         with torch.enable_grad():
+            prediction: Tensor | None = None
             for _ in range(self.steps):
                 moved = (x + shift).requires_grad_()
                 decision = recover(self.network(moved))
-                of = decision.argmax(1) if of is None else of
-                value = lead(decision).gather(1, of[:, None]).sum()
+                prediction = decision.argmax(1) if prediction is None else prediction
+                value = lead(decision).gather(1, prediction[:, None]).sum()
                 (gradient,) = torch.autograd.grad(value, moved)
                 shift = (shift - self.radius / 2 * gradient.sign()).clamp(-self.radius, self.radius)
                 shift = (x + shift).clamp(0, 1) - x
         return shift
-
-    def attack(
-        self, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator, targets: int = 9
-    ) -> list[Tensor]:
-        """Return for each of the nearest wrong classes the images where it is surest at *its own* worst nearby.
-
-        The product's attack alone is misled by this network: what it climbs jumps down where the prediction changes,
-        since before it the neighbourhood is searched against the label, and behind it against the wrong class. So it
-        stays before the jump, and finds next to nothing. Images from here go into `found` of `rejection.measure`.
-        """
-        with attackable(self.network), torch.no_grad():
-            order = recover(self.network(x)).scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
-            found = []
-            for target in order[:, : min(targets, order.shape[1] - 1)].T:
-                images = threat.random_start(x, generator)
-                best, highest = images.clone(), torch.full((len(x),), -torch.inf)
-                for step in range(STEPS + 1):
-                    shift = self._shift(images, target)
-                    with torch.enable_grad():
-                        leaf = images.clone().requires_grad_()
-                        sure = log_odds(recover(self.network((leaf + shift).clamp(0, 1))))
-                        sure = sure.gather(1, target[:, None]).squeeze(1)
-                        (gradient,) = torch.autograd.grad(sure.sum(), leaf)
-                    higher = sure > highest
-                    best[higher], highest[higher] = images[higher], sure.detach()[higher]
-                    length = threat.eps * (0.25 * (1 - step / STEPS) + 0.01)
-                    images = threat.project(images + length * gradient.sign(), x)
-                found.append(best)
-        return found
 
 
 def _nearby(logits: Tensor) -> Tensor:

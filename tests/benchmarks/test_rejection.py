@@ -15,7 +15,7 @@ from benchmarks.rejection.second import second
 from benchmarks.rejection.tables import write
 from ducat import methods
 from ducat.dummy import RecoveredClassifier, add_dummy_classes, recover
-from ducat.evaluation.rejection import SIGNALS, SelectiveClassifier, log_odds, measure, opened, wrong_and_accepted
+from ducat.evaluation.rejection import SIGNALS, SelectiveClassifier, log_odds, wrong_and_accepted
 
 CLASSES = 3
 
@@ -96,21 +96,6 @@ def test_a_small_ball_shows_the_worst_nearby() -> None:
     index = signal.decision(moved).argmax(1, keepdim=True)
     before, after = (signal.acceptance(logits).gather(1, index) for logits in (still, moved))
     assert (after < before).float().mean() > 0.9
-
-
-@pytest.mark.slow
-def test_a_small_ball_is_attacked_across_the_jump_of_its_signal() -> None:
-    x, y = ducat.data.load_test("digits", 40)
-    ball, threat = SmallBall(opened(ducat.load("zoo:digits-pgd-at")), 0.05), ducat.ThreatModel(eps=0.2)
-    found = ball.attack(x, y, threat, torch.Generator().manual_seed(0), targets=3)
-    assert all(threat.allows(images, x).all() for images in found)
-    model = RecoveredClassifier(ball)
-    alone, helped = (
-        measure(model, x, y, threat, [0.05], signals=SMALL_BALL, found=given, budget="quick").signals[0]
-        for given in ((), found)
-    )
-    standing = [int(each.robust(each.thresholds[0.05]).sum()) for each in (alone, helped)]
-    assert standing[1] <= standing[0] - 2
 
 
 @pytest.mark.parametrize("signal", SIGNALS)

@@ -238,6 +238,28 @@ def result(wrong: list[float], acceptance: list[float]) -> SignalResult:
     )
 
 
+@pytest.mark.parametrize("through", ["measure", "evaluate"])
+def test_dummy_classes_count_wherever_the_two_outputs_of_a_class_come_from(through: str) -> None:
+    """The attack must not take the 2C outputs of a network that `add_dummy_classes` has not made for 2C classes."""
+    ours = linear(3)
+    theirs = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 2 * CLASSES))
+    theirs.load_state_dict(ours.state_dict())
+    x, threat = images(60), ducat.ThreatModel(eps=0.08)
+    y = predicted(ours, x)
+    found = []
+    for model in (RecoveredClassifier(ours), RecoveredClassifier(theirs)):
+        if through == "measure":
+            result = measure(model, x, y, threat, [0.2])
+        else:
+            evaluation = ducat.evaluate(model, x, y, threat, "quick", num_classes=CLASSES, reject=[0.2])
+            assert evaluation.rejection is not None
+            result = evaluation.rejection
+        found.append([each.wrong >= each.thresholds[0.2] for each in result.signals])
+    assert any(fallen.any() for fallen in found[0])
+    for mine, other in zip(*found, strict=True):
+        assert torch.equal(mine, other)
+
+
 def test_a_detector_too_good_for_its_classifier_is_suspected() -> None:
     labels, threat = torch.zeros(40, dtype=torch.long), ducat.ThreatModel()
     held = result([-1.0] * 40, [1.0] * 40)

@@ -702,7 +702,9 @@ class _Part(Seen):
         """Return what an attack makes of the samples that stand, and the benign images of the others."""
         images, rows = self.x.clone(), standing.nonzero().squeeze(1)
         if len(rows):
-            given = self.led, self.x[rows], self.y[rows], ball, self.signals[name], threshold, self.budget
+            # As recovered: bare, 2C outputs that `add_dummy_classes` has not made would be taken for 2C classes.
+            led = RecoveredClassifier(self.led)
+            given = led, self.x[rows], self.y[rows], ball, self.signals[name], threshold, self.budget
             begin = {"starts": [each[rows] for each in starts]} if starts else {}
             images[rows] = attack(*given, self.noise(*key, name, threshold), **begin)
         return images
