@@ -46,19 +46,21 @@ def described(name: str) -> Any:
     """Return the description of a network for the smallest of `SIZES` that it takes, or for its own size."""
     from ducat.architecture import Architecture, describe_foreign
 
-    own = None
+    own, refusal = None, None
     for size in SIZES:
         asked = Architecture(f"timm/{name}", CLASSES, False, 3, (0.5,) * 3, (0.5,) * 3, image_size=size)
         for options in ({"img_size": size}, {}):  # convolutional networks have no such option
             try:
                 found = describe_foreign(replace(asked, options=options), normalize=True)
-            except ValueError:
+            except ValueError as error:
+                refusal = error
                 continue
             if found.fit_size is None:
                 return found
             own = own or found
     if own is None:
-        raise ValueError(f"timm/{name} takes images of none of {SIZES} pixels a side, and not of its own size")
+        assert refusal is not None
+        raise refusal
     return own
 
 

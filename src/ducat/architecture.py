@@ -14,6 +14,7 @@ from ducat.dummy import add_dummy_classes
 from ducat.models import Normalize, build
 from ducat.models.doors import Fit, door, is_foreign
 from ducat.models.heads import describe, forward
+from ducat.models.outputs import NoLogitsError
 
 OURS = 8  # pixels a side that each of our networks takes
 GIVEN = "given:"  # before the class of a network that was given to train as an object
@@ -157,9 +158,15 @@ def describe_foreign(
 
 
 def _refusal(model: nn.Module, images: torch.Tensor, architecture: Architecture) -> str | None:
-    """Return why a model cannot be used, or None."""
+    """Return why a model cannot be used with images of that size, or None.
+
+    Raises:
+        ValueError: if it cannot be used with any.
+    """
     try:
         logits = forward(model, images)
+    except NoLogitsError as error:
+        raise ValueError(f"{architecture.name} is no classifier: {error}") from error
     except Exception as error:  # other people's code fails in any way there is
         return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     if logits.shape != (len(images), architecture.num_classes):

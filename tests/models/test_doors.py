@@ -24,6 +24,9 @@ from torch import nn
 def net(num_outputs, width=4):
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36 * width, num_outputs))
 
+def encoder(num_outputs):
+    return nn.Conv2d(3, 4, 3)
+
 def fails(num_outputs):
     raise RuntimeError("no GPU")
 
@@ -144,6 +147,15 @@ def test_images_of_a_size_that_it_does_not_take(nets: Path) -> None:
     described = describe_foreign(asked(f"{nets}:net", size=12), normalize=True, fit_size=8)
     assert described.fit_size == 8
     check_rebuilt(described)
+
+
+def test_an_encoder_is_no_classifier_whatever_the_size(nets: Path) -> None:
+    models.allow_code(f"{nets}:encoder")
+    with pytest.raises(
+        ValueError, match=r"encoder is no classifier: the network returns shape \(2, 4, 6, 6\)"
+    ) as found:
+        describe_foreign(asked(f"{nets}:encoder"), normalize=True)
+    assert "input_size" not in str(found.value)
 
 
 def test_options_are_for_networks_of_others() -> None:

@@ -5,7 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["LogitsOnly", "as_classifier", "logits_of"]
+__all__ = ["LogitsOnly", "NoLogitsError", "as_classifier", "logits_of"]
+
+
+class NoLogitsError(ValueError):
+    """What a network returned holds no logits: it is no classifier."""
 
 
 def logits_of(output: Any) -> Tensor:
@@ -16,11 +20,11 @@ def logits_of(output: Any) -> Tensor:
             a tuple or list that begins with any of these, as networks with auxiliary heads return in training mode.
 
     Raises:
-        ValueError: if there are no logits in it, or they have not two dimensions.
+        NoLogitsError: if there are no logits in it, or they have not two dimensions.
     """
     if isinstance(output, Tensor):
         if output.ndim != 2:
-            raise ValueError(f"the network returns shape {tuple(output.shape)}: logits have shape (batch, outputs)")
+            raise NoLogitsError(f"the network returns shape {tuple(output.shape)}: logits have shape (batch, outputs)")
         return output
     if hasattr(output, "logits"):
         return logits_of(output.logits)
@@ -28,7 +32,7 @@ def logits_of(output: Any) -> Tensor:
         return logits_of(output["logits"])
     if isinstance(output, Sequence) and not isinstance(output, str | bytes) and output:
         return logits_of(output[0])
-    raise ValueError(
+    raise NoLogitsError(
         f"the network returns a {type(output).__name__}, which has no logits: it must return a tensor, or a tuple that "
         "begins with it, or an object or a mapping with `logits`"
     )
