@@ -35,14 +35,14 @@ from benchmarks.rejection.settings import SETTINGS, Setting
 from benchmarks.rejection.tables import write
 from ducat import checkpoint, seeding
 from ducat.architecture import Architecture
-from ducat.attacks.adaptive import Round
+from ducat.attacks.adaptive import Round, with_dummy_classes
 from ducat.cli import main as command
 from ducat.config import Config
 from ducat.data import load_test
 from ducat.dummy import RecoveredClassifier, add_dummy_classes
 from ducat.evaluation import rejection
 from ducat.models.folded import fold_batch_norm
-from ducat.runs import RunFolder
+from ducat.runs import RunFolder, environment
 from ducat.training.loop import Initial, train
 
 SHARES = (0.02, 0.05)
@@ -135,7 +135,7 @@ class Question:
         paired = ROWS[row.of or name].settings.get("dummy.kind", "off") != "off"
         network = fold_batch_norm(network, load_test(self.setting.data, 2, self.data)[0]) or network
         # A network of a row's own has 2C outputs without being known for it.
-        view = network if paired else rejection.opened(network)
+        view = network if paired else with_dummy_classes(network)
         if row.of is not None:
             radius = folder.config.threat.build(None).eps / 4
             return RecoveredClassifier(SmallBall(view, radius)), dict(SMALL_BALL), folder
@@ -167,6 +167,7 @@ class Question:
                 key: folder.manifest[key]
                 for key in ("ducat", "python", "packages", "platform", "device", "threads", "git")
             },
+            "measured_by": environment()["git"],
             "precision": folder.manifest["precision"],
             "fingerprint": folder.manifest["data"]["fingerprint"],
         }

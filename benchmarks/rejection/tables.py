@@ -16,6 +16,7 @@ from ducat.reporting import plots
 MEASURE = ("pgd-at", "confidence")
 BASELINES = ("pgd-at", "trades", "mixed", "ccat", "cpr-pgd-at", "cpr-mixed")
 SHARES = (0.02, 0.05)
+OUTCOMES = ("refused", "right", "wrong")
 DRAWN = 6  # lines of a figure
 HEAD = """# Refusing: the rows
 
@@ -32,6 +33,7 @@ class Line:
     signal: str
     robust: Mapping[float, Mapping[int, float]]  # by share of refusals
     served: Mapping[int, float]  # at 5 %
+    benign: Mapping[int, tuple[float, ...]]  # refused, right, wrong at 5 %
     denied: Mapping[int, tuple[float, ...]]  # at 5 %
     half: Mapping[int, float]
     curves: Sequence[Sequence[Mapping[str, float]]]
@@ -62,6 +64,10 @@ def lines(contents: Sequence[Mapping[str, Any]]) -> list[Line]:
                     },
                     {seed: 100 * row[SHARES[-1]]["served"]["share"] for seed, row in rows.items()},
                     {
+                        seed: tuple(100 * row[SHARES[-1]][f"clean_{each}"]["share"] for each in OUTCOMES)
+                        for seed, row in rows.items()
+                    },
+                    {
                         seed: tuple(100 * denial["share"] for denial in row[SHARES[-1]]["denial"])
                         for seed, row in rows.items()
                     },
@@ -88,14 +94,16 @@ def table(made: Sequence[Line]) -> str:
     """Return a setting's lines as a table in Markdown."""
     measure = next(line for line in made if (line.name, line.signal) == MEASURE)
     text = [
-        "| row | signal | expected | seeds | robust, 2 % | robust, 5 % | against PGD-AT, 2 % | 5 % | served, 5 % | "
-        "denied at eps/4, eps/2, eps | robust at eps/2 |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
+        "| row | signal | expected | seeds | benign refused / right / wrong, 5 % | robust, 2 % | robust, 5 % | "
+        "against PGD-AT, 2 % | 5 % | served, 5 % | denied at eps/4, eps/2, eps | robust at eps/2 |",
+        "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     for line in made:
         denied = " / ".join(f"{statistics.fmean(each):.0f}" for each in zip(*line.denied.values(), strict=True))
+        benign = " / ".join(f"{statistics.fmean(each):.1f}" for each in zip(*line.benign.values(), strict=True))
         text.append(
-            f"| {line.name} | {line.signal} | {ROWS[line.name].expected} | {', '.join(map(str, line.seeds))} | "
+            f"| {line.name} | {line.signal} | {ROWS[line.name].expected} | {', '.join(map(str, line.seeds))} | {benign}"
+            " | "
             + " | ".join(f"{statistics.fmean(line.robust[share].values()):.1f}" for share in SHARES)
             + " | "
             + " | ".join(against(line, measure, share) for share in SHARES)
@@ -106,26 +114,35 @@ def table(made: Sequence[Line]) -> str:
 
 
 def verdict(made: Sequence[Line]) -> str:
-    """Say which lines are above the best baseline at 5 % refused by more than the standard error of the difference.
+    """Say which lines are above every baseline at 5 % refused by more than the standard error of the difference.
 
-    Only lines of several seeds can be; the best baseline is the one with the highest mean over the same seeds.
+    Both robust accuracy, which a network can win by being right on few images, and served have to be above, over the
+    seeds that both have, of which there must be several.
     """
-    share, above = SHARES[-1], []
+    share = SHARES[-1]
     rivals = [line for line in made if line.name in BASELINES]
-    for line in (line for line in made if line.name not in BASELINES and len(line.seeds) > 1):
-        alike = [rival for rival in rivals if set(line.seeds) <= set(rival.seeds)]
-        if not alike:
-            continue
-        best = max(alike, key=lambda rival: statistics.fmean(rival.robust[share][seed] for seed in line.seeds))
-        differences = [line.robust[share][seed] - best.robust[share][seed] for seed in line.seeds]
-        mean, error = statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-        if mean > error:
-            above.append(f"{line.name} by {line.signal} ({mean:+.1f} ± {error:.1f} against {best.name})")
-    compared = sum(line.name not in BASELINES and len(line.seeds) > 1 for line in made)
+    others = [line for line in made if line.name not in BASELINES and len(line.seeds) > 1]
+    above = [
+        f"{line.name} by {line.signal}"
+        for line in others
+        if all(
+            _exceeds(line.robust[share], rival.robust[share]) and _exceeds(line.served, rival.served)
+            for rival in rivals
+        )
+    ]
     return (
-        f"Above the best baseline at 5 % refused by more than the standard error, of {compared} lines with several "
-        f"seeds: {', '.join(above) or 'none'}. Rows that are not in the table have not been made.\n"
+        f"Above every baseline at 5 % refused, robust and served, by more than the standard error, of {len(others)} "
+        f"lines with several seeds: {', '.join(above) or 'none'}. With three seeds one of five equals would be above "
+        "one other by chance. Rows that are not in the table have not been made.\n"
     )
+
+
+def _exceeds(mine: Mapping[int, float], theirs: Mapping[int, float]) -> bool:
+    common = sorted(mine.keys() & theirs.keys())
+    if len(common) < 2:
+        return False
+    differences = [mine[seed] - theirs[seed] for seed in common]
+    return statistics.fmean(differences) > statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def drawn(made: Sequence[Line]) -> list[dict[str, Any]]:
@@ -157,6 +174,8 @@ def write(work: Path, out: Path) -> None:
         contents = [json.loads(file.read_text()) for file in files if not file.name.startswith("second-")]
         if not any(content["name"] == MEASURE[0] for content in contents):
             continue
+        if strays := {content["samples"] for content in contents} - {setting.test}:
+            raise ValueError(f"{name}: rows measured on {strays} images, not on {setting.test}: make them again")
         made = lines(contents)
         seconds = {
             file.stem.removeprefix("second-"): json.loads(file.read_text())

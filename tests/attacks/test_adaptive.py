@@ -196,6 +196,6 @@ def test_only_in_l1_a_start_comes_through_larger_balls(
     module = import_module("ducat.attacks.adaptive")  # the package has the function by that name
     monkeypatch.setattr(module, "pgd", recorded)
     ball, goal = replace(threat, steps=20), OBJECTIVES["recovered-margin"]
-    found = module._ascended(network, images, labels, ball, goal, torch.Generator().manual_seed(0))
+    found = module.ascended(network, images, labels, ball, goal, torch.Generator().manual_seed(0))
     assert threat.allows(found, images).all()
     assert seen == ([(3, 6), (2, 6), (1, 8)] if threat.norm == "l1" else [(1, 20)])

@@ -12,7 +12,7 @@ from benchmarks.rejection.networks import SMALL_BALL, SharedAbstain, SmallBall
 from benchmarks.rejection.objectives import Abstaining, Accepted, Lowered, refusing
 from benchmarks.rejection.rows import ROWS
 from benchmarks.rejection.second import second
-from benchmarks.rejection.tables import write
+from benchmarks.rejection.tables import OUTCOMES, write
 from ducat import methods
 from ducat.dummy import RecoveredClassifier, add_dummy_classes, recover
 from ducat.evaluation.rejection import SIGNALS, SelectiveClassifier, log_odds, wrong_and_accepted
@@ -132,6 +132,7 @@ def written(work: Path, name: str, seed: int, signals: dict[str, float]) -> None
                     "reject": share,
                     "robust": {"share": robust - loss, **ci},
                     "served": {"share": robust - loss - 0.01, **ci},
+                    **{f"clean_{each}": {"share": 0.1, **ci} for each in OUTCOMES},
                     "denial": [{"eps": eps, "share": eps, **ci} for eps in (0.1, 0.2, 0.4)],
                 }
                 for share, loss in ((0.02, 0.02), (0.05, 0.0))
@@ -140,7 +141,12 @@ def written(work: Path, name: str, seed: int, signals: dict[str, float]) -> None
         }
         for signal, robust in signals.items()
     ]
-    content = {"name": name, "seed": seed, "rejection": {"robust_at_half_eps": {"share": 0.9}, "signals": rows}}
+    content = {
+        "name": name,
+        "seed": seed,
+        "samples": 500,
+        "rejection": {"robust_at_half_eps": {"share": 0.9}, "signals": rows},
+    }
     folder = work / "digits" / "rows"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}-s{seed}.json").write_text(json.dumps(content))
@@ -157,8 +163,12 @@ def test_the_table_compares_at_equal_refusals_and_seeds(tmp_path: Path) -> None:
     write(tmp_path, tmp_path)
     text = (tmp_path / "rejection-tables.md").read_text()
     assert "| aware | confidence |" in text
-    assert "| 0, 1 | 83.0 | 85.0 | +3.0 ± 1.0 | +3.0 ± 1.0 | 84.0 | 10 / 20 / 40 | 90.0 |" in text
+    assert "| 0, 1 | 10.0 / 10.0 / 10.0 | 83.0 | 85.0 | +3.0 ± 1.0 | +3.0 ± 1.0 | 84.0 | 10 / 20 / 40 | 90.0 |" in text
     assert "| aware-s0 | pair | 50.0 | 49.5 | 49.0 |" in text
-    assert "of 2 lines with several seeds: aware by confidence (+3.0 ± 1.0 against pgd-at)." in text
+    assert "of 2 lines with several seeds: aware by confidence." in text
     assert (tmp_path / "rejection-digits.svg").is_file()
+    written(tmp_path, "cpr-pgd-at", 0, {"small ball": 0.95})
+    write(tmp_path, tmp_path)
+    # A baseline without enough common seeds hides no winner: nothing is above it.
+    assert "of 2 lines with several seeds: none." in (tmp_path / "rejection-tables.md").read_text()
     assert set(json.loads((tmp_path / "rejection.json").read_text())["digits"]) == {"rows", "second"}

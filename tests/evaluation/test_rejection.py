@@ -9,6 +9,8 @@ from scipy.optimize import linprog
 from torch import nn
 
 import ducat
+from ducat.attacks.adaptive import with_dummy_classes
+from ducat.attacks.suites import SUITES, Suite
 from ducat.dummy import RecoveredClassifier, add_dummy_classes, recover
 from ducat.evaluation import rejection
 from ducat.evaluation.rejection import (
@@ -22,7 +24,6 @@ from ducat.evaluation.rejection import (
     log_odds,
     measure,
     nearness,
-    opened,
     wrong_and_accepted,
 )
 
@@ -49,7 +50,7 @@ def images(number: int, seed: int = 1) -> torch.Tensor:
 
 def predicted(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return recover(opened(model)(x)).argmax(1)
+        return recover(with_dummy_classes(model, x)(x)).argmax(1)
 
 
 def highest_pair(model: nn.Module, x: torch.Tensor, y: int, eps: float, threshold: float) -> float:
@@ -258,6 +259,138 @@ def test_dummy_classes_count_wherever_the_two_outputs_of_a_class_come_from(throu
     assert any(fallen.any() for fallen in found[0])
     for mine, other in zip(*found, strict=True):
         assert torch.equal(mine, other)
+
+
+class Rounded(nn.Module):
+    """Rounds images, which passes no gradient."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * 64).round() / 64
+
+
+@pytest.mark.parametrize("hint", ["signs", "surrogate"])
+def test_a_network_that_hides_its_gradients_is_attacked_through_guides(hint: str) -> None:
+    inner, (x, y) = ducat.load("zoo:digits-pgd-at"), ducat.data.load_test("digits", 20)
+    model, threat = nn.Sequential(Rounded(), inner), ducat.ThreatModel(eps=0.2)
+    suite = Suite(SUITES["quick"].attacks, audit=hint == "signs", name="audited")
+    evaluation = ducat.evaluate(
+        model,
+        x,
+        y,
+        threat,
+        suite,
+        num_classes=10,
+        reject=[0.05],
+        surrogates=[inner] if hint == "surrogate" else [],
+        second_round_seconds=1.0,
+    )
+    plain = measure(inner, x, y, threat, [0.05], budget="quick")
+    assert evaluation.rejection is not None
+    for found, known in zip(evaluation.rejection.signals, plain.signals, strict=True):
+        standing = found.robust(found.thresholds[0.05]).float().mean()
+        assert standing <= known.robust(known.thresholds[0.05]).float().mean() + 0.04
+
+
+def wrappers() -> dict[str, nn.Module]:
+    class Own(RecoveredClassifier):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    inner = linear(3)
+    return {
+        "in a sequence": nn.Sequential(nn.Identity(), RecoveredClassifier(inner)),
+        "by logsumexp, in a sequence": nn.Sequential(nn.Identity(), RecoveredClassifier(inner, "logsumexp")),
+        "a class of one's own": Own(inner),
+    }
+
+
+@pytest.mark.parametrize("name", wrappers())
+def test_a_recovered_network_inside_of_another_has_no_dummy_classes(name: str) -> None:
+    model, x = wrappers()[name], images(20)
+    logits, _ = SelectiveClassifier(model)(x)
+    assert torch.equal(logits, model(x))
+    assert rejection.signals_of(model, x) == ["confidence"]
+    assert calibrate(model, x, model(x).argmax(1), 0.2) == calibrate(
+        with_dummy_classes(model, x), x, model(x).argmax(1), 0.2
+    )
+
+
+def test_outputs_that_are_not_finite_are_refused() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = linear(0, dummies=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.where(x.mean((1, 2, 3)).view(-1, 1) > 0.7, torch.nan, self.model(x))
+
+    model, x = Broken(), images(20)
+    y = model(x).argmax(1)
+    result = measure(model, x, y, ducat.ThreatModel(eps=0.3), [0.0], found=[(x + 0.3).clamp(0, 1)], budget="quick")
+    assert torch.isnan(model((x + 0.3).clamp(0, 1))).any(1).all()
+    denied_share = result.to_dict()["signals"][0]["rows"][0]["denial"][-1]["share"]
+    assert denied_share == 1
+
+
+def test_denial_in_l1_comes_through_larger_balls() -> None:
+    model, (x, y) = ducat.load("zoo:digits-pgd-at"), ducat.data.load_test("digits", 60)
+    threat = ducat.ThreatModel("l1", 2.0)
+    threshold = calibrate(model, x, y, 0.05)
+    found = denied(model, x, y, threat, "confidence", threshold, "quick", torch.Generator().manual_seed(0))
+    assert threat.allows(found, x).all()
+    logits, accepted = SelectiveClassifier(model, "confidence", threshold)(found)
+    right = accepted & (logits.argmax(1) == y)
+    assert int(right.sum()) <= 6
+
+
+def test_a_curve_ends_at_the_strictest_threshold_that_was_attacked() -> None:
+    model, x = linear(0), images(60)
+    y = predicted(model, x)
+    unsure = 0.5 + 0.2 * (x - 0.5)
+    result = measure(
+        model, x, y, ducat.ThreatModel(eps=0.05), [0.05], held_out=(unsure, predicted(model, unsure)), budget="quick"
+    )
+    for each, content in zip(result.signals, result.to_dict()["signals"], strict=True):
+        strictest = max(each.thresholds.values())
+        below = float((each.acceptance[each.prediction == y] < strictest).float().mean())
+        assert all(point["right_refused"] <= below + 1e-6 for point in content["curve"])
+        assert content["curve"]
+
+
+def test_networks_that_return_objects_are_read() -> None:
+    class Answer(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": self.inner(x)}
+
+    x = images(20)
+    for inner in (linear(0), linear(0, dummies=False)):
+        view = RecoveredClassifier(Answer(inner)) if inner[1].out_features == 2 * CLASSES else Answer(inner)
+        y = predicted(inner, x)
+        given, plain = (measure(one, x, y, ducat.ThreatModel(eps=0.05), [0.1], budget="quick") for one in (view, inner))
+        assert given.to_dict() == plain.to_dict()
+
+
+def test_the_short_budget_reaches_networks_of_small_logits() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = ducat.load("zoo:digits-pgd-at")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1e-3 * self.model(x)
+
+    model, (x, y), threat = Scaled(), ducat.data.load_test("digits", 40), ducat.ThreatModel(eps=0.2)
+    threshold, standing = calibrate(model, x, y, 0.05), {}
+    for budget in ("quick", "standard"):
+        noise = torch.Generator().manual_seed(0)
+        found = wrong_and_accepted(model, x, y, threat, "confidence", threshold, budget, noise)
+        logits, accepted = SelectiveClassifier(model, "confidence", threshold)(found)
+        standing[budget] = int(((logits.argmax(1) == y) | ~accepted).sum())
+    assert standing["quick"] <= standing["standard"] + 1
 
 
 def test_a_detector_too_good_for_its_classifier_is_suspected() -> None:

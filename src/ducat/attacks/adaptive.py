@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ducat.attacks.objectives import Goal, find, targeted_pair
 from ducat.attacks.pgd import attackable, pgd
 from ducat.dummy import RecoveredClassifier, dummy_head, recover
+from ducat.models.heads import forward, images_for, returns_tensor
+from ducat.models.outputs import as_classifier, logits_of
 from ducat.threat import ThreatModel
 
 Batch = Float[Tensor, "batch channels height width"]
@@ -93,7 +95,7 @@ class SilentDummies(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        return with_silent_dummies(self.model(x))
+        return with_silent_dummies(logits_of(self.model(x)))
 
 
 def with_silent_dummies(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch outputs"]:
@@ -108,23 +110,28 @@ def is_recovered(model: nn.Module) -> bool:
     return isinstance(model, RecoveredClassifier) and forward is RecoveredClassifier.forward
 
 
-def with_dummy_classes(model: nn.Module, x: Batch) -> nn.Module:
+def with_dummy_classes(model: nn.Module, x: Batch | None = None) -> nn.Module:
     """Return a view of any classifier that has 2C logits.
 
     What `recover` makes of them by max is the decision of the classifier. A `RecoveredClassifier` by max is opened, a
     network made by `add_dummy_classes` is returned as it is, and any other classifier, one recovered by logsumexp
-    included, counts as one without dummy classes. `x` are images to look at the outputs with.
+    included, counts as one without dummy classes. So does one that has a recovered network inside: how many outputs
+    there are is looked at with the first image of `x`, or with random images.
     """
+    if isinstance(model, RecoveredClassifier) and is_recovered(model):
+        if model.how != "max":
+            return SilentDummies(model)
+        model = model.model
+        return model if isinstance(model, SilentDummies) else as_classifier(model)
     if isinstance(model, SilentDummies):
         return model
-    if isinstance(model, RecoveredClassifier) and is_recovered(model):
-        return model.model if model.how == "max" else SilentDummies(model)
     head = dummy_head(model)
     if head is None:
         return SilentDummies(model)
-    with attackable(model), torch.no_grad():
-        outputs = model(x[:1]).shape[1]
-    return model if outputs == 2 * head.num_classes else SilentDummies(model)
+    images = images_for(model) if x is None else x[:1]
+    if forward(model, images).shape[1] != 2 * head.num_classes:
+        return SilentDummies(model)
+    return model if returns_tensor(model, images) else as_classifier(model)
 
 
 def adaptive(
@@ -189,6 +196,7 @@ def tournament(
     aim: Callable[[str, Labels | None], Goal],
     generator: torch.Generator | None = None,
     starts: Sequence[Batch] = (),
+    judge: nn.Module | None = None,
 ) -> Batch:
     """Attack in rounds, each on the samples that are left or on the wrong classes that came closest.
 
@@ -203,11 +211,13 @@ def tournament(
         aim: makes a round's objective of its name and, where it has targets, of the class to reach for each row.
         generator: source of the random starts; PyTorch's global one by default.
         starts: images in the ball, each of x's shape, that count as found, and that the first round begins at as well.
+        judge: the network that decides what fell and how near it came, where `network` only leads; `network` itself by
+            default. It has as many outputs.
 
     Returns:
         For each sample the image that came nearest to any wrong class; of those that fell, the first that was found.
     """
-    search = _Nearest(network, x, y, score)
+    search = _Nearest(network if judge is None else judge, x, y, score)
     for images in starts:
         search.take(torch.arange(len(x), device=x.device), threat.project(images, x))
     for number, attack in enumerate(rounds):
@@ -216,22 +226,30 @@ def tournament(
             if len(rows):
                 ball, begin = replace(threat, steps=attack.steps), threat.project(images, x)[rows]
                 goal = aim(attack.objective, None)
-                found = pgd(network, x[rows], y[rows], ball, goal, start=begin, keep="first", adaptive_steps=True)
+                found = pgd(
+                    network, x[rows], y[rows], ball, goal, start=begin, keep="first", adaptive_steps=True, judge=judge
+                )
                 search.take(rows, found)
         rows, targets = search.candidates(attack)
         while len(rows):
             now, target = rows[: len(x)], targets[: len(x)]
             goal = aim(attack.objective, target if attack.targets else None)
             ball = replace(threat, steps=attack.steps)
-            search.take(now, _ascended(network, x[now], y[now], ball, goal, generator))
+            search.take(now, ascended(network, x[now], y[now], ball, goal, generator, judge))
             rows, targets = rows[len(x) :], targets[len(x) :]
             standing = search.margin[rows] <= 0
             rows, targets = rows[standing], targets[standing]
     return search.adversarial
 
 
-def _ascended(
-    network: nn.Module, x: Batch, y: Labels, threat: ThreatModel, goal: Goal, generator: torch.Generator | None
+def ascended(
+    network: nn.Module,
+    x: Batch,
+    y: Labels,
+    threat: ThreatModel,
+    goal: Goal,
+    generator: torch.Generator | None,
+    judge: nn.Module | None = None,
 ) -> Batch:
     """Return what one random start finds; in l1 it comes from outside, through larger balls that shrink to the ball."""
     found = None
@@ -240,7 +258,7 @@ def _ascended(
         ball = ThreatModel(threat.norm, radius * threat.eps, steps=steps)
         start = None if found is None else ball.project(found, x)
         keep = "first" if radius == 1 else "best"
-        found = pgd(network, x, y, ball, goal, 1, generator, start=start, keep=keep, adaptive_steps=True)
+        found = pgd(network, x, y, ball, goal, 1, generator, start=start, keep=keep, adaptive_steps=True, judge=judge)
     assert found is not None
     return found
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ducat import checkpoint, losses
-from ducat.attacks.adaptive import SilentDummies, is_recovered
-from ducat.attacks.guides import Replaced
+from ducat.attacks.adaptive import SilentDummies, is_recovered, with_dummy_classes
+from ducat.attacks.guides import Replaced, Softened, classifiers_inside, narrowed
 from ducat.attacks.pgd import attackable
 from ducat.attacks.suites import Attack, RunAttack, Suite, find_suite, through
 from ducat.data import spooled
@@ -132,7 +132,9 @@ def evaluate(
                 job, outcome, chosen, x, y, num_classes, progress, data, batch_size, second_round_seconds
             )
             if reject:
-                evaluation = _with_rejection(evaluation, job, outcome, x, y, chosen, reject, held_out, progress)
+                evaluation = _with_rejection(
+                    evaluation, job, outcome, x, y, num_classes, chosen, reject, held_out, others, progress
+                )
             return evaluation
 
 
@@ -142,26 +144,36 @@ def _with_rejection(
     outcome: "_Outcome",
     x: Tensor,
     y: Tensor,
+    num_classes: int,
     suite: Suite,
     shares: Sequence[float],
     held_out: tuple[Tensor, Tensor] | None,
+    others: Sequence[Measured],
     progress: Callable[[str], None],
 ) -> Evaluation:
     if job.nature.names:
         kind = " and ".join(job.nature.names)
         refusal = f"reject: a network that is {kind} gives an image no one signal, so refusing was not measured"
         return replace(evaluation, warnings=[*evaluation.warnings, refusal])
-    view, led = (RecoveredClassifier(job.subject.aware(one)) for one in (job.subject.network, job.attacked[0]))
+    subject = job.subject
+    leading: list[nn.Module] = list(others)
+    if evaluation.scrutiny.second_round is not None:  # there are signs that the network hides its gradients
+        few = x[: subject.network.batch_size or 2].to(subject.network.device)
+        leading += [part for _, part in classifiers_inside(subject.network, subject.network.model, few, num_classes)]
+    guides: list[nn.Module] = [SilentDummies(narrowed(one, num_classes)) for one in leading]
+    if evaluation.scrutiny.second_round is not None:
+        guides = [subject.aware(Softened(subject.network, smooth)) for smooth in (True, False)] + guides
     found = [evaluation.adversarial, *outcome.accepted]
     measured = rejection.measure(
-        view,
+        RecoveredClassifier(subject.aware(subject.network)),
         x,
         y,
         job.threat,
         shares,
         held_out=held_out,
         found=found,
-        attacked=led,
+        attacked=subject.aware(job.attacked[0]),
+        guides=guides,
         budget="standard" if suite.audit else "quick",
         seed=job.seed,
         batch_size=evaluation.batch_size,
@@ -416,8 +428,8 @@ class _Job:
 
     def seen(self, x: Tensor, y: Tensor) -> rejection.Seen:
         view = RecoveredClassifier(self.subject.aware(self.subject.network))
-        signals = {name: rejection.SIGNALS[name] for name in rejection.signals_of(view)}
-        return rejection.Seen(rejection.opened(view), x, y, self.threat, signals)
+        signals = {name: rejection.SIGNALS[name] for name in rejection.signals_of(view, x)}
+        return rejection.Seen(with_dummy_classes(view, x), x, y, self.threat, signals)
 
     def result(self, attack: Attack, share: Tensor, seconds: float) -> AttackResult:
         shares = share if self.nature.random else None

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ducat.attacks.adaptive import Round, SilentDummies, is_recovered, tournament
+from ducat.attacks.adaptive import Round, SilentDummies, ascended, tournament, with_dummy_classes
 from ducat.attacks.objectives import Goal
-from ducat.attacks.pgd import attackable, pgd
-from ducat.dummy import RecoveredClassifier, dummy_head, recover
+from ducat.attacks.pgd import attackable
+from ducat.dummy import RecoveredClassifier, recover
 from ducat.evaluation.statistics import mcnemar, wilson
 from ducat.seeding import generator as seeded
 from ducat.threat import ThreatModel
@@ -94,18 +94,14 @@ def find(signal: str) -> Signal:
     return SIGNALS[signal]
 
 
-def opened(model: nn.Module) -> nn.Module:
-    """Return a classifier, as `SelectiveClassifier` takes it, with its 2C logits."""
-    if isinstance(model, RecoveredClassifier) and is_recovered(model) and model.how == "max":
-        return model.model
-    if isinstance(model, SilentDummies) or (dummy_head(model) is not None and not is_recovered(model)):
-        return model
-    return SilentDummies(model)
+def signals_of(model: nn.Module, x: Samples | None = None) -> list[str]:
+    """Return the names of the signals that a classifier has: all of them with dummy classes, else `confidence`.
 
-
-def signals_of(model: nn.Module) -> list[str]:
-    """Return the names of the signals that a classifier has: all of them with dummy classes, else `confidence`."""
-    paired = not isinstance(opened(model), SilentDummies)
+    Args:
+        model: as `SelectiveClassifier` takes it.
+        x: images that it takes; by default random ones.
+    """
+    paired = not isinstance(with_dummy_classes(model, x), SilentDummies)
     return [name for name, signal in SIGNALS.items() if paired or not signal.needs_dummy_classes]
 
 
@@ -129,7 +125,7 @@ class SelectiveClassifier(nn.Module):
 
     def __init__(self, model: nn.Module, signal: str = "confidence", threshold: float | int = -math.inf) -> None:
         super().__init__()
-        self.model = opened(model)
+        self.model = with_dummy_classes(model)
         check_signal(signal, dummy_classes=not isinstance(self.model, SilentDummies))
         if math.isnan(threshold):
             raise ValueError(f"threshold={threshold} is not a number")
@@ -161,11 +157,19 @@ def _of(classes: Tensor, values: Tensor) -> Tensor:
     return values.gather(1, classes[:, None]).squeeze(1)
 
 
+def _outcome(logits: Tensor, signal: Signal) -> tuple[Tensor, Tensor]:
+    """Return the prediction and its acceptance; outputs that are not finite are no prediction, -1, and not accepted."""
+    finite = logits.isfinite().all(1)
+    prediction = signal.decision(logits).argmax(1)
+    acceptance = _of(prediction, signal.acceptance(logits))
+    return prediction.masked_fill(~finite, -1), acceptance.masked_fill(~finite, -torch.inf)
+
+
 @dataclass(frozen=True)
 class _Read:
     """What a selective classifier makes of images, per sample and on their device."""
 
-    prediction: Tensor
+    prediction: Tensor  # -1 where the outputs are not finite
     acceptance: Tensor  # of the predicted class
 
     def wrong(self, y: Tensor) -> Tensor:
@@ -186,10 +190,9 @@ def _read(network: nn.Module, x: Tensor, signal: Signal, batch_size: int = 500) 
     predictions, acceptances = [], []
     with attackable(network), torch.no_grad():
         for chunk in x.split(batch_size):
-            logits = network(chunk.to(_device(network))).float()
-            prediction = signal.decision(logits).argmax(1)
+            prediction, acceptance = _outcome(network(chunk.to(_device(network))).float(), signal)
             predictions.append(prediction.to(x.device))
-            acceptances.append(_of(prediction, signal.acceptance(logits)).to(x.device))
+            acceptances.append(acceptance.to(x.device))
     return _Read(torch.cat(predictions), torch.cat(acceptances))
 
 
@@ -216,7 +219,8 @@ def calibrate(
         ValueError: if the share is out of range, no image is classified correctly, or the signal does not fit.
     """
     check_shares([share])
-    network = SelectiveClassifier(model, signal).model
+    network = with_dummy_classes(model, x)
+    check_signal(signal, dummy_classes=not isinstance(network, SilentDummies))
     return _threshold(_read(network, x, find(signal), batch_size).right(y), share)
 
 
@@ -266,7 +270,11 @@ def nearness(logits: Logits, signal: Signal, threshold: float, *, smooth: bool =
 
 # Of the wrong classes the nearest are tried one by one, first all samples, then ever more on ever fewer.
 WRONG_BUDGETS: dict[str, tuple[Round, ...]] = {
-    "quick": (Round("smooth", 20), Round("targeted-smooth", 20, targets=3)),
+    "quick": (
+        Round("smooth", 20),
+        Round("targeted-smooth", 20, targets=3),
+        Round("targeted-exact", 20, share=0.5, targets=3),  # smooth is smooth on the scale of a nat
+    ),
     "standard": (
         Round("smooth", 30),
         Round("exact", 30),
@@ -288,6 +296,7 @@ def wrong_and_accepted(
     budget: str = "standard",
     generator: torch.Generator | None = None,
     starts: Sequence[Samples] = (),
+    lead: nn.Module | None = None,
 ) -> Samples:
     """Look for images that are accepted with a wrong class: the attacker knows the signal and the threshold.
 
@@ -304,6 +313,7 @@ def wrong_and_accepted(
         budget: a row of `WRONG_BUDGETS`.
         generator: source of the random starts; PyTorch's global one by default.
         starts: images of the ball that other attacks found; they count, and are begun at.
+        lead: a network of 2C logits whose gradients are followed, while the model decides what was found.
 
     Returns:
         Images in the ball: wrong and accepted where one was found, else the image that came nearest to it.
@@ -313,11 +323,11 @@ def wrong_and_accepted(
         raise ValueError(f"budget {budget!r} is unknown: choose from {', '.join(WRONG_BUDGETS)}")
 
     def score(logits: Tensor, labels: Tensor) -> Tensor:
-        return nearness(logits, chosen, threshold)
+        return nearness(logits, chosen, threshold).nan_to_num(-torch.inf, neginf=-torch.inf)
 
     def success(logits: Tensor, labels: Tensor) -> Tensor:
-        prediction = chosen.decision(logits).argmax(1)
-        return (prediction != labels) & (_of(prediction, chosen.acceptance(logits)) >= threshold)
+        prediction, acceptance = _outcome(logits, chosen)
+        return (prediction != labels) & (acceptance >= threshold)
 
     def aim(objective: str, target: Tensor | None) -> Goal:
         smooth = objective.endswith("smooth")
@@ -332,8 +342,14 @@ def wrong_and_accepted(
         fixed = None if target is None else lambda clean_logits, labels: target
         return Goal(value, knows_recovery=True, reference=fixed, success=success)
 
-    rounds = WRONG_BUDGETS[budget]
-    return tournament(opened(model), x, y, threat, rounds, score, aim, generator, starts)
+    network, judge = _led(model, lead, x)
+    return tournament(network, x, y, threat, WRONG_BUDGETS[budget], score, aim, generator, starts, judge)
+
+
+def _led(model: nn.Module, lead: nn.Module | None, x: Tensor) -> tuple[nn.Module, nn.Module | None]:
+    """Return the network that leads an attack and, if it is another, the one that judges."""
+    network = with_dummy_classes(model, x)
+    return (network, None) if lead is None else (lead, network)
 
 
 def denied(
@@ -345,6 +361,7 @@ def denied(
     threshold: float,
     budget: str = "standard",
     generator: torch.Generator | None = None,
+    lead: nn.Module | None = None,
 ) -> Samples:
     """Look for images that are not both right and accepted: the attacker wants to be refused, or to be wrong.
 
@@ -352,11 +369,11 @@ def denied(
     """
     chosen = find(signal) if isinstance(signal, str) else signal
     steps, restarts = DENIAL_STEPS[budget]
-    network = opened(model)
+    network, judge = _led(model, lead, x)
 
     def success(logits: Tensor, labels: Tensor) -> Tensor:
-        prediction = chosen.decision(logits).argmax(1)
-        return (prediction != labels) | (_of(prediction, chosen.acceptance(logits)) < threshold)
+        prediction, acceptance = _outcome(logits, chosen)
+        return (prediction != labels) | (acceptance < threshold)
 
     def objective(smooth: bool) -> Goal:
         return Goal(
@@ -367,13 +384,12 @@ def denied(
 
     found = x.clone()
     ball, standing = replace(threat, steps=steps), torch.ones_like(y, dtype=torch.bool)
-    for smooth in (True, False):
+    for smooth in [smooth for smooth in (True, False) for _ in range(restarts)]:
         rows = standing.nonzero().squeeze(1)
         if not len(rows):
             break
-        goal = objective(smooth)
-        found[rows] = pgd(network, x[rows], y[rows], ball, goal, restarts, generator, keep="first", adaptive_steps=True)
-        read = _read(network, found[rows], chosen)
+        found[rows] = ascended(network, x[rows], y[rows], ball, objective(smooth), generator, judge)
+        read = _read(network if judge is None else judge, found[rows], chosen)
         standing[rows] = read.right(y[rows]) >= threshold
     return found
 
@@ -515,10 +531,12 @@ class Rejection:
         correct = result.prediction == self.labels
         if not correct.any():
             return []
-        points = []
+        points, strictest = [], max(result.thresholds.values())
         for number in range(CURVE):
             part = number / (CURVE - 1)
             threshold = _threshold(result.acceptance[correct], max(result.thresholds) * part)
+            if threshold > strictest:
+                break
             points.append(
                 {
                     "right_refused": _rounded(result.acceptance[correct] < threshold),
@@ -553,6 +571,7 @@ def measure(
     held_out: tuple[Float[Tensor, "held_out channels height width"], Int[Tensor, " held_out"]] | None = None,
     found: Sequence[Samples] = (),
     attacked: nn.Module | None = None,
+    guides: Sequence[nn.Module] = (),
     signals: Mapping[str, Signal] | None = None,
     budget: str = "standard",
     seed: int = 0,
@@ -571,7 +590,9 @@ def measure(
         shares: of the correctly classified benign images, how many may be refused, each in [0, 1).
         held_out: images and labels that the thresholds are set on; by default x and y themselves.
         found: images that other attacks found, each of x's shape; what is outside the ball does not count.
-        attacked: the model in the form that is fastest to attack; the model itself by default.
+        attacked: the model's 2C logits in the form that is fastest to attack; the model itself by default.
+        guides: networks of 2C logits whose gradients are followed besides, by the budget "quick", while the model
+            decides what was found: for a model that hides its own.
         signals: the signals by their names; by default all in `SIGNALS` that the model has.
         budget: "quick" or "standard".
         seed: of the random starts.
@@ -584,9 +605,8 @@ def measure(
     if budget not in WRONG_BUDGETS:
         raise ValueError(f"budget {budget!r} is unknown: choose from {', '.join(WRONG_BUDGETS)}")
     check_shares(shares)
-    table = {name: SIGNALS[name] for name in signals_of(model)} if signals is None else signals
-    network = opened(model)
-    led = network if attacked is None else opened(attacked)
+    table = {name: SIGNALS[name] for name in signals_of(model, x)} if signals is None else signals
+    network = with_dummy_classes(model, x)
     thresholds: dict[str, dict[float, float]] = {}
     calibration = (x, y) if held_out is None else held_out
     for name, signal in table.items():
@@ -596,7 +616,8 @@ def measure(
     for number, rows in enumerate(torch.arange(len(x)).split(batch_size)):
         place = f", samples {int(rows[0]) + 1} to {int(rows[-1]) + 1}" if len(x) > batch_size else ""
         few = [each[rows.to(each.device)].to(_device(network)) for each in (x, y, *found)]
-        part = _Part(network, led, few[0], few[1], threat, table, thresholds, budget, (seed, number))
+        led = network if attacked is None else attacked
+        part = _Part(network, led, guides, few[0], few[1], threat, table, thresholds, budget, (seed, number))
         part.run(few[2:], partial(_placed, progress, place))
         parts.append(part)
     results = [
@@ -663,7 +684,8 @@ class _Part(Seen):
     def __init__(
         self,
         network: nn.Module,
-        led: nn.Module,
+        attacked: nn.Module,
+        guides: Sequence[nn.Module],
         x: Tensor,
         y: Tensor,
         threat: ThreatModel,
@@ -673,14 +695,18 @@ class _Part(Seen):
         key: tuple[int, int],
     ) -> None:
         super().__init__(network, x, y, threat, signals)
-        self.led, self.thresholds, self.budget, self.key = led, thresholds, budget, key
+        # As recovered: bare, 2C outputs that `add_dummy_classes` has not made would be taken for 2C classes.
+        deployed = RecoveredClassifier(network)
+        self.ways: list[tuple[nn.Module, nn.Module | None]] = [(RecoveredClassifier(attacked), None)]
+        self.ways += [(deployed, guide) for guide in guides]
+        self.thresholds, self.budget, self.key = thresholds, budget, key
 
     def run(self, found: Sequence[Tensor], progress: Callable[[str], None]) -> None:
         for images in found:
             self.look(images)
         progress("robust at eps/2")
         name = next(iter(self.signals))
-        self.look(self.attacked(self.half, wrong_and_accepted, self.balls[1], name, -math.inf, "half"))
+        self.attack(lambda: self.half, wrong_and_accepted, self.balls[1], name, -math.inf, "half")
         for name in self.signals:
             self.look_for_wrong(name, progress)
         for name in self.signals:
@@ -689,37 +715,51 @@ class _Part(Seen):
     def noise(self, *key: str | float | int) -> torch.Generator:
         return seeded(*self.key, "reject", *(str(each) for each in key))
 
-    def attacked(
+    def attack(
         self,
-        standing: Tensor,
+        standing: Callable[[], Tensor],
         attack: Callable[..., Tensor],
         ball: ThreatModel,
         name: str,
         threshold: float,
         *key: str | float | int,
-        starts: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """Return what an attack makes of the samples that stand, and the benign images of the others."""
-        images, rows = self.x.clone(), standing.nonzero().squeeze(1)
-        if len(rows):
-            # As recovered: bare, 2C outputs that `add_dummy_classes` has not made would be taken for 2C classes.
-            led = RecoveredClassifier(self.led)
-            given = led, self.x[rows], self.y[rows], ball, self.signals[name], threshold, self.budget
-            begin = {"starts": [each[rows] for each in starts]} if starts else {}
-            images[rows] = attack(*given, self.noise(*key, name, threshold), **begin)
-        return images
+        starts: Callable[[], Sequence[Tensor]] = lambda: (),
+    ) -> None:
+        """Attack the samples that stand, in one way after the other, and learn from what is found."""
+        for number, (model, lead) in enumerate(self.ways):
+            rows = standing().nonzero().squeeze(1)
+            if not len(rows):
+                return
+            begin = {"starts": [each[rows] for each in starts()]} if starts() else {}
+            noise = self.noise(*key, name, threshold, *([number] if number else []))
+            images = self.x.clone()
+            budget = "quick" if number else self.budget  # there may be many guides
+            given = self.x[rows], self.y[rows], ball, self.signals[name], threshold, budget, noise
+            images[rows] = attack(model, *given, lead=lead, **begin)
+            self.look(images)
 
     def look_for_wrong(self, name: str, progress: Callable[[str], None]) -> None:
         # From the strictest threshold down: what is accepted there is accepted everywhere.
         for share, threshold in sorted(self.thresholds[name].items(), reverse=True):
             progress(f"wrong and accepted by {name}, {share:.0%} refused")
-            standing, starts = self.wrong[name] < threshold, [self.nearest[name]]
-            self.look(self.attacked(standing, wrong_and_accepted, self.threat, name, threshold, "wrong", starts=starts))
+            standing = partial(self._stands, name, threshold)
+            nearest = partial(self._nearest, name)
+            self.attack(standing, wrong_and_accepted, self.threat, name, threshold, "wrong", starts=nearest)
 
     def look_for_denial(self, name: str, progress: Callable[[str], None]) -> None:
         # From the smallest ball and the most lenient threshold up: what is denied there is denied everywhere.
         for number, ball in enumerate(self.balls):
             for share, threshold in sorted(self.thresholds[name].items()):
                 progress(f"denied by {name}, {share:.0%} refused, eps {ball.eps:.4g}")
-                standing = self.right[name][number] >= threshold
-                self.look(self.attacked(standing, denied, ball, name, threshold, "denied", number))
+                self.attack(
+                    partial(self._undenied, name, number, threshold), denied, ball, name, threshold, "denied", number
+                )
+
+    def _stands(self, name: str, threshold: float) -> Tensor:
+        return self.wrong[name] < threshold
+
+    def _nearest(self, name: str) -> list[Tensor]:
+        return [self.nearest[name]]
+
+    def _undenied(self, name: str, number: int, threshold: float) -> Tensor:
+        return self.right[name][number] >= threshold

@@ -147,7 +147,7 @@ def _claim(source: Deployed) -> str:
         refused = evaluation.get("rejection") or {"signals": []}
         lines += [
             f"| not in the claim, which never refuses: robust with {row['reject']:.0%} refused by {each['signal']} "
-            f"({100 * row['clean_refused']['share']:.2f} % of the benign images refused) | "
+            f"({100 * row['clean_refused']['share']:.2f} % of the benign images refused){_bound(evaluation)} | "
             f"{_percent(row['robust']['share'])} |"
             for each in refused["signals"]
             for row in each["rows"]

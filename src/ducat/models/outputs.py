@@ -58,4 +58,8 @@ def as_classifier(model: nn.Module) -> nn.Module:
 
     One that is such a view already is returned as it is.
     """
-    return model if isinstance(model, LogitsOnly) else LogitsOnly(model).train(model.training)
+    if isinstance(model, LogitsOnly):
+        return model
+    view = LogitsOnly(model)
+    view.training = model.training  # its own alone: layers inside may be in another mode than what holds them
+    return view

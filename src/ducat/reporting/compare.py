@@ -564,7 +564,7 @@ def tables(section: Section) -> list[Table]:
     """Return the tables of a section: accuracies and, where refusing was measured, what a reject option achieves."""
     accuracies = Table(f"{section.title}. {caption(section)}", headers(section), cells(section))
     refusals = [
-        (run.name, *_refusal(each["signal"], row))
+        (run.name, *_refusal(each["signal"], row, run.evaluation.get("at_most", False)))
         for run in section.runs
         for each in (run.evaluation.get("rejection") or {"signals": []})["signals"]
         for row in each["rows"]
@@ -582,14 +582,16 @@ REFUSING = (
 REFUSALS = ("run", "signal", "share", "benign", "robust", "served", "denied")
 
 
-def _refusal(signal: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+def _refusal(signal: str, row: Mapping[str, Any], at_most: bool) -> tuple[str, ...]:
     benign = " / ".join(f"{100 * row[f'clean_{outcome}']['share']:.1f}" for outcome in ("refused", "right", "wrong"))
+    # What hides the gradients from attacks on the class hides them from attacks on the refusal.
+    most, least = ("at most ", "at least ") if at_most else ("", "")
     sure = (
-        f"{100 * row[name]['share']:.1f} [{100 * row[name]['ci95'][0]:.1f}, {100 * row[name]['ci95'][1]:.1f}]"
+        f"{most}{100 * row[name]['share']:.1f} [{100 * row[name]['ci95'][0]:.1f}, {100 * row[name]['ci95'][1]:.1f}]"
         for name in ("robust", "served")
     )
     denied = " / ".join(f"{100 * denial['share']:.1f}" for denial in row["denial"])
-    return signal, f"{100 * row['reject']:g}", benign, *sure, denied
+    return signal, f"{100 * row['reject']:g}", benign, *sure, least + denied
 
 
 def to_markdown(comparison: Comparison) -> str:

@@ -76,7 +76,10 @@ def _figures(comparison: Comparison) -> dict[str, str]:
             figures[f"signal-{number}"] = plots.inline(plots.reliability(seen["signal"]), f"signal-{number}")
         if run.evaluation.get("rejection"):
             name = f"refusing-{number}"
-            figures[name] = plots.inline(plots.refusing(run.evaluation["rejection"]["signals"]), name)
+            figures[name] = plots.inline(
+                plots.refusing(run.evaluation["rejection"]["signals"], at_most=run.evaluation.get("at_most", False)),
+                name,
+            )
     return figures
 
 
@@ -122,7 +125,8 @@ def _describe(run: Run) -> dict[str, str]:
             + ", ".join(f"{100 * row['robust']['share']:.1f} % at {100 * row['reject']:g} %" for row in each["rows"])
             for each in run.evaluation["rejection"]["signals"]
         )
-        texts["refusing"] = f"Robust with rejection by share of benign images refused. {'; '.join(parts)}."
+        bound = "At most: " if run.evaluation.get("at_most") else ""
+        texts["refusing"] = f"Robust with rejection by share of benign images refused. {bound}{'; '.join(parts)}."
     return texts
 
 

@@ -205,12 +205,13 @@ def fronts(lines: Mapping[str, Sequence[tuple[float, float]]], title: str = "") 
     return figure
 
 
-def refusing(signals: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+def refusing(signals: Sequence[Mapping[str, Any]], title: str = "", *, at_most: bool = False) -> Figure:
     """Draw robust accuracy with rejection by the share of correctly classified benign images refused, a line a signal.
 
     Args:
         signals: "signals" of the "rejection" of an evaluation.json.
         title: of the figure.
+        at_most: whether all are upper bounds only.
     """
     figure, axes = _figure(height=3.4 + 0.25 * len(signals) / 2, title=title)
     for index, each in enumerate(signals):
@@ -224,7 +225,7 @@ def refusing(signals: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
         ]
         axes.plot(*zip(*marked, strict=True), mark, color=colour, markersize=6, label=each["signal"])
     axes.set_xlabel("correctly classified benign images refused (%)")
-    axes.set_ylabel("robust with rejection (%)")
+    axes.set_ylabel("robust with rejection, at most (%)" if at_most else "robust with rejection (%)")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
     return figure
 
