@@ -121,17 +121,23 @@ def with_dummy_classes(model: nn.Module, x: Batch | None = None) -> nn.Module:
     if isinstance(model, RecoveredClassifier) and is_recovered(model):
         if model.how != "max":
             return SilentDummies(model)
-        model = model.model
-        return model if isinstance(model, SilentDummies) else as_classifier(model)
+        return _returning_tensors(model.model, x)
     if isinstance(model, SilentDummies):
         return model
     head = dummy_head(model)
     if head is None:
         return SilentDummies(model)
-    images = images_for(model) if x is None else x[:1]
-    if forward(model, images).shape[1] != 2 * head.num_classes:
-        return SilentDummies(model)
-    return model if returns_tensor(model, images) else as_classifier(model)
+    x = images_for(model) if x is None else x
+    outputs = forward(model, x[:1].to(head.weight.device)).shape[1]
+    return _returning_tensors(model, x) if outputs == 2 * head.num_classes else SilentDummies(model)
+
+
+def _returning_tensors(model: nn.Module, x: Batch | None) -> nn.Module:
+    """Return a model whose output is a tensor: itself if images show that it is."""
+    if isinstance(model, SilentDummies):
+        return model
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return model if x is not None and returns_tensor(model, x[:1].to(device)) else as_classifier(model)
 
 
 def adaptive(
