@@ -110,7 +110,7 @@ def is_recovered(model: nn.Module) -> bool:
     return isinstance(model, RecoveredClassifier) and forward is RecoveredClassifier.forward
 
 
-def with_dummy_classes(model: nn.Module, x: Batch | None = None) -> nn.Module:
+def with_dummy_classes(model: nn.Module, x: Tensor | None = None) -> nn.Module:
     """Return a view of any classifier that has 2C logits.
 
     What `recover` makes of them by max is the decision of the classifier. A `RecoveredClassifier` by max is opened, a
@@ -132,7 +132,7 @@ def with_dummy_classes(model: nn.Module, x: Batch | None = None) -> nn.Module:
     return _returning_tensors(model, x) if outputs == 2 * head.num_classes else SilentDummies(model)
 
 
-def _returning_tensors(model: nn.Module, x: Batch | None) -> nn.Module:
+def _returning_tensors(model: nn.Module, x: Tensor | None) -> nn.Module:
     """Return a model whose output is a tensor: itself if images show that it is."""
     if isinstance(model, SilentDummies):
         return model

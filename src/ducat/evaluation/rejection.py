@@ -94,7 +94,7 @@ def find(signal: str) -> Signal:
     return SIGNALS[signal]
 
 
-def signals_of(model: nn.Module, x: Samples | None = None) -> list[str]:
+def signals_of(model: nn.Module, x: Tensor | None = None) -> list[str]:
     """Return the names of the signals that a classifier has: all of them with dummy classes, else `confidence`.
 
     Args:
