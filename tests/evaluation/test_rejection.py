@@ -250,7 +250,7 @@ def test_dummy_classes_count_wherever_the_two_outputs_of_a_class_come_from(throu
     found = []
     for model in (RecoveredClassifier(ours), RecoveredClassifier(theirs)):
         if through == "measure":
-            result = measure(model, x, y, threat, [0.2])
+            result = measure(model, x, y, threat, [0.2], budget="quick")
         else:
             evaluation = ducat.evaluate(model, x, y, threat, "quick", num_classes=CLASSES, reject=[0.2])
             assert evaluation.rejection is not None
@@ -270,7 +270,7 @@ class Rounded(nn.Module):
 
 @pytest.mark.parametrize("hint", ["signs", "surrogate"])
 def test_a_network_that_hides_its_gradients_is_attacked_through_guides(hint: str) -> None:
-    inner, (x, y) = ducat.load("zoo:digits-pgd-at"), ducat.data.load_test("digits", 20)
+    inner, (x, y) = ducat.load("zoo:digits-pgd-at"), ducat.data.load_test("digits", 12)
     model, threat = nn.Sequential(Rounded(), inner), ducat.ThreatModel(eps=0.2)
     suite = Suite(SUITES["quick"].attacks, audit=hint == "signs", name="audited")
     evaluation = ducat.evaluate(
@@ -288,7 +288,7 @@ def test_a_network_that_hides_its_gradients_is_attacked_through_guides(hint: str
     assert evaluation.rejection is not None
     for found, known in zip(evaluation.rejection.signals, plain.signals, strict=True):
         standing = found.robust(found.thresholds[0.05]).float().mean()
-        assert standing <= known.robust(known.thresholds[0.05]).float().mean() + 0.04
+        assert standing <= known.robust(known.thresholds[0.05]).float().mean() + 0.09
 
 
 def wrappers() -> dict[str, nn.Module]:
