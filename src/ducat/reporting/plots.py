@@ -213,7 +213,8 @@ def refusing(signals: Sequence[Mapping[str, Any]], title: str = "", *, at_most: 
         title: of the figure.
         at_most: whether all are upper bounds only.
     """
-    figure, axes = _figure(height=3.4 + 0.25 * len(signals) / 2, title=title)
+    columns = 1 if max(len(each["signal"]) for each in signals) > 24 else 2
+    figure, axes = _figure(height=3.4 + 0.25 * len(signals) / columns, title=title)
     for index, each in enumerate(signals):
         colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
         places = [(100 * point["right_refused"], 100 * point["robust"]) for point in each["curve"]]
@@ -226,7 +227,7 @@ def refusing(signals: Sequence[Mapping[str, Any]], title: str = "", *, at_most: 
         axes.plot(*zip(*marked, strict=True), mark, color=colour, markersize=6, label=each["signal"])
     axes.set_xlabel("correctly classified benign images refused (%)")
     axes.set_ylabel("robust with rejection, at most (%)" if at_most else "robust with rejection (%)")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK)
     return figure
 
 
