@@ -77,6 +77,7 @@ SETTINGS: dict[str, Setting] = {
             "mixed-accepted",
             "trades",
             "ccat",
+            "abstain-classes",
             "cpr-pgd-at",
         ),
     ),
