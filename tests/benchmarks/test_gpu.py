@@ -19,7 +19,7 @@ def run(archive: Path, out: Path, *options: str) -> subprocess.CompletedProcess[
         "benchmarks.gpu",
         "--toy",
         "--data",
-        str(cifar10_jpeg),
+        str(archive),
         "--out",
         str(out),
         *options,

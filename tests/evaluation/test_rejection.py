@@ -270,7 +270,7 @@ class Rounded(nn.Module):
 
 @pytest.mark.parametrize("hint", ["signs", "surrogate"])
 def test_a_network_that_hides_its_gradients_is_attacked_through_guides(hint: str) -> None:
-    inner, (x, y) = ducat.load("zoo:digits-pgd-at"), ducat.data.load_test("digits", 12)
+    inner, (x, y) = ducat.load("zoo:digits-pgd-at"), ducat.data.load_test("digits", 8)
     model, threat = nn.Sequential(Rounded(), inner), ducat.ThreatModel(eps=0.2)
     suite = Suite(SUITES["quick"].attacks, audit=hint == "signs", name="audited")
     evaluation = ducat.evaluate(
@@ -288,7 +288,7 @@ def test_a_network_that_hides_its_gradients_is_attacked_through_guides(hint: str
     assert evaluation.rejection is not None
     for found, known in zip(evaluation.rejection.signals, plain.signals, strict=True):
         standing = found.robust(found.thresholds[0.05]).float().mean()
-        assert standing <= known.robust(known.thresholds[0.05]).float().mean() + 0.09
+        assert standing <= known.robust(known.thresholds[0.05]).float().mean() + 0.13
 
 
 def wrappers() -> dict[str, nn.Module]:

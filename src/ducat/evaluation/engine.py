@@ -138,6 +138,9 @@ def evaluate(
             return evaluation
 
 
+LED_INSIDE = 3  # classifiers inside a network that attacks on its refusals follow
+
+
 def _with_rejection(
     evaluation: Evaluation,
     job: "_Job",
@@ -159,7 +162,8 @@ def _with_rejection(
     leading: list[nn.Module] = list(others)
     if evaluation.scrutiny.second_round is not None:  # there are signs that the network hides its gradients
         few = x[: subject.network.batch_size or 2].to(subject.network.device)
-        leading += [part for _, part in classifiers_inside(subject.network, subject.network.model, few, num_classes)]
+        inside = classifiers_inside(subject.network, subject.network.model, few, num_classes)
+        leading += [part for _, part in inside[:LED_INSIDE]]
     guides: list[nn.Module] = [SilentDummies(narrowed(one, num_classes)) for one in leading]
     if evaluation.scrutiny.second_round is not None:
         guides = [subject.aware(Softened(subject.network, smooth)) for smooth in (True, False)] + guides
