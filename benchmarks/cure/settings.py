@@ -5,31 +5,40 @@ from dataclasses import dataclass
 from typing import Any
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One budget for all rows.
+@dataclass(frozen=True, kw_only=True)
+class Phases:
+    """What all rows of a table have in common: data, network, and two phases of training.
 
     Attributes:
         about: what a reader of the table has to know of it.
         common: options of `ducat train` in both phases.
         base: those of the first phase, PGD-AT from random weights.
         branch: those of the second, which each row trains in its own way.
-        test: number of test images.
-        splits: whether the network has a last stage that can be split, which the rows `split-*` need.
     """
 
     about: str
     common: Mapping[str, Any]
     base: Mapping[str, Any]
     branch: Mapping[str, Any]
-    test: int
-    splits: bool = True
 
     @property
     def data(self) -> str:
         """Name of the data set."""
         name: str = self.common["data.name"]
         return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting(Phases):
+    """One budget for all rows.
+
+    Attributes:
+        test: number of test images.
+        splits: whether the network has a last stage that can be split, which the rows `split-*` need.
+    """
+
+    test: int
+    splits: bool = True
 
 
 def _photographs(images: int, base_epochs: int, branch_epochs: int) -> Setting:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ducat import losses, methods
-from ducat.attacks.adaptive import with_dummy_classes
+from ducat.attacks.adaptive import SilentDummies
 from ducat.attacks.objectives import Goal
 from ducat.attacks.pgd import attackable
 from ducat.evaluation.rejection import SIGNALS, nearness
@@ -46,7 +46,7 @@ class Accepted(methods.Objective):
     def attack(
         self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator | None = None
     ) -> Tensor:
-        network, signal = with_dummy_classes(model, x), SIGNALS[self.signal]
+        network, signal = SilentDummies(model) if self.targets is None else model, SIGNALS[self.signal]
         with attackable(network), torch.no_grad():
             logits = network(x)
             own = signal.acceptance(logits).gather(1, y[:, None]).squeeze(1)

@@ -1,35 +1,21 @@
 """Where the question is asked: data, network, and the two phases of training."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from benchmarks.cure.settings import Phases
 
 
-@dataclass(frozen=True)
-class Setting:
+@dataclass(frozen=True, kw_only=True)
+class Setting(Phases):
     """One budget for all rows.
 
     Attributes:
-        about: what a reader of the table has to know of it.
-        common: options of `ducat train` in both phases.
-        base: those of the first phase, PGD-AT from random weights.
-        branch: those of the second, which each row trains in its own way.
         test: number of test images.
         rows: the rows that are made unless told otherwise; all where it is empty.
     """
 
-    about: str
-    common: Mapping[str, Any]
-    base: Mapping[str, Any]
-    branch: Mapping[str, Any]
     test: int
     rows: tuple[str, ...] = ()
-
-    @property
-    def data(self) -> str:
-        """Name of the data set."""
-        name: str = self.common["data.name"]
-        return name
 
 
 SETTINGS: dict[str, Setting] = {

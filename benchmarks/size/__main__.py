@@ -12,17 +12,15 @@ epoch, an evaluation after the last chunk of images that was finished.
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ducat
+from benchmarks.reproduction import run
 from benchmarks.size.settings import SETTINGS, Setting
 from benchmarks.size.tables import Measured, write
-from ducat.cli import main as command
 from ducat.data import load_test
 from ducat.dummy import RecoveredClassifier
 from ducat.evaluation.runs import evaluate_run
@@ -145,13 +143,6 @@ class _Said:
 
     def __call__(self, attack: str) -> None:
         print(f"{self.name}: {attack}", flush=True)
-
-
-def run(*words: str) -> None:
-    """Run a command line of ducat; exit if it fails."""
-    print(shlex.join(["ducat", *words]), flush=True)
-    if code := command(list(words)):
-        sys.exit(code)
 
 
 def main() -> None:

@@ -1,37 +1,23 @@
 """At which size the table is made: data, network, the two phases of training, and how much of it is attacked."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+
+from benchmarks.cure.settings import Phases
 
 
-@dataclass(frozen=True)
-class Setting:
+@dataclass(frozen=True, kw_only=True)
+class Setting(Phases):
     """One budget for all rows.
 
     Attributes:
-        about: what a reader of the table has to know of it.
-        common: options of `ducat train` in both phases.
-        base: those of the first phase, PGD-AT from random weights.
-        branch: those of the second, which each row trains in its own way.
         light: test images of the suite `light`.
         standard: those of the suite `standard`, AutoAttack blind and knowing recovery.
         l2: those of `light` within an L2 ball of 128/255.
     """
 
-    about: str
-    common: Mapping[str, Any]
-    base: Mapping[str, Any]
-    branch: Mapping[str, Any]
     light: int
     standard: int
     l2: int
-
-    @property
-    def data(self) -> str:
-        """Name of the data set."""
-        name: str = self.common["data.name"]
-        return name
 
 
 _CPU = Setting(
