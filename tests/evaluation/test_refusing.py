@@ -17,6 +17,9 @@ from ducat.cli import main
 from ducat.evaluation import Evaluation
 from ducat.evaluation.rejection import log_odds
 from ducat.export import Deployed, export, load
+from ducat.reporting.compare import Run, compare, tables
+from ducat.reporting.page import page
+from ducat.reporting.plots import refusing
 from ducat.serve.server import Playground
 
 
@@ -77,16 +80,54 @@ def test_what_was_measured_is_kept_and_shown(run: Path, tmp_path: Path) -> None:
     assert kept.rejection is not None
     assert kept.rejection.to_dict() == content["rejection"]
     assert all(warning in content["warnings"] for warning in kept.rejection.warnings)
-    page = (run / "report.html").read_text()
-    assert "A classifier that may refuse" in page
-    assert "--reject 0.1" in page
-    assert 'aria-label="Robust with rejection by share of benign images refused.' in page
+    report = (run / "report.html").read_text()
+    assert "A classifier that may refuse" in report
+    assert "--reject 0.1" in report
+    assert 'aria-label="Robust with rejection by share of benign images refused.' in report
     assert main(["compare", str(run), "--csv", str(tmp_path / "c.csv"), "--markdown", str(tmp_path / "c.md")]) == 0
     (line,) = csv.DictReader((tmp_path / "c.csv").read_text().splitlines())
     (row,) = content["rejection"]["signals"][0]["rows"]
     assert float(line["confidence_0.1_robust"]) == row["robust"]["share"]
     assert float(line["confidence_0.1_clean_refused"]) == row["clean_refused"]["share"]
     assert "| tiny | confidence | 10 |" in (tmp_path / "c.md").read_text()
+
+
+def test_an_upper_bound_is_one_with_refusals_too(run: Path, tmp_path: Path) -> None:
+    def shown(at_most: bool) -> dict[str, str]:
+        """What each door says of a copy of the run, hidden gradients or not."""
+        path = tmp_path / str(at_most)
+        shutil.copytree(run, path)
+        for file in (path / "evaluation.json", *(path / "evaluations").glob("*.json")):
+            file.write_text(json.dumps({**json.loads(file.read_text()), "at_most": at_most}))
+        assert main(["compare", str(path), "--markdown", str(path / "c.md")]) == 0
+        export(path, "robustbench", path / "robustbench")
+        measured = Run.read(path)
+        comparison = compare([measured])
+        page(path / "page.html", "At most", comparison)
+        refusals = tables(comparison.sections[0])[1]
+        figure = refusing(measured.evaluation["rejection"]["signals"], at_most=at_most)
+        return {
+            "text": " | ".join(refusals.cells[0]),
+            "Markdown": (path / "c.md").read_text(),
+            "page": (path / "page.html").read_text(),
+            "claim": (path / "robustbench" / "claim.md").read_text(),
+            "figure": figure.axes[0].get_ylabel(),
+        }
+
+    sure, bound = shown(False), shown(True)
+    row = json.loads((run / "evaluation.json").read_text())["rejection"]["signals"][0]["rows"][0]
+    robust = f"{100 * row['robust']['share']:.1f} ["
+    for door in ("text", "Markdown"):
+        assert f"| at most {robust}" in bound[door]
+        assert f"| {robust}" in sure[door]
+        assert "| at least " in bound[door]
+        assert "| at least " not in sure[door]
+    assert "of benign images refused. At most: confidence" in bound["page"]
+    assert "of benign images refused. At most: " not in sure["page"]
+    assert "% of the benign images refused), an upper bound |" in bound["claim"]
+    assert "% of the benign images refused), an upper bound |" not in sure["claim"]
+    assert bound["figure"] == "robust with rejection, at most (%)"
+    assert sure["figure"] == "robust with rejection (%)"
 
 
 def test_the_doors_out_refuse_what_the_run_refuses(run: Path, tmp_path: Path) -> None:
@@ -106,10 +147,10 @@ def test_the_doors_out_refuse_what_the_run_refuses(run: Path, tmp_path: Path) ->
     export(run, "robustbench", tmp_path / "robustbench")
     claim = (tmp_path / "robustbench" / "claim.md").read_text()
     assert "not in the claim, which never refuses: robust with 10% refused by confidence" in claim
-    page = Playground(Deployed.read(run))
-    assert page.about()["threshold"] == threshold
+    playground = Playground(Deployed.read(run))
+    assert playground.about()["threshold"] == threshold
     for number in (0, 59):
-        shown = page.attack(x[number : number + 1], "0", "pgd-20", True)["benign"]
+        shown = playground.attack(x[number : number + 1], "0", "pgd-20", True)["benign"]
         assert shown["accepted"] == bool(accepted[number])
 
 
