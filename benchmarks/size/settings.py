@@ -21,18 +21,18 @@ class Setting(Phases):
 
 
 _CPU = Setting(
-    about="CIFAR-10 (JPEG), 49,000 training images, PreAct-ResNet-18 of width 32, L-inf 8/255; 16 epochs of PGD-AT by "
+    about="CIFAR-10 (JPEG), 49,000 training images, PreAct-ResNet-18 of width 16, L-inf 8/255; 24 epochs of PGD-AT by "
     "n-fgsm, then 2 of each by pgd-cosine",
     common={
         "data.name": "cifar10-jpeg",
         "model.name": "preact-resnet18",
-        "model.width": 32,
+        "model.width": 16,
         "train.checkpoint_minutes": 4,
         "train.tracker": "none",
     },
     base={
         "method.attack": "n-fgsm",
-        "train.epochs": 16,
+        "train.epochs": 24,
         "train.schedule": "one-cycle",
         "train.learning_rate": 0.2,
         "train.averaging": "ema",
