@@ -17,7 +17,6 @@ from ducat import RobustClassifier
 from ducat.cli import main
 
 TINY = {"epochs": 2, "steps": 1, "batch_size": 32, "random_state": 0}
-SHORTEST = {**TINY, "epochs": 1}
 IN_PLACE = "scikit-learn's Pipeline fits its steps in place, whatever they are"
 
 
@@ -96,7 +95,7 @@ def test_bad_input_says_what_to_do(settings: dict, shape: tuple[int, ...], scale
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 def test_scikit_learns_checks_pass_on_data_in_the_range_of_images() -> None:
     """Most checks draw data from all the numbers there are, so the estimator stands behind a scaler to [0, 1]."""
-    estimator = make_pipeline(MinMaxScaler(clip=True), RobustClassifier(**SHORTEST))
+    estimator = make_pipeline(MinMaxScaler(clip=True), RobustClassifier(**TINY))
     check_estimator(
         estimator,
         expected_failed_checks={
@@ -111,7 +110,7 @@ def test_scikit_learns_checks_pass_on_data_in_the_range_of_images() -> None:
 def test_scikit_learns_checks_fail_on_the_bare_estimator_only_for_the_range_of_their_data() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        results = check_estimator(RobustClassifier(**SHORTEST), on_skip=None, on_fail=None)
+        results = check_estimator(RobustClassifier(**TINY), on_skip=None, on_fail=None)
     failed = {result["check_name"]: str(result["exception"]) for result in results if result["status"] == "failed"}
     other = {name: why for name, why in failed.items() if "outside [0, 1]" not in why}
     assert not other
