@@ -1,6 +1,7 @@
 """The reject option: its signals, its threshold, and attacks that are checked against linear programs."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -406,7 +407,24 @@ def test_a_detector_too_good_for_its_classifier_is_suspected() -> None:
     assert "100.0 % are served and robust at eps 0.03137, more than the 50.0 %" in warning
     assert not Rejection(threat, labels, 40, True, ~weak | weak, [held]).warnings
     refused = result([-1.0] * 40, [-1.0] * 40)  # who refuses everything serves nobody
-    assert not Rejection(threat, labels, 40, True, weak, [refused]).warnings
+    assert not Rejection(threat, labels, 40, False, weak, [refused]).warnings
+
+
+def test_held_out_images_that_the_network_knows_are_suspected() -> None:
+    labels, threat = torch.zeros(100, dtype=torch.long), ducat.ThreatModel()
+
+    def warned(refused: int, held_out: bool = True) -> list[str]:
+        """What is said where 20 % may be refused, and some of 80 right and of 20 wrong images are."""
+        signal = [-1.0] * refused + [1.0] * (80 - refused) + [-1.0] * 20
+        found = replace(result([0.5] * 100, signal), thresholds={0.2: 0.0})
+        found.prediction[80:] = 1
+        return Rejection(threat, labels, 100, held_out, ~labels.bool(), [found]).warnings
+
+    (warning,) = warned(40)
+    assert "20% of the held-out images may be refused by confidence, and 50.0 % of the evaluated ones are" in warning
+    assert not warned(20)  # more than was asked, by chance
+    assert not warned(0)
+    assert not warned(40, held_out=False)
 
 
 def test_the_numbers_stand_beside_each_other() -> None:

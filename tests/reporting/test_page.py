@@ -117,6 +117,17 @@ def parsed(written: Path) -> Page:
     return Page(written.read_text(encoding="utf-8"))
 
 
+def test_the_command_of_an_evaluation_says_what_was_refused(runs: list[Run]) -> None:
+    rows = {"signals": [{"signal": "confidence", "rows": [{"reject": 0.02}, {"reject": 0.05}]}]}
+    source = {"source": {"checkpoint": "w.pt", "data": "digits", "model": "small", "width": None}}
+    for origin in (None, source):
+        measured = {**runs[0].evaluation, "rejection": rows, "origin": origin}
+        *_, evaluate = reproduce(replace(runs[0], evaluation=measured))
+        assert evaluate.endswith(" --reject 0.02 0.05")
+        assert ("--checkpoint w.pt" in evaluate) == (origin is not None)
+        assert "--reject" not in " ".join(reproduce(replace(runs[0], evaluation={**measured, "rejection": None})))
+
+
 def test_the_page_says_what_is_known_of_each_run(parsed: Page) -> None:
     text = " ".join(" ".join(parsed.text).split())
     for expected in (

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -182,7 +183,7 @@ class _Read:
 
 
 def _device(network: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    return next((tensor.device for tensor in chain(network.parameters(), network.buffers())), torch.device("cpu"))
 
 
 def _read(network: nn.Module, x: Tensor, signal: Signal, batch_size: int = 500) -> _Read:
@@ -475,7 +476,15 @@ class Rejection:
         """What a reader must know before quoting a number."""
         found = []
         for result in self.signals:
+            right = result.prediction == self.labels
             for share, threshold in result.thresholds.items():
+                refused = result.acceptance[right] < threshold
+                if self.held_out and self._surely_more(refused, share):
+                    found.append(
+                        f"{share:.0%} of the held-out images may be refused by {result.signal}, and "
+                        f"{_percent(refused)} of the evaluated ones are: the network is surer of the held-out images, "
+                        "as of images that it was trained on. What is robust here is so at the price of more refusals"
+                    )
                 served = result.served(threshold, self.labels)
                 more, fewer = int((served & ~self.half).sum()), int((self.half & ~served).sum())
                 if more > fewer and mcnemar(more, fewer) < SURE:
@@ -486,6 +495,13 @@ class Rejection:
                         "suspect the attack before you believe the number"
                     )
         return found
+
+    def _surely_more(self, refused: Flags, share: float) -> bool:
+        """Tell whether more of the correctly classified images are refused than by chance, by disjoint intervals."""
+        if not len(refused):
+            return False
+        asked = wilson(round(share * self.calibrated), self.calibrated)
+        return wilson(int(refused.sum()), len(refused))[0] > asked[1]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of "rejection" in evaluation.json."""

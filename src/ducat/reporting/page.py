@@ -137,12 +137,15 @@ def _shares(parts: Mapping[str, float]) -> str:
 def reproduce(run: Run) -> list[str]:
     """Return the commands that make a run and its evaluation again, under another name."""
     source = (run.evaluation.get("origin") or {}).get("source")
+    refused = run.evaluation.get("rejection") or {"signals": []}
+    shares = [f"{row['reject']:g}" for each in refused["signals"][:1] for row in each["rows"]]
+    refusing = ["--reject", *shares] if shares else []
     if source is not None:
         chosen = {**source, **{name: run.evaluation[name] for name in ("suite", "samples", "seed")}}
         chosen |= {name: run.evaluation["threat"][name] for name in ("norm", "eps")}
         options = {name: value for name, value in chosen.items() if value is not None}
         words = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        return [shlex.join(["ducat", "evaluate", *words])]
+        return [shlex.join(["ducat", "evaluate", *words, *refusing])]
     name = f"{run.name if run.path is None else run.path.name}-again"
     if "initial" in run.manifest:
         # Its beginning is a file that only the command line of the time names.
@@ -155,14 +158,11 @@ def reproduce(run: Run) -> list[str]:
     evaluation = run.evaluation
     options = {name: evaluation[name] for name in ("suite", "samples", "seed")}
     options["which"] = evaluation.get("checkpoint") or "best"
-    refused = evaluation.get("rejection") or {"signals": []}
-    shares = [f"{row['reject']:g}" for each in refused["signals"][:1] for row in each["rows"]]
     ball = evaluation["threat"]
     if (ball["norm"], ball["eps"]) != (run.settings["threat.norm"], run.settings["threat.eps"]):
         options |= {"norm": ball["norm"], "eps": ball["eps"]}
     flags = [part for option, value in options.items() for part in (f"--{option}", str(value))]
-    flags += ["--reject", *shares] if shares else []
-    return [train, shlex.join(["ducat", "evaluate", str(target), *flags])]
+    return [train, shlex.join(["ducat", "evaluate", str(target), *flags, *refusing])]
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:
