@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ducat
-from ducat import zoo
+from ducat import checkpoint, zoo
 from ducat.cli import main
 from ducat.export import Classifier, export, robustbench
 from ducat.export.push import push
@@ -67,6 +67,25 @@ def test_the_pages_have_the_numbers_of_the_cards() -> None:
     assert f"*robust* is {', '.join(robust)} of" in readme
     assert f"blind AutoAttack leaves {alone['DUCAT, published']} %\n  against {alone['PGD-AT']}" in readme
     assert f"alone leaves {alone['DUCAT, published']} % of the published network" in page
+
+
+def test_weights_are_packed_in_half_precision_where_that_loses_nothing(tiny_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    file = run / "checkpoints" / "best" / "checkpoint.safetensors"
+    tensors, state = checkpoint.read(file)
+    (odd, one), *others = sorted(checkpoint.part("model", tensors).items())
+    exact = {name: value.half().float() if value.is_floating_point() else value for name, value in others}
+    checkpoint.save(file, checkpoint.named("model", {**exact, odd: one + 1e-7}), state)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps({**evaluation, "checkpoint": "best"}))
+    zoo.pack(run, tmp_path / "packed.safetensors", ["made"], which="best")
+    packed = checkpoint.part("model", checkpoint.read(tmp_path / "packed.safetensors")[0])
+    assert packed[odd].dtype == torch.float32
+    assert torch.equal(packed[odd], one + 1e-7)
+    for name, value in exact.items():
+        assert packed[name].dtype == (torch.float16 if value.is_floating_point() else value.dtype)
+        assert torch.equal(packed[name].to(value.dtype), value)
 
 
 def test_a_name_is_a_run_folder_of_the_user(cache: Path) -> None:

@@ -5,7 +5,8 @@
     python -m benchmarks.size --work /tmp/size --table results
 
 One network is trained with PGD-AT; every row trains it on, for the same number of epochs with the same learning rate
-and the same steps of the inner attack, and differs in nothing but what `ROWS` says of it. Each is then evaluated by the
+and the same steps of the inner attack, and differs in nothing but what `ROWS` says of it. Weights are then rounded to
+half precision, so that the networks that are measured are those that ship (`benchmarks.zoo`), and evaluated by the
 suites of the product. What is in --work is not made again: a training that was stopped is resumed in the middle of an
 epoch, an evaluation after the last chunk of images that was finished.
 """
@@ -17,10 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import ducat
 from benchmarks.reproduction import run
 from benchmarks.size.settings import SETTINGS, Setting
 from benchmarks.size.tables import Measured, write
+from ducat import checkpoint
 from ducat.data import load_test
 from ducat.dummy import RecoveredClassifier
 from ducat.evaluation.runs import evaluate_run
@@ -72,6 +76,7 @@ class Table:
         if folder.path.is_dir():
             if folder.manifest["status"] != "finished":
                 run("train", "--resume", str(folder.path))
+            _round(folder)
             return folder
         phase = self.setting.base if name == BASE else self.setting.branch
         options = {
@@ -91,6 +96,7 @@ class Table:
             else:
                 words = ["adapt", file]
         run(*words, *(word for option, value in options.items() for word in (f"--{option}", str(value))))
+        _round(folder)
         return folder
 
     def evaluate(self, name: str) -> None:
@@ -133,6 +139,15 @@ class Table:
                 contents = {file.stem: json.loads(file.read_text()) for file in files if file.is_file()}
                 found.append(Measured(row.title, folder, contents))
         return found
+
+
+def _round(folder: RunFolder) -> None:
+    """Round the weights of a finished run to what half precision holds, unless they are."""
+    tensors, state = checkpoint.read(folder.checkpoint_path("last"))
+    weights = checkpoint.named("model", checkpoint.part("model", tensors))
+    rounded = {name: each.half().to(each.dtype) if each.is_floating_point() else each for name, each in weights.items()}
+    if not all(torch.equal(weights[name], each) for name, each in rounded.items()):
+        checkpoint.save(folder.checkpoint_path("last"), {**tensors, **rounded}, state)
 
 
 class _Said:

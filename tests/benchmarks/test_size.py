@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ducat import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +28,9 @@ def test_rows_are_made_once_from_one_base_and_told_with_both_numbers(cifar10_jpe
     assert sorted(path.name for path in runs.iterdir()) == ["base-s0", "published-s0", "recovery-aware-s0"]
     manifests = [json.loads((path / "manifest.json").read_text()) for path in sorted(runs.iterdir())[1:]]
     assert manifests[0]["initial"] == manifests[1]["initial"]
+    for path in runs.iterdir():
+        weights = checkpoint.part("model", checkpoint.read(path / "checkpoints" / "last" / "checkpoint.safetensors")[0])
+        assert all(torch.equal(value.half().to(value.dtype), value) for value in weights.values())
     assert "ducat adapt" not in run(tmp_path, "--only", "recovery-aware")
     assert "recovery-aware" not in run(tmp_path, "--only", "recovery-aware")
     run(tmp_path, "--table", str(tmp_path / "out"))

@@ -11,6 +11,8 @@ from ducat.evaluation import evaluate
 from ducat.reporting.compare import Comparison, Run, compare
 from ducat.runs import RunFolder
 
+AT_HAND = "digits"  # data that need no preparing: scikit-learn brings them
+
 
 def _names(names: Sequence[str]) -> list[str]:
     """Return the names without "zoo:"; where none is given, those that come with the package."""
@@ -62,13 +64,15 @@ def attacked(
     """Attack networks, and return them side by side; nothing is written.
 
     Args:
-        names: of the networks, with or without "zoo:"; all that come with the package where there is none.
+        names: of the networks, with or without "zoo:"; where there is none, all that come with the package whose data
+            are at hand on any machine.
         suite: which attacks.
         samples: how many test images, a fixed stratified subset; all by default.
         progress: makes, from a name, what is called with each attack on that network.
     """
     runs = []
-    for name in _names(names):
+    chosen = [name for name in _names(names) if names or zoo.card(name)["manifest"]["data"]["name"] == AT_HAND]
+    for name in chosen:
         folder = RunFolder.open(zoo.PREFIX + name)
         config = folder.config
         x, y = data.load_test(config.data.name, samples, config.data.root)

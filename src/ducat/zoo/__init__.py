@@ -16,6 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ducat import checkpoint
 
 PREFIX = "zoo:"
@@ -174,6 +177,8 @@ def _unpack(file: Path, path: Path) -> None:
 def pack(run: Path, file: Path, made_by: list[str], which: str = "last") -> str:
     """Write an evaluated run as a file of the zoo, and return its SHA-256.
 
+    Weights that half precision holds exactly are written in it.
+
     Args:
         run: the run folder.
         file: the new file.
@@ -198,7 +203,15 @@ def pack(run: Path, file: Path, made_by: list[str], which: str = "last") -> str:
         "evaluation": {**evaluation, "checkpoint": "best"},
         "made_by": made_by,
     }
-    weights = checkpoint.part("model", tensors)
+    weights = {name: _shortest(tensor) for name, tensor in checkpoint.part("model", tensors).items()}
     checkpoint.save(file, checkpoint.named("model", weights), content)
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _shortest(tensor: Tensor) -> Tensor:
+    """Return a tensor in half precision where that loses nothing, and else as it is."""
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.half()
+    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
