@@ -1,4 +1,4 @@
-"""What the attacks of other libraries leave of the networks of the zoo, beside what ours leave.
+"""What the attacks of other libraries leave of the zoo's networks on digits, beside what ours leave.
 
     python -m benchmarks.others --out results/others.md [--samples 500] [--seed 0]
 
@@ -28,6 +28,7 @@ from ducat.attacks.adaptive import SilentDummies, adaptive
 from ducat.attacks.pgd import attackable
 from ducat.data import load_test
 from ducat.dummy import dummy_head
+from ducat.reporting.zoo import at_hand
 from ducat.runs import RunFolder
 
 DISTRIBUTIONS = {"ducat": "ducat-robust"}
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [row for name in zoo.NETWORKS for row in measure(name, arguments.samples, arguments.seed)]
+    rows = [row for name in at_hand() for row in measure(name, arguments.samples, arguments.seed)]
     samples = arguments.samples or 500
     text = f"""# Attacks of other libraries on the networks of the zoo
 

@@ -579,7 +579,12 @@ def _run_zoo(arguments: Namespace, console: Console) -> None:
 
 def _zoo_parser(arguments: Sequence[str]) -> Parser:
     parser = Parser.of("ducat zoo")
-    parser.add_argument("names", type=str, nargs="*", help="networks, such as zoo:digits-published; default: all, with --evaluate all on digits")
+    parser.add_argument(
+        "names",
+        type=str,
+        nargs="*",
+        help="networks, such as zoo:digits-published; default: all, with --evaluate all on digits",
+    )
     parser.add_argument("--evaluate", action="store_true", help="attack them here and now")
     parser.add_argument("--suite", choices=tuple(SUITES), default="quick", help="which attacks to run")
     parser.add_argument("--samples", type=int | None, help="test images, a fixed stratified subset; default: all")

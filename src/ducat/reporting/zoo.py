@@ -20,6 +20,11 @@ def _names(names: Sequence[str]) -> list[str]:
     return chosen or [name for name, entry in zoo.NETWORKS.items() if entry.repository is None]
 
 
+def at_hand() -> list[str]:
+    """Return the names of the networks that come with the package and can be evaluated on any machine."""
+    return [name for name in _names(()) if zoo.card(name)["manifest"]["data"]["name"] == AT_HAND]
+
+
 def cards(names: Sequence[str]) -> Iterator[str]:
     """Yield a paragraph for each network: what it is, what it was trained on, and the commands that make it.
 
@@ -64,15 +69,13 @@ def attacked(
     """Attack networks, and return them side by side; nothing is written.
 
     Args:
-        names: of the networks, with or without "zoo:"; where there is none, all that come with the package whose data
-            are at hand on any machine.
+        names: of the networks, with or without "zoo:"; those `at_hand` where there is none.
         suite: which attacks.
         samples: how many test images, a fixed stratified subset; all by default.
         progress: makes, from a name, what is called with each attack on that network.
     """
     runs = []
-    chosen = [name for name in _names(names) if names or zoo.card(name)["manifest"]["data"]["name"] == AT_HAND]
-    for name in chosen:
+    for name in _names(names) if names else at_hand():
         folder = RunFolder.open(zoo.PREFIX + name)
         config = folder.config
         x, y = data.load_test(config.data.name, samples, config.data.root)
