@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ducat import zoo
 from ducat.evaluation.runs import evaluate_run
@@ -74,12 +75,17 @@ def make(runs: Path, out: Path) -> dict[str, str]:
         raise FileNotFoundError(f"{runs} has not the runs of `ducat demo` or of `benchmarks.size`")
     for name, run in origin.runs.items():
         folder = RunFolder.open(runs / run)
-        done = folder.evaluation_path.is_file() and json.loads(folder.evaluation_path.read_text(encoding="utf-8"))
-        if not done or (done["suite"], done["checkpoint"]) != (SUITE, "last"):
-            evaluate_run(folder, SUITE, which="last")
+        measured = _measured(folder) or evaluate_run(folder, SUITE, which="last")
         commands = [command.format(run=run) for command in origin.made_by]
-        made[name] = zoo.pack(folder.path, out / f"{name}.safetensors", commands)
+        made[name] = zoo.pack(folder.path, out / f"{name}.safetensors", commands, measured=measured)
     return made
+
+
+def _measured(folder: RunFolder) -> dict[str, Any] | None:
+    """Return what the suite measured of the last checkpoint on most images, or None."""
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in folder.evaluations_path.glob("*.json")]
+    found = [content for content in contents if (content["suite"], content["checkpoint"]) == (SUITE, "last")]
+    return max(found, key=lambda content: content["samples"], default=None)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from ducat.cli.overview import OTHERS
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # The other prose; what scripts write is not.
-MADE = {"reproduction.md", "cure-tables.md", "rejection-tables.md", "batch-norm.md", "defences.md"}
+MADE = {"reproduction.md", "cure-tables.md", "rejection-tables.md", "size-tables.md", "batch-norm.md", "defences.md"}
 WRITTEN = [path for path in sorted([*ROOT.glob("C*.md"), *(ROOT / "results").glob("*.md")]) if path.name not in MADE]
 
 # Options that take the place of a command's own, or are added to it.

@@ -14,10 +14,12 @@ from ducat import checkpoint, zoo
 from ducat.cli import main
 from ducat.export import Classifier, export, robustbench
 from ducat.export.push import push
+from ducat.reporting import zoo as showing
 from ducat.reporting.compare import Run
 from ducat.runs import RunFolder
 
 NAME = "zoo:digits-recovery-aware"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-@pytest.mark.parametrize("name", zoo.NETWORKS)
+DIGITS = [name for name in zoo.NETWORKS if name.startswith("digits-")]
+PHOTOGRAPHS = [name for name in zoo.NETWORKS if name.startswith("cifar10-jpeg-")]
+
+
+@pytest.mark.parametrize("name", DIGITS)
 def test_a_network_predicts_what_its_card_says(name: str) -> None:
     known = zoo.card(name)
     evaluation, manifest = known["evaluation"], known["manifest"]
@@ -43,6 +49,26 @@ def test_a_network_predicts_what_its_card_says(name: str) -> None:
     assert "/" not in manifest["command"][0]
 
 
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_a_network_of_photographs_is_the_one_that_its_card_was_measured_on(name: str) -> None:
+    known, (tensors, _) = zoo.card(name), checkpoint.read(zoo.fetch(name))
+    assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float16}
+    assert ducat.load(f"zoo:{name}")(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    evaluation, rows = known["evaluation"], json.loads((ROOT / "results" / "size.json").read_text())
+    assert (evaluation["suite"], evaluation["samples"]) == ("standard", 200)
+    assert evaluation["robust"] <= evaluation["blind"]
+    (row,) = (row for row in rows.values() if row["manifest"]["command"][1:] == known["manifest"]["command"][1:])
+    kept = next(kept for kept in row["evaluations"].values() if kept["suite"] == "standard")
+    assert evaluation["origin"] == kept["origin"]  # the digest of the weights is in it
+    assert evaluation["attacks"] == kept["attacks"]
+
+
+def test_only_networks_on_data_at_hand_are_attacked_unless_they_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert showing.at_hand() == DIGITS
+    assert main(["zoo", PHOTOGRAPHS[0], "--evaluate", "--samples", "10"]) == 2
+    assert "ducat data prepare cifar10-jpeg" in capsys.readouterr().err
+
+
 def test_the_published_one_has_a_sink_and_ours_has_a_small_one() -> None:
     gaps = {name: zoo.card(name)["evaluation"]["sink_gap"] for name in zoo.NETWORKS}
     assert gaps["digits-pgd-at"] == 0
@@ -51,8 +77,7 @@ def test_the_published_one_has_a_sink_and_ours_has_a_small_one() -> None:
 
 
 def test_the_pages_have_the_numbers_of_the_cards() -> None:
-    root = Path(__file__).parents[1]
-    page, readme = (root / "results" / "demo.md").read_text(), (root / "README.md").read_text()
+    page, readme = (ROOT / "results" / "demo.md").read_text(), (ROOT / "README.md").read_text()
     rows = {"digits-pgd-at": "PGD-AT", "digits-published": "DUCAT, published"}
     rows["digits-recovery-aware"] = "DUCAT, recovery-aware"
     alone, robust = {}, []

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,6 +55,16 @@ NETWORKS: Mapping[str, Entry] = MappingProxyType(
         "digits-recovery-aware": Entry(
             "PGD-AT with recovery-aware dummy classes",
             "53af2a88049f1f841d208056602db42e641dd0e5d2337f31f8eb99656a043591",
+        ),
+        "cifar10-jpeg-pgd-at": Entry(
+            "PGD-AT, no dummy classes", "3dbebc0544beafd7b1abf2bcb3a95d1dcb39249e2d131f1b44c03d6382311187"
+        ),
+        "cifar10-jpeg-published": Entry(
+            "PGD-AT with dummy classes as published", "fa232b61ccac2f6d6ca1ffd83af532f10533d59ed509e9ad3d5e6e89024caf21"
+        ),
+        "cifar10-jpeg-recovery-aware": Entry(
+            "PGD-AT with recovery-aware dummy classes",
+            "1eea770e118fa3ea3094b8ce1fda194dd3fc6142a924c4370aedc73932ac7a32",
         ),
     }
 )
@@ -174,7 +185,9 @@ def _unpack(file: Path, path: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def pack(run: Path, file: Path, made_by: list[str], which: str = "last") -> str:
+def pack(
+    run: Path, file: Path, made_by: list[str], which: str = "last", measured: Mapping[str, Any] | None = None
+) -> str:
     """Write an evaluated run as a file of the zoo, and return its SHA-256.
 
     Weights that half precision holds exactly are written in it.
@@ -184,20 +197,22 @@ def pack(run: Path, file: Path, made_by: list[str], which: str = "last") -> str:
         file: the new file.
         made_by: the commands that make it, in their order.
         which: the checkpoint, the one that was evaluated.
+        measured: content of the evaluation that goes along; by default the one that speaks for the run.
 
     Raises:
         ValueError: if the evaluation is of another checkpoint.
     """
     tensors, state = checkpoint.read(run / "checkpoints" / which / "checkpoint.safetensors")
-    evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = measured or json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     if evaluation.get("checkpoint") != which:
         raise ValueError(f"{run}: the checkpoint {which} is not the one that was evaluated")
+    config = (run / "config.yaml").read_text(encoding="utf-8")
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     program, *arguments = manifest["command"]
     metrics = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     content = {
         "model": state["model"],
-        "config": (run / "config.yaml").read_text(encoding="utf-8"),
+        "config": re.sub(r"^  root: .*$", "  root: null", config, flags=re.MULTILINE),  # was a folder of that machine
         "manifest": {**manifest, "command": [Path(program).name, *arguments]},
         "metrics": [json.loads(line) for line in metrics],
         "evaluation": {**evaluation, "checkpoint": "best"},
