@@ -94,6 +94,29 @@ def test_the_pages_have_the_numbers_of_the_cards() -> None:
     assert f"alone leaves {alone['DUCAT, published']} % of the published network" in page
 
 
+def test_the_pages_have_the_numbers_that_were_measured_on_photographs() -> None:
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "results" / "size.md").read_text()
+    titles = {
+        "PGD-AT, trained on": ("PGD-AT", "PGD-AT"),
+        "mixed, half benign": ("half benign, no dummy classes", "half benign, no dummy classes"),
+        "dummy classes, published": ("PGD-AT with dummy classes as published", "dummy classes as published"),
+        "dummy classes, recovery-aware": ("PGD-AT with recovery-aware dummy classes (ours)", "recovery-aware"),
+    }
+    rows = json.loads((ROOT / "results" / "size.json").read_text())
+    for title, (in_readme, on_page) in titles.items():
+        suites = {
+            content["suite"]: content
+            for name, content in rows[title]["evaluations"].items()
+            if content["threat"]["norm"] == "linf" and name != "by-sum"
+        }
+        light, standard = suites["light"], suites["standard"]
+        assert (light["samples"], standard["samples"]) == (1000, 200)
+        (blind,) = (row["accuracy"] for row in standard["attacks"] if row["name"] == "autoattack")
+        clean, left, worst = (f"{100 * each:.1f}" for each in (light["clean"]["accuracy"], blind, light["robust"]))
+        assert f"| {in_readme} | {clean} | {left} | {100 * light['blind']:.1f} | {worst} |" in readme
+        assert f"| ours, {on_page} | {clean} | {left} | {worst} |" in page
+
+
 def test_weights_are_packed_in_half_precision_where_that_loses_nothing(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)

@@ -23,7 +23,7 @@ import torch
 import ducat
 from benchmarks.reproduction import run
 from benchmarks.size.settings import SETTINGS, Setting
-from benchmarks.size.tables import Measured, write
+from benchmarks.size.tables import BY_SUM, Measured, write
 from ducat import checkpoint
 from ducat.data import load_test
 from ducat.dummy import RecoveredClassifier
@@ -32,7 +32,6 @@ from ducat.runs import RunFolder
 from ducat.threat import ThreatModel
 
 CHUNK = 100  # images of an evaluation, after which it can go on
-BY_SUM = "by-sum.json"  # the evaluation with the other recovery, in the run folder
 L2 = ThreatModel("l2", 128 / 255)
 
 
@@ -111,7 +110,7 @@ class Table:
 
     def evaluate_by_sum(self, folder: RunFolder, progress: "_Said") -> None:
         """Attack the classifier that recovers by logsumexp, which is what training works on, instead of by max."""
-        file = folder.path / BY_SUM
+        file = folder.path / f"{BY_SUM}.json"
         if file.is_file():
             return
         x, y = load_test(self.setting.data, self.setting.light, self.work / "data")
@@ -135,7 +134,7 @@ class Table:
         for name, row in ROWS.items():
             folder = self.folder(name)
             if folder.evaluations_path.is_dir():
-                files = [*sorted(folder.evaluations_path.glob("*.json")), folder.path / BY_SUM]
+                files = [*sorted(folder.evaluations_path.glob("*.json")), folder.path / f"{BY_SUM}.json"]
                 contents = {file.stem: json.loads(file.read_text()) for file in files if file.is_file()}
                 found.append(Measured(row.title, folder, contents))
         return found

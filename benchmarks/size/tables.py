@@ -4,11 +4,16 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from benchmarks.size.settings import Setting
 from ducat import checkpoint
+from ducat.evaluation.engine import SECOND_OPINION
+from ducat.evaluation.statistics import mcnemar
 from ducat.evaluation.studies import always_failed
 from ducat.reporting import plots
 from ducat.runs import RunFolder
@@ -17,6 +22,7 @@ HEAD = """# The paper's table, larger: its rows
 
 Written by `python -m benchmarks.size --table results`. [size.md](size.md): how they were measured, and what they say.
 """
+BY_SUM = "by-sum"  # name of the evaluation with the other recovery
 SUITES = {
     ("light", "linf"): "The suite `light`",
     ("standard", "linf"): "The suite `standard`: with AutoAttack, blind and knowing recovery",
@@ -36,13 +42,14 @@ class Measured:
         """Yield title and content of the evaluations of a suite in a ball."""
         for name, content in self.evaluations.items():
             if (content["suite"], content["threat"]["norm"]) == (suite, norm):
-                yield self.title + (", by logsumexp" if name == "by-sum" else ""), content
+                yield self.title + (", by logsumexp" if name == BY_SUM else ""), content
 
 
 def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Return evaluations of one suite as a table in Markdown, in %, with what each attack leaves by itself."""
-    # An attack that a network without dummy classes has once, another has twice.
-    attacks = list(dict.fromkeys(attack["name"] for _, content in rows for attack in content["attacks"]))
+    # An attack that a network without dummy classes has once, another has twice. The second opinion attacks few images.
+    names = (attack["name"] for _, content in rows for attack in content["attacks"])
+    attacks = [name for name in dict.fromkeys(names) if not name.startswith(SECOND_OPINION)]
     text = [
         f"| network | images | clean | blind | robust | sink gap | {' | '.join(attacks)} |",
         "| --- | ---: | ---: | ---: | --- | ---: |" + " ---: |" * len(attacks),
@@ -57,6 +64,24 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             + " | ".join(left.get(name, "") for name in attacks)
             + " |"
         )
+    return "\n".join(text) + "\n"
+
+
+def paired(rows: Sequence[Measured]) -> str:
+    """Return differences between rows on the same images, of the suite `light` in L-inf, as a table in Markdown."""
+    right = {}
+    for row in rows:
+        for name, content in row.evaluations.items():
+            if name != BY_SUM and (content["suite"], content["threat"]["norm"]) == ("light", "linf"):
+                right[row.title] = load_file(row.folder.evaluations_path / f"{name}.safetensors")
+    text = ["| network | against | clean | p | robust | p |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for one, other in combinations(right, 2):
+        cells = []
+        for kind in ("clean", "robust"):
+            more = int((right[other][kind] & ~right[one][kind]).sum())
+            fewer = int((right[one][kind] & ~right[other][kind]).sum())
+            cells += [f"{100 * (more - fewer) / len(right[one][kind]):+.1f}", f"{mcnemar(more, fewer):.2g}"]
+        text.append(f"| {other} | {one} | {' | '.join(cells)} |")
     return "\n".join(text) + "\n"
 
 
@@ -88,6 +113,11 @@ def write(setting: Setting, rows: Sequence[Measured], out: Path) -> None:
         found = [pair for row in rows for pair in row.by(suite, norm)]
         if found:
             text += [f"## {title}\n", table(found)]
+    text += [
+        "## Differences on the same images\n",
+        "In points, suite `light`; p by McNemar's exact test.\n",
+        paired(rows),
+    ]
     # The evaluation that speaks for a run is its strongest; not all rows may have it yet.
     counts = Counter(_measured_by(row.folder) for row in rows)
     for how in (how for how, number in counts.items() if number > 1):

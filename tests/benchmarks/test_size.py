@@ -41,3 +41,4 @@ def test_rows_are_made_once_from_one_base_and_told_with_both_numbers(cifar10_jpe
     page = (tmp_path / "out" / "size-tables.md").read_text()
     assert "dummy classes, recovery-aware, by logsumexp | 20 |" in page
     assert "autoattack-recovered" in page
+    assert "second-opinion" not in page

@@ -9,10 +9,9 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ducat import checkpoint
+from ducat.config import Config
 
 PREFIX = "zoo:"
 HERE = Path(__file__).parent
@@ -60,11 +60,11 @@ NETWORKS: Mapping[str, Entry] = MappingProxyType(
             "PGD-AT, no dummy classes", "3dbebc0544beafd7b1abf2bcb3a95d1dcb39249e2d131f1b44c03d6382311187"
         ),
         "cifar10-jpeg-published": Entry(
-            "PGD-AT with dummy classes as published", "fa232b61ccac2f6d6ca1ffd83af532f10533d59ed509e9ad3d5e6e89024caf21"
+            "PGD-AT with dummy classes as published", "b49bbeeb617b630dc2ecd52ef28e1f38c8bb7575d6e370c90323f56fd0b61061"
         ),
         "cifar10-jpeg-recovery-aware": Entry(
             "PGD-AT with recovery-aware dummy classes",
-            "1eea770e118fa3ea3094b8ce1fda194dd3fc6142a924c4370aedc73932ac7a32",
+            "1a60fe9aeca38aab744043d341ec6e48feb4bd61c4bace5aaa20ff5c03025877",
         ),
     }
 )
@@ -190,7 +190,8 @@ def pack(
 ) -> str:
     """Write an evaluated run as a file of the zoo, and return its SHA-256.
 
-    Weights that half precision holds exactly are written in it.
+    Weights that half precision holds exactly are written in it. The folder of the data is left out of the settings:
+    it is this machine's.
 
     Args:
         run: the run folder.
@@ -206,13 +207,13 @@ def pack(
     evaluation = measured or json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     if evaluation.get("checkpoint") != which:
         raise ValueError(f"{run}: the checkpoint {which} is not the one that was evaluated")
-    config = (run / "config.yaml").read_text(encoding="utf-8")
+    config = Config.from_yaml(run / "config.yaml", whole=True)
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     program, *arguments = manifest["command"]
     metrics = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     content = {
         "model": state["model"],
-        "config": re.sub(r"^  root: .*$", "  root: null", config, flags=re.MULTILINE),  # was a folder of that machine
+        "config": replace(config, data=replace(config.data, root=None)).to_yaml(),
         "manifest": {**manifest, "command": [Path(program).name, *arguments]},
         "metrics": [json.loads(line) for line in metrics],
         "evaluation": {**evaluation, "checkpoint": "best"},
