@@ -55,6 +55,18 @@ _CPU = Setting(
 SETTINGS: dict[str, Setting] = {
     # For two cores of a CPU.
     "cpu": _CPU,
+    # The same for those who wait longer: a stronger base, of which less is attacked.
+    "wide": replace(
+        _CPU,
+        about="CIFAR-10 (JPEG), 49,000 training images, PreAct-ResNet-18 of width 32, L-inf 8/255; 16 epochs of PGD-AT "
+        "by n-fgsm, then 1 of each by pgd-cosine",
+        common={**_CPU.common, "model.width": 32},
+        base={**_CPU.base, "train.epochs": 16},
+        branch={**_CPU.branch, "train.epochs": 1, "train.validate_every": 1},
+        light=500,
+        standard=100,
+        l2=100,
+    ),
     # The numbers mean nothing: to see that it runs. The ball is so large that no attack has to search.
     "toy": replace(
         _CPU,
