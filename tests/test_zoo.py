@@ -54,7 +54,7 @@ def test_a_network_of_photographs_is_the_one_that_its_card_was_measured_on(name:
     known, (tensors, _) = zoo.card(name), checkpoint.read(zoo.fetch(name))
     assert {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()} == {torch.float16}
     assert ducat.load(f"zoo:{name}")(torch.rand(2, 3, 32, 32)).shape == (2, 10)
-    evaluation, rows = known["evaluation"], json.loads((ROOT / "results" / "size.json").read_text())
+    evaluation, rows = known["evaluation"], json.loads((ROOT / "results" / "size.json").read_text())["cpu"]
     assert (evaluation["suite"], evaluation["samples"]) == ("standard", 200)
     assert evaluation["robust"] <= evaluation["blind"]
     (row,) = (row for row in rows.values() if row["manifest"]["command"][1:] == known["manifest"]["command"][1:])
@@ -102,7 +102,7 @@ def test_the_pages_have_the_numbers_that_were_measured_on_photographs() -> None:
         "dummy classes, published": ("PGD-AT with dummy classes as published", "dummy classes as published"),
         "dummy classes, recovery-aware": ("PGD-AT with recovery-aware dummy classes (ours)", "recovery-aware"),
     }
-    rows = json.loads((ROOT / "results" / "size.json").read_text())
+    rows = json.loads((ROOT / "results" / "size.json").read_text())["cpu"]
     for title, (in_readme, on_page) in titles.items():
         suites = {
             content["suite"]: content

@@ -2,6 +2,7 @@
 
     python -m benchmarks.size --work /tmp/size --archive cifar10-jpeg.zip    # all of it, hours
     python -m benchmarks.size --work /tmp/size --only base                   # or a row at a time
+    python -m benchmarks.size --work /tmp/size --setting wide                # a larger network, less attacked
     python -m benchmarks.size --work /tmp/size --table results
 
 One network is trained with PGD-AT; every row trains it on, for the same number of epochs with the same learning rate
@@ -167,12 +168,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=ROWS, help="rows to make; all by default")
     parser.add_argument("--train", action="store_true", help="train the rows and do not attack them yet")
-    parser.add_argument("--table", type=Path, metavar="DIR", help="write what there is; make no rows")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="write what there is of all settings; make no rows")
     arguments = parser.parse_args()
-    table = Table(arguments.work, arguments.setting, arguments.seed)
     if arguments.table is not None:
-        write(table.setting, table.measured(), arguments.table)
+        made = {name: Table(arguments.work, name, arguments.seed).measured() for name in SETTINGS}
+        write({name: rows for name, rows in made.items() if rows}, arguments.table)
         return
+    table = Table(arguments.work, arguments.setting, arguments.seed)
     if arguments.archive is not None:
         source = ["--from", str(arguments.archive), "--root", str(arguments.work / "data")]
         run("data", "prepare", table.setting.data, *source)

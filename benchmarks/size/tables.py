@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from benchmarks.size.settings import Setting
+from benchmarks.size.settings import SETTINGS, Setting
 from ducat import checkpoint
 from ducat.evaluation.engine import SECOND_OPINION
 from ducat.evaluation.statistics import mcnemar
@@ -21,6 +21,7 @@ from ducat.runs import RunFolder
 HEAD = """# The paper's table, larger: its rows
 
 Written by `python -m benchmarks.size --table results`. [size.md](size.md): how they were measured, and what they say.
+Accuracies in %, with 95 % intervals.
 """
 BY_SUM = "by-sum"  # name of the evaluation with the other recovery
 SUITES = {
@@ -105,16 +106,15 @@ def _measured_by(folder: RunFolder) -> tuple[str, int]:
     return content["suite"], content["samples"]
 
 
-def write(setting: Setting, rows: Sequence[Measured], out: Path) -> None:
-    """Write the tables, the figure and everything that was measured."""
-    out.mkdir(exist_ok=True)
-    text = [HEAD, f"{setting.about}. Accuracies in %, with 95 % intervals.\n", trained(rows)]
+def section(name: str, setting: Setting, rows: Sequence[Measured]) -> str:
+    """Return all tables of one setting in Markdown."""
+    text = [f"## Setting `{name}`\n", f"{setting.about}.\n", trained(rows)]
     for (suite, norm), title in SUITES.items():
         found = [pair for row in rows for pair in row.by(suite, norm)]
         if found:
-            text += [f"## {title}\n", table(found)]
+            text += [f"### {title}\n", table(found)]
     text += [
-        "## Differences on the same images\n",
+        "### Differences on the same images\n",
         "In points, suite `light`; p by McNemar's exact test.\n",
         paired(rows),
     ]
@@ -123,17 +123,27 @@ def write(setting: Setting, rows: Sequence[Measured], out: Path) -> None:
     for how in (how for how, number in counts.items() if number > 1):
         alike = [row for row in rows if _measured_by(row.folder) == how]
         study = always_failed([row.folder.path for row in alike])
-        text += ["## Samples that always fail\n", f"{study.sheet().title}. Suite `{how[0]}`, {len(alike)} networks.\n"]
-    shown = {title: [content] for row in rows for title, content in row.by("light", "linf")}
-    plots.save(plots.trade_off(shown, setting.about.partition(";")[0]), out / "size.svg")
-    content = {
-        row.title: {
-            "evaluations": row.evaluations,
-            "manifest": row.folder.manifest,
-            "metrics": row.folder.metrics,
-            "config": row.folder.config_path.read_text(),
+        text += ["### Samples that always fail\n", f"{study.sheet().title}. Suite `{how[0]}`, {len(alike)} networks.\n"]
+    return "\n".join(text)
+
+
+def write(made: Mapping[str, Sequence[Measured]], out: Path) -> None:
+    """Write the tables and figures of the settings, and everything that was measured."""
+    out.mkdir(exist_ok=True)
+    text, content = [HEAD], {}
+    for name, rows in made.items():
+        text.append(section(name, SETTINGS[name], rows))
+        shown = {title: [evaluation] for row in rows for title, evaluation in row.by("light", "linf")}
+        figure = plots.trade_off(shown, SETTINGS[name].about.partition(";")[0])
+        plots.save(figure, out / f"size-{name}.svg")
+        content[name] = {
+            row.title: {
+                "evaluations": row.evaluations,
+                "manifest": row.folder.manifest,
+                "metrics": row.folder.metrics,
+                "config": row.folder.config_path.read_text(),
+            }
+            for row in rows
         }
-        for row in rows
-    }
     checkpoint.write_text(out / "size.json", json.dumps(content) + "\n")
     checkpoint.write_text(out / "size-tables.md", "\n".join(text))

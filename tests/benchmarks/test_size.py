@@ -34,7 +34,7 @@ def test_rows_are_made_once_from_one_base_and_told_with_both_numbers(cifar10_jpe
     assert "ducat adapt" not in run(tmp_path, "--only", "recovery-aware")
     assert "recovery-aware" not in run(tmp_path, "--only", "recovery-aware")
     run(tmp_path, "--table", str(tmp_path / "out"))
-    content = json.loads((tmp_path / "out" / "size.json").read_text())["dummy classes, recovery-aware"]
+    content = json.loads((tmp_path / "out" / "size.json").read_text())["toy"]["dummy classes, recovery-aware"]
     assert len(content["evaluations"]) == 4
     for measured in content["evaluations"].values():
         assert measured["robust"] <= measured["blind"]
