@@ -14,7 +14,7 @@ epoch, an evaluation after the last chunk of images that was finished.
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from ducat.runs import RunFolder
 from ducat.threat import ThreatModel
 
 CHUNK = 100  # images of an evaluation, after which it can go on
+PARTS = ("light", "l2", BY_SUM, "standard")  # of an evaluation; they differ in what they cost
 L2 = ThreatModel("l2", 128 / 255)
 
 
@@ -99,15 +100,22 @@ class Table:
         _round(folder)
         return folder
 
-    def evaluate(self, name: str) -> None:
-        """Attack a row in each of the ways that the setting asks for, unless that has been done."""
+    def evaluate(self, name: str, parts: Collection[str] = PARTS) -> None:
+        """Attack a row in some of the ways of `PARTS`, unless that has been done."""
         folder, setting = self.train(name), self.setting
         progress = _Said(name)
-        evaluate_run(folder, "light", samples=setting.light, which="last", batch_size=CHUNK, progress=progress)
-        evaluate_run(folder, "light", samples=setting.l2, which="last", threat=L2, batch_size=CHUNK, progress=progress)
-        if ROWS[name].settings.get("dummy.kind") == "recovery-aware":
+
+        def attack(suite: str, samples: int, **options: Any) -> None:
+            evaluate_run(folder, suite, samples=samples, which="last", batch_size=CHUNK, progress=progress, **options)
+
+        if "light" in parts:
+            attack("light", setting.light)
+        if "l2" in parts:
+            attack("light", setting.l2, threat=L2)
+        if BY_SUM in parts and ROWS[name].settings.get("dummy.kind") == "recovery-aware":
             self.evaluate_by_sum(folder, progress)
-        evaluate_run(folder, "standard", samples=setting.standard, which="last", batch_size=CHUNK, progress=progress)
+        if "standard" in parts:
+            attack("standard", setting.standard)
 
     def evaluate_by_sum(self, folder: RunFolder, progress: "_Said") -> None:
         """Attack the classifier that recovers by logsumexp, which is what training works on, instead of by max."""
@@ -168,6 +176,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=ROWS, help="rows to make; all by default")
     parser.add_argument("--train", action="store_true", help="train the rows and do not attack them yet")
+    parser.add_argument("--parts", nargs="+", metavar="PART", choices=PARTS, default=PARTS, help="ways to attack them")
     parser.add_argument("--table", type=Path, metavar="DIR", help="write what there is of all settings; make no rows")
     arguments = parser.parse_args()
     if arguments.table is not None:
@@ -179,7 +188,7 @@ def main() -> None:
         source = ["--from", str(arguments.archive), "--root", str(arguments.work / "data")]
         run("data", "prepare", table.setting.data, *source)
     for name in arguments.only or ROWS:
-        table.train(name) if arguments.train else table.evaluate(name)
+        table.train(name) if arguments.train else table.evaluate(name, arguments.parts)
 
 
 if __name__ == "__main__":
