@@ -320,6 +320,58 @@ def test_any_checkpoint_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None
     assert "num_classes=7, but digits has 10 classes: a network is measured on data of" in said(capsys)[1]
 
 
+BUILDERS = """
+import torch
+
+class Network(torch.nn.Module):
+    def __init__(self, outputs, factor):
+        super().__init__()
+        self.factor, self.last = factor, torch.nn.Linear(64, outputs)
+
+    def forward(self, x):
+        return self.last(self.factor * x.flatten(1))
+
+def plain(num_outputs):
+    return Network(num_outputs, 1.0)
+
+def other(num_outputs):
+    return Network(num_outputs, -1.0)
+"""
+
+
+@pytest.mark.slow
+def test_what_was_measured_of_another_network_with_the_same_weights_is_not_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("nets.py").write_text(BUILDERS)
+    images = ducat.data.load("digits").train
+    pixels, targets = images.floats().flatten(1), torch.eye(10)[images.labels]
+    weights = torch.linalg.lstsq(pixels.T @ pixels + torch.eye(64), pixels.T @ targets).solution.T
+    torch.save({"last.weight": weights, "last.bias": torch.zeros(10)}, "weights.pt")
+    options = ["--data", "digits", "--suite", "quick", "--samples", "40", "--normalization", "none", "--eps", "0.02"]
+
+    def measured(function: str, *more: str) -> tuple[float, str]:
+        named = ["--model", f"nets.py:{function}", "--allow-code", f"nets.py:{function}"]
+        assert main(["evaluate", "--checkpoint", "weights.pt", *named, *options, *more]) == 0
+        out, _ = said(capsys)
+        newest = max(Path("evaluations").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        return json.loads(newest.read_text())["clean"]["accuracy"], out
+
+    accurate, out = measured("plain")
+    assert accurate > 0.7
+    assert "measured before" not in out
+    wrong, out = measured("other")
+    assert wrong < 0.3
+    assert "measured before" not in out
+    assert "measured before" in measured("other")[1]
+    # The same name, but the function was changed.
+    Path("nets.py").write_text(BUILDERS.replace("-1.0", "1.0"))
+    again, out = measured("other")
+    assert again == accurate
+    assert "measured before" not in out
+    assert len(list(Path("evaluations").glob("*.json"))) == 3
+
+
 @pytest.mark.slow
 def test_a_run_can_be_evaluated_in_another_ball(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--train.epochs", "1", "--name", "mine"]) == 0

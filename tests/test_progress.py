@@ -7,7 +7,7 @@ from rich.console import Console
 from torch import nn
 
 from ducat.evaluation import evaluate
-from ducat.evaluation.engine import Stage
+from ducat.evaluation.parts import Stage
 from ducat.progress import Attacks, Live, Training, told
 from ducat.threat import ThreatModel
 from ducat.training import Plan, train

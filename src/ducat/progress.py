@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
-from ducat.evaluation.engine import Stage
+from ducat.evaluation.parts import Stage
 from ducat.training import Plan
 
 RECENT = 200  # steps that the time of a step is the mean of

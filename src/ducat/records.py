@@ -89,6 +89,7 @@ class Attack(TypedDict):
     seconds: float
     black_box: NotRequired[bool]
     same_as: NotRequired[str | None]
+    outside: NotRequired[int]
 
 
 class Share(TypedDict):
@@ -170,6 +171,8 @@ class Origin(TypedDict):
     """What tells evaluations apart that are of one suite, ball, number of images and seed."""
 
     weights: NotRequired[str | None]
+    measured: NotRequired[str]
+    ducat: NotRequired[str]
     reject: NotRequired[list[float]]
     surrogates: NotRequired[list[str]]
     second_round_seconds: NotRequired[float | None]

@@ -275,11 +275,22 @@ class RunFolder:
             FileNotFoundError: as `read`.
             ValueError: as `read`.
         """
+        return self.load_with_digest(which)[0]
+
+    def load_with_digest(self, which: Which = "best") -> tuple[nn.Module, str]:
+        """Return the trained network as `load`, and the digest of the checkpoint that it is of.
+
+        The file may be another one a moment later, while the run is trained.
+
+        Raises:
+            FileNotFoundError: as `read`.
+            ValueError: as `read`.
+        """
         tensors, state = self.read(which)
         with torch.random.fork_rng(devices=[]):
             model = Architecture(**state["model"]).build()
         checkpoint.load_weights(model, checkpoint.part("model", tensors), self.checkpoint_path(which))
-        return model.eval()
+        return model.eval(), checkpoint.digest(tensors)
 
 
 def _epochs(which: Which) -> int | None:

@@ -167,6 +167,21 @@ def test_the_image_that_came_closest_is_kept(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(found.flatten(), torch.tensor([0.2, 0.3]))
 
 
+def test_a_network_that_is_not_finite_somewhere_is_broken_there(network: nn.Module, images: torch.Tensor) -> None:
+    network.eval()
+
+    class Overflowing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            far = torch.cdist(x.flatten(1), images.flatten(1), p=1).amin(1) / images[0].numel() > 0.02
+            return torch.where(far[:, None], torch.nan, network(x))
+
+    hidden = ducat.RecoveredClassifier(Overflowing())
+    labels = hidden(images).argmax(1)
+    assert hidden(images).isfinite().all()
+    found = hidden(attack(hidden, images, labels, THREATS[0], budget="quick"))
+    assert ((found.argmax(1) != labels) | ~found.isfinite().all(1)).all()
+
+
 def test_an_unknown_budget_is_named(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="budget 'huge' is unknown: choose from quick, light, standard, full"):
         attack(network, images, labels, THREATS[0], budget="huge")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import ducat
+from ducat import checkpoint
 from ducat.cli import main
-from ducat.evaluation import Evaluation, kept
+from ducat.evaluation import Evaluation, kept, runs
 from ducat.evaluation.runs import calibrate_run, evaluate_run
 from ducat.runs import RunFolder
 
@@ -67,6 +68,35 @@ def test_evaluations_that_differ_in_eps_alone_are_a_curve() -> None:
 @pytest.fixture
 def run(tiny_run: Path, tmp_path: Path) -> RunFolder:
     return RunFolder(Path(shutil.copytree(tiny_run, tmp_path / "run")))
+
+
+def test_what_other_attacks_measured_is_measured_anew(run: RunFolder) -> None:
+    first = evaluate_run(run, "quick", samples=20)
+    (file,) = (path for path in run.evaluations_path.glob("quick-*-20-*.json"))
+    told: list[str] = []
+    assert evaluate_run(run, "quick", samples=20, notice=told.append) == first
+    assert not told
+    changed = {**first, "robust": 1.0, "origin": {**first["origin"], "ducat": "0.0.1"}}
+    file.write_text(json.dumps(changed))
+    assert evaluate_run(run, "quick", samples=20, notice=told.append)["robust"] == first["robust"]
+    assert "was measured by ducat 0.0.1, whose attacks may be others: it is measured anew" in told[0]
+
+
+def test_an_evaluation_is_of_the_checkpoint_that_was_read(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a run is trained, its last checkpoint is another one before the first attack."""
+    path = run.checkpoint_path("last")
+    shutil.copyfile(run.checkpoint_path("best"), path)
+    tensors, state = checkpoint.read(path)
+    load = runs.load_test
+
+    def trained_on(*arguments: Any) -> Any:
+        checkpoint.save(path, {name: -value for name, value in tensors.items()}, state)
+        return load(*arguments)
+
+    monkeypatch.setattr(runs, "load_test", trained_on)
+    measured = evaluate_run(run, "quick", samples=20, which="last")
+    assert measured["origin"]["weights"] == checkpoint.digest(tensors)
+    assert not kept.is_current(run, measured)
 
 
 def test_an_evaluation_of_an_earlier_version_is_kept_and_said(run: RunFolder) -> None:

@@ -56,6 +56,15 @@ def test_a_difference_between_seeds_counts_images_and_trainings() -> None:
         difference(first[:, :1], second[:, :1])
 
 
+def test_a_few_samples_that_all_differ_prove_little() -> None:
+    first, second = torch.zeros(1, 3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)
+    found = difference(first, second)
+    assert (found.difference, found.p_value) == (1.0, 0.25)
+    assert found.ci95 == (pytest.approx(0.025 ** (1 / 3)), 1.0)
+    assert difference(second, first).ci95[0] == -1
+    assert difference(first, first)[:3] == (0.0, (0.0, 0.0), 1.0)
+
+
 def test_nothing_is_found_more_often_than_it_should_where_methods_are_equal() -> None:
     random, found = torch.Generator().manual_seed(1), 0
     for _ in range(300):

@@ -11,7 +11,7 @@ import pytest
 
 from ducat.cli import main
 from ducat.config import Config, DataConfig, DummyConfig, ThreatConfig, TrainConfig
-from ducat.reporting.compare import Comparison, Run, compare, folded, to_csv, to_latex, to_markdown
+from ducat.reporting.compare import Comparison, Pair, Run, compare, folded, to_csv, to_latex, to_markdown, told
 from ducat.runs import RunFolder
 
 CONFIG = Config(name="run", data=DataConfig("digits"), threat=ThreatConfig(eps=0.2))
@@ -96,7 +96,15 @@ DIFFERENCES: list[tuple[str, dict[str, Any]]] = [
     ("threat model", {"threat": {"norm": "l2", "eps": 0.2}}),
     ("suite", {"suite": "quick"}),
     ("seed of the attacks", {"seed": 1}),
+    ("attacks", {"attacks": [*evaluation()["attacks"], {**evaluation()["attacks"][1], "name": "transfer-1"}]}),
+    ("limits of the second round", {"origin": {"second_round_seconds": 5.0}}),
 ]
+
+
+@pytest.mark.parametrize("name", ["second-round-recovered", "second-opinion"])
+def test_an_attack_that_followed_from_another_is_no_difference(name: str) -> None:
+    more = [*evaluation()["attacks"], {**evaluation()["attacks"][1], "name": name}]
+    assert len(compare([run("a"), run("b", measured=evaluation(attacks=more))]).sections) == 1
 
 
 @pytest.mark.parametrize(("what", "difference"), DIFFERENCES)
@@ -208,7 +216,7 @@ def test_a_run_without_an_evaluation_is_told_with_what_to_do(make: Make, capsys:
 
 def test_a_damaged_evaluation_is_told(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     path = make("one", evaluation())
-    for content, told in (
+    for content, expected in (
         ("{", "is damaged"),
         ("[]", "is damaged (the file is [], not an object)"),
         ('{"schema": 2}', "is damaged (schema is 2, not 1)"),
@@ -217,7 +225,7 @@ def test_a_damaged_evaluation_is_told(make: Make, capsys: pytest.CaptureFixture[
     ):
         (path / "evaluation.json").write_text(content)
         assert main(["compare", str(path)]) == 2
-        assert f"evaluation.json {told}" in capsys.readouterr().err
+        assert f"evaluation.json {expected}" in capsys.readouterr().err
 
 
 def test_training_time_stands_against_the_base_method_on_the_same_machine() -> None:
@@ -237,6 +245,12 @@ def test_warnings_of_one_kind_are_one_line() -> None:
     runs = [run("a", measured=evaluation(warnings=gaps[:1])), run("b", measured=evaluation(warnings=gaps[1:]))]
     runs += [run("c", measured=evaluation(warnings=["gradients vanish: for 2 of 27"]))]
     assert folded(runs) == [("a, b", f"{gaps[0]} (numbers of a)"), ("c", "gradients vanish: for 2 of 27")]
+
+
+def test_a_test_against_an_upper_bound_says_so() -> None:
+    pair = Pair("a", "b", 0.1, (0.05, 0.15), 0.001, 0.002, False)
+    assert "upper bound" not in told(pair)
+    assert told(replace(pair, bounds=["b"])).endswith("; of b robust accuracy is an upper bound only")
 
 
 def test_the_verdict_names_what_is_sure_and_an_upper_bound_never_wins() -> None:

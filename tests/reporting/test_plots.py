@@ -42,6 +42,14 @@ def test_the_trade_off_stands_where_the_numbers_say() -> None:
     assert drawn >= {(70, 90), (20, 90), (55, 85), (45, 85)}
 
 
+def test_figures_tell_an_upper_bound() -> None:
+    bound = {**evaluation(0.9, 0.7, 0.2), "at_most": True, "threat": {"norm": "linf", "eps": 0.1}}
+    labels = plots.trade_off({**POINTS, "three": [bound]}, wide=False).legends[0].get_texts()
+    assert [text.get_text() for text in labels][:3] == ["one", "two", "three (robust: at most)"]
+    labels = plots.curve([{**bound, "threat": {"norm": "linf", "eps": 0.2}, "at_most": False}, bound]).legends[0]
+    assert [text.get_text() for text in labels.get_texts()] == ["clean", "blind", "robust (at most)"]
+
+
 def test_a_trade_off_of_many_keeps_room_for_its_axes_and_no_two_look_alike() -> None:
     evaluation = next(iter(POINTS.values()))[0]
     figure = plots.trade_off({f"a method with a name of some length {number}": [evaluation] for number in range(12)})

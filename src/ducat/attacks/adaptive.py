@@ -107,7 +107,9 @@ def with_silent_dummies(logits: Float[Tensor, "batch classes"]) -> Float[Tensor,
 def is_recovered(model: nn.Module) -> bool:
     """Tell whether a model is runtime recovery and nothing else: a class derived from it may compute anything."""
     forward = getattr(model.forward, "__func__", None)
-    return isinstance(model, RecoveredClassifier) and forward is RecoveredClassifier.forward
+    # Hooks on it may change images and logits as well.
+    plain = isinstance(model, RecoveredClassifier) and forward is RecoveredClassifier.forward
+    return plain and not (model._forward_hooks or model._forward_pre_hooks)
 
 
 def with_dummy_classes(model: nn.Module, x: Tensor | None = None) -> nn.Module:
@@ -183,7 +185,9 @@ def adaptive(
 def _lead(logits: Tensor, y: Tensor) -> Tensor:
     """Return by how much each class is ahead of the label's, recovered."""
     recovered = recover(logits)
-    return recovered - recovered.gather(1, y[:, None])
+    lead = (recovered - recovered.gather(1, y[:, None])).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    # Such outputs are no prediction.
+    return torch.where((logits.isnan() | logits.isposinf()).any(1, keepdim=True), torch.inf, lead)
 
 
 def _aim(objective: str, target: Labels | None) -> Goal:
@@ -307,4 +311,5 @@ class _Nearest:
         """Return the score of each class; minus infinity for the label's own."""
         with attackable(self.network), torch.no_grad():
             logits = self.network(x).to(x.dtype)
-            return self.score(logits, y).scatter(1, y[:, None], -torch.inf)
+            score = self.score(logits, y).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+            return score.scatter(1, y[:, None], -torch.inf)

@@ -263,7 +263,8 @@ def _of(folder: RunFolder) -> dict[str, Any]:
 
 def _short(measured: Mapping[str, Any]) -> str:
     """Return blind and robust accuracy, which always stand together."""
-    return f"blind {100 * measured['blind']:.1f}, robust {100 * measured['robust']:.1f}"
+    bound = "at most " if measured.get("at_most") else ""
+    return f"blind {100 * measured['blind']:.1f}, robust {bound}{100 * measured['robust']:.1f}"
 
 
 def _print_kept(console: Console, run: Run, before: bool) -> None:
@@ -296,6 +297,7 @@ def _threats(arguments: Namespace, norm: Norm) -> list[ThreatConfig | None]:
 
 def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
     source, runs = arguments.checkpoint, []
+    before = set(KEPT.glob("*.json"))
     threats = _threats(arguments, "linf")
     if arguments.json is not None and len(threats) > 1:
         raise ValueError("--json: it names one file, for one --eps; without it each result is kept in evaluations/")
@@ -326,7 +328,7 @@ def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
         name = f"{source.stem}-{arguments.data}-{kept.name_of(measured)}.json"
         file = arguments.json or kept.place(KEPT, name)
         runs.append(Run.read(file, source.stem))
-        _print(console, f"Kept: {file} (ducat compare takes it as a run)")
+        _print_kept(console, runs[-1], file in before and not arguments.again)
     _finish_evaluation(arguments, console, runs)
 
 
@@ -504,7 +506,8 @@ def _run_demo(arguments: Namespace, console: Console) -> None:
             console.print(f"{'accuracy in %':24}{columns}", highlight=False)
             shown = True
         shares = (measured["clean"]["accuracy"], measured["blind"], measured["robust"], measured["sink_gap"])
-        console.print(f"{title:24}" + "".join(f"{100 * share:10.1f}" for share in shares), highlight=False)
+        bound = "  (robust: at most)" if measured["at_most"] else ""
+        console.print(f"{title:24}" + "".join(f"{100 * share:10.1f}" for share in shares) + bound, highlight=False)
 
     with Live(console) as live:
         made = demo_room.run(

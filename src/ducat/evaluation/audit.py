@@ -149,7 +149,7 @@ def clean(audit: Audit) -> bool:
 def causes(evaluation: Evaluation) -> list[str]:
     """Return why the robust accuracy is an upper bound only, in a few words each; nothing where it is a measurement."""
     scrutiny, audit = evaluation.scrutiny, evaluation.audit
-    if not evaluation.robust.any():
+    if evaluation.accuracies()["robust"] == 0:
         return []
     found = [f"the network is {name}" for name in scrutiny.nature]
     if _opinion(evaluation):
@@ -179,6 +179,11 @@ def find_warnings(evaluation: Evaluation) -> list[str]:
             f"for {evaluation.scrutiny.not_finite} adversarial images the network's outputs are not finite; they count "
             "as wrong"
         )
+    found += [
+        f"{attack.name} returned {attack.outside} images outside of the ball or of [0, 1], which break nothing"
+        for attack in evaluation.attacks
+        if attack.outside and not attack.same_as
+    ]
     return [warning for warning in found if warning]
 
 
@@ -196,7 +201,7 @@ def _opinion(evaluation: Evaluation) -> str | None:
 def _sink_gap(evaluation: Evaluation) -> str | None:
     if evaluation.sink_gap <= SINK_GAP:
         return None
-    blind, robust = (100 * float(flags.float().mean()) for flags in (evaluation.blind, evaluation.robust))
+    blind, robust = (100 * evaluation.accuracies()[name] for name in ("blind", "robust"))
     return (
         f"sink gap of {blind - robust:.1f} points: {blind:.1f} % withstand attacks that do not know recovery, "
         f"{robust:.1f} % withstand those that do; only the second number is robustness"
@@ -251,7 +256,7 @@ def _second_round(evaluation: Evaluation) -> str | None:
     if second is None:
         return None
     by = ", ".join(f"{name} {count}" for name, count in second.broken.items() if count) or "nothing did"
-    if not evaluation.robust.any():
+    if evaluation.accuracies()["robust"] == 0:
         verdict = "0 in any case"
     elif second.through:
         verdict = f"measured after all, through an equal network without these signs ({second.through})"

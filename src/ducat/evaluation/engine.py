@@ -1,6 +1,5 @@
 """Evaluation: every suite runs blind and recovery-aware attacks side by side, and the worst case per sample counts."""
 
-import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ducat import checkpoint, losses
+from ducat import losses
 from ducat.attacks.adaptive import SilentDummies, is_recovered, with_dummy_classes
 from ducat.attacks.guides import Replaced, Softened, classifiers_inside, narrowed
 from ducat.attacks.pgd import attackable
@@ -21,8 +20,9 @@ from ducat.data import spooled
 from ducat.dummy import RecoveredClassifier
 from ducat.evaluation import rejection, second_opinion
 from ducat.evaluation.audit import AUDITED, causes, find_warnings, measure_signs, suspicious
+from ducat.evaluation.parts import Key, Part, code_of, digest, shared
 from ducat.evaluation.rejection import check_shares
-from ducat.evaluation.result import ROW, AttackResult, Evaluation, Opinion, Scrutiny, named, read_rows
+from ducat.evaluation.result import AttackResult, Evaluation, Opinion, Scrutiny
 from ducat.evaluation.second_round import Scene, guides, second_round
 from ducat.evaluation.subject import (
     Averaged,
@@ -86,7 +86,7 @@ def evaluate(
         seed: of the attacks' random starts.
         batch_size: samples attacked at a time, a chunk. Each chunk has its own seed.
         data: name of the data, for the report.
-        progress: told of each attack and chunk as it starts, as a text that also says how far it is (`Stage`).
+        progress: told of each attack and chunk as it starts, as a text that also says how far it is (`parts.Stage`).
         parts: a folder that keeps each finished chunk. With it an evaluation that was interrupted continues where it
             was, and several processes started by `accelerate launch` share the chunks; each returns the whole.
         attacks: more attacks that join the worst case: rows of a suite, or functions
@@ -118,10 +118,11 @@ def evaluate(
         with attackable(subject.network), attackable(nn.ModuleList(others)):
             nature = examine(subject.network, x, None, threat, seeded(seed, "evaluate", "nature"))
             fold = True
+            rows = _distinct([*chosen.attacks, *_own(attacks, subject), *_transfers(others, subject)])
+            asked = [str(draws), *(f"{name} {code_of(one)}" for name, one in sorted((replacements or {}).items()))]
             for _ in range(RUNS):
                 nature = replace(nature, draws=max(nature.draws, draws if nature.random else 1))
-                rows = [*chosen.attacks, *_own(attacks, subject), *_transfers(others, subject)]
-                job = _Job.of(subject, nature, threat, rows, seed, x, fold, watched=bool(reject))
+                job = _Job.of(subject, nature, threat, rows, seed, x, fold, bool(reject), others, asked)
                 outcome = _Outcome.of(job, x, y, batch_size, progress, parts, chosen.name)
                 seen = examine(subject.network, x, outcome.adversarial, threat, seeded(seed, "nature"), nature)
                 agreed = job.agrees(x, outcome.adversarial, batch_size)
@@ -246,9 +247,15 @@ def _own(attacks: Sequence[Attack | RunAttack], subject: _Subject) -> list[Attac
             return own(RecoveredClassifier(model), x, y, threat, noise)
 
         rows.append(Attack(f"own-{name}", subject.how is not None, run))
-    names = [row.name for row in rows]
-    if len(set(names)) < len(names):
-        raise ValueError(f"attacks: two have the same name, {', '.join(sorted(names))}")
+    return rows
+
+
+def _distinct(rows: Sequence[Attack]) -> Sequence[Attack]:
+    """Return rows of which each has a name of its own: the results of two of one name would be taken for each other."""
+    names = [row.name for row in rows] + [SECOND_ROUND, SECOND_OPINION]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"attacks: two have the same name, {twice} (rows of the suite count too): give yours another")
     return rows
 
 
@@ -256,43 +263,6 @@ def _transfers(others: Sequence[Measured], subject: _Subject) -> list[Attack]:
     return [
         Attack(f"transfer-{number + 1}", subject.how is not None, through(other)) for number, other in enumerate(others)
     ]
-
-
-class Stage(str):
-    """What an evaluation begins to do, as text.
-
-    Attributes:
-        done: images that all attacks are through with.
-        samples: images in all.
-        standing: how many of those looked at so far, this chunk's included, have withstood every attack.
-        seen: how many those are.
-    """
-
-    done: int
-    samples: int
-    standing: int
-    seen: int
-
-    @classmethod
-    def of(cls, text: str, done: int, samples: int, standing: int, seen: int) -> "Stage":
-        """Return such a text."""
-        stage = cls(text)
-        stage.done, stage.samples, stage.standing, stage.seen = done, samples, standing, seen
-        return stage
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What the attacks left of one chunk, on the CPU."""
-
-    clean: Tensor  # how often the benign image is classified correctly
-    adversarial: Tensor
-    attacks: Sequence[AttackResult]
-    accepted: Tensor  # for each signal the images that it accepts highest with a wrong class; none unless watched
-
-    @property
-    def standing(self) -> int:
-        return int(torch.stack([self.clean > 0.5, *(attack.correct for attack in self.attacks)]).all(0).sum())
 
 
 @dataclass(frozen=True)
@@ -308,6 +278,8 @@ class _Job:
     attacks: Sequence[Attack]
     seed: int
     watched: bool = False  # whether images are kept that a classifier that may refuse would accept
+    others: Sequence[Measured] = ()  # networks whose gradients are tried too
+    asked: Sequence[str] = ()  # what else the caller asked for that changes what attacks leave
 
     @classmethod
     def of(
@@ -320,6 +292,8 @@ class _Job:
         x: Tensor,
         fold: bool,
         watched: bool = False,
+        others: Sequence[Measured] = (),
+        asked: Sequence[str] = (),
     ) -> "_Job":
         network = subject.network
         folded = None
@@ -334,7 +308,8 @@ class _Job:
             attacked = judges
         if nature.random:
             attacked = [Averaged(one, nature.draws) for one in attacked]
-        return cls(subject, nature, judges, attacked, folded, threat, attacks, seed, watched and not nature.names)
+        watched = watched and not nature.names
+        return cls(subject, nature, judges, attacked, folded, threat, attacks, seed, watched, others, asked)
 
     @property
     def repeats(self) -> int:
@@ -392,30 +367,47 @@ class _Job:
                 return False
         return True
 
-    def attack(self, number: int, x: Tensor, y: Tensor, progress: Callable[[Attack, int], None]) -> _Part:
+    def key(self, x: Tensor, y: Tensor, suite: str, batch_size: int) -> Key:
+        """Return everything that decides what the attacks leave of a chunk, but its number."""
+        networks = [self.subject.network, *self.others]
+        nature = self.nature.names, self.nature.remembers
+        settings = [
+            digest(x, y),
+            *map(str, (self.threat, suite, self.seed, batch_size, self.subject.how, nature, self.folded is not None)),
+            *(f"{attack.name} {code_of(attack.run)}" for attack in self.attacks),
+            str(self.watched),
+            *self.asked,
+        ]
+        return Key.of(settings, networks, x, self.threat, self.nature.random)
+
+    def attack(self, number: int, x: Tensor, y: Tensor, progress: Callable[[Attack, int], None]) -> Part:
         x, y = self.to_device(x, y)
         clean, margin = self.judge(x, y)
         rows = (clean > 0.5).nonzero().squeeze(1)
         adversarial, least = x.clone(), clean.clone()
         results: dict[str, AttackResult] = {}
+        ran: list[Attack] = []
         seen = self.seen(x, y) if self.watched else None
         for attack in self.attacks:
             if self.threat.norm not in attack.norms:
                 continue
-            twin = next((row for row in results.values() if row.strategy == attack.strategy), None)
-            if self.subject.how is None and twin:
+            twin = next((other for other in ran if self.subject.how is None and _same(other, attack)), None)
+            if twin is not None:
                 results[attack.name] = replace(
-                    twin, knows_recovery=attack.knows_recovery, seconds=0.0, same_as=twin.name
+                    results[twin.name], knows_recovery=attack.knows_recovery, seconds=0.0, same_as=twin.name
                 )
                 continue
+            ran.append(attack)
             progress(attack, int((least > 0.5).sum()))
-            share, began = clean.clone(), time.perf_counter()
+            share, outside, began = clean.clone(), 0, time.perf_counter()
             for place, view in enumerate(self.attacked if len(rows) else ()):
                 aware = attack.knows_recovery or self.subject.how is None
                 network = self.subject.aware(view) if aware else SilentDummies(view)
                 noise = seeded(self.seed, "evaluate", attack.strategy, number, *([place] if place else []))
                 found = x.clone()
                 found[rows] = attack.run(network, x[rows], y[rows], self.threat, noise).detach().to(x)
+                found, strayed = _pulled_back(found, x, self.threat)
+                outside += strayed
                 right, reached = self.judge(found, y)
                 if seen is not None:
                     seen.look(found)
@@ -426,20 +418,51 @@ class _Job:
                 better &= clean > 0
                 adversarial[better], margin[better] = found[better], reached[better]
                 least = torch.minimum(least, share)
-            results[attack.name] = self.result(attack, share.cpu(), time.perf_counter() - began)
+            results[attack.name] = self.result(attack, share.cpu(), time.perf_counter() - began, outside)
         accepted = torch.stack([*seen.nearest.values()]) if seen is not None else x.new_empty((0, *x.shape))
-        return _Part(clean.cpu(), adversarial.cpu(), list(results.values()), accepted.cpu())
+        return Part(clean.cpu(), adversarial.cpu(), list(results.values()), accepted.cpu())
 
     def seen(self, x: Tensor, y: Tensor) -> rejection.Seen:
         view = RecoveredClassifier(self.subject.aware(self.subject.network))
         signals = {name: rejection.SIGNALS[name] for name in rejection.signals_of(view, x)}
         return rejection.Seen(with_dummy_classes(view, x), x, y, self.threat, signals)
 
-    def result(self, attack: Attack, share: Tensor, seconds: float) -> AttackResult:
+    def result(self, attack: Attack, share: Tensor, seconds: float, outside: int = 0) -> AttackResult:
         shares = share if self.nature.random else None
         return AttackResult(
-            attack.strategy, attack.knows_recovery, share > 0.5, seconds, attack.black_box, shares=shares
+            attack.strategy,
+            attack.knows_recovery,
+            share > 0.5,
+            seconds,
+            attack.black_box,
+            shares=shares,
+            outside=outside,
         )
+
+
+def _same(first: Attack, second: Attack) -> bool:
+    """Tell whether two rows differ at most in what their attacker knows."""
+    return first.strategy == second.strategy and code_of(first.run) == code_of(second.run)
+
+
+STRAYED = 0.01  # of eps: an image further out than that is no matter of rounding
+
+
+def _pulled_back(found: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor, int]:
+    """Return images with those that rounding took out of the ball or of [0, 1] back in it, and how many are far out.
+
+    In l1, float32 takes a change of many pixels out by more than `allows` lets pass.
+    """
+    rows = (~threat.allows(found, x)).nonzero().squeeze(1)
+    if not len(rows):
+        return found, 0
+    strays, benign = found[rows], x[rows]
+    room = STRAYED * threat.eps
+    near = (threat.distance(strays, benign) <= threat.eps + room) & (strays.isfinite()).flatten(1).all(1)
+    near &= ((strays >= -room) & (strays <= 1 + room)).flatten(1).all(1)
+    found = found.clone()
+    found[rows[near]] = threat.project(strays[near], benign[near])
+    return found, int((~near).sum())
 
 
 def _fold(network: Measured, x: Tensor, threat: ThreatModel, seed: int) -> nn.Module | None:
@@ -474,19 +497,13 @@ class _Outcome:
         suite: str,
     ) -> "_Outcome":
         chunks = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
-        identity = [
-            _digest(*(v for v in job.subject.network.state_dict().values() if isinstance(v, Tensor))),
-            _digest(x, y),
-            *map(str, (job.threat, suite, job.seed, batch_size, job.subject.how, job.nature.names)),
-            str([attack.name for attack in job.attacks]),
-            str(job.watched),
-        ]
         folder = Path(parts) if parts is not None else None
+        key = None if folder is None else job.key(x, y, suite, batch_size)
         adversarial = spooled.empty(x.shape, folder=None if folder is None else folder.parent)
         clean, attacks, accepted = [], [], []
         # One at a time: all adversarial images together may be larger than memory.
         for place, part in zip(
-            spooled.chunks(adversarial, batch_size), _shared(job, x, chunks, identity, progress, folder), strict=True
+            spooled.chunks(adversarial, batch_size), shared(job.attack, x, chunks, progress, folder, key), strict=True
         ):
             place.copy_(part.adversarial)
             clean.append(part.clean)
@@ -506,6 +523,7 @@ def _joined(rows: Sequence[AttackResult]) -> AttackResult:
         rows[0],
         correct=torch.cat([row.correct for row in rows]),
         seconds=sum(row.seconds for row in rows),
+        outside=sum(row.outside for row in rows),
         shares=torch.cat(shares) if shares else None,
     )
 
@@ -604,7 +622,7 @@ def _conclude(
         seed=job.seed,
         suite=suite.name,
         batch_size=batch_size,
-        fingerprint=_digest(x, y),
+        fingerprint=digest(x, y),
         labels=y.cpu(),
         clean=clean,
         robust=survived & standing,
@@ -631,83 +649,6 @@ def _conclude(
 
 def _never(*_: Any) -> Tensor:
     raise AssertionError("this row records what was found, and is not run")
-
-
-def _shared(
-    job: _Job,
-    x: Tensor,
-    chunks: Sequence[tuple[Tensor, Tensor]],
-    identity: list[str],
-    progress: Callable[[str], None],
-    parts: Path | None,
-) -> Iterator[_Part]:
-    """Attack every chunk, or this process's share of them, and yield what all processes made."""
-
-    samples = sum(len(y) for _, y in chunks)
-    before: list[tuple[int, int]] = []  # samples of each chunk that this process attacked, and those standing
-
-    def attack(number: int) -> _Part:
-        first = sum(len(y) for _, y in chunks[:number])
-        images, y = chunks[number]
-        place = f", samples {first + 1} to {first + len(y)}" if len(chunks) > 1 else ""
-        done, stood = sum(seen for seen, _ in before), sum(standing for _, standing in before)
-        part = job.attack(
-            number,
-            images,
-            y,
-            lambda row, standing: progress(Stage.of(row.name + place, first, samples, stood + standing, done + len(y))),
-        )
-        before.append((len(part.clean), part.standing))
-        return part
-
-    if parts is None:
-        for number in range(len(chunks)):
-            yield attack(number)
-            spooled.release(x)
-        return
-    from accelerate import PartialState
-
-    processes = PartialState()
-    parts.mkdir(parents=True, exist_ok=True)
-    files = [parts / f"{number:05d}.safetensors" for number in range(len(chunks))]
-    for number in range(processes.process_index, len(chunks), processes.num_processes):
-        if _read_part(files[number], identity) is None:
-            _write_part(files[number], identity, attack(number))
-        spooled.release(x)
-    processes.wait_for_everyone()
-    for file in files:
-        part = _read_part(file, identity)
-        if part is None:
-            raise RuntimeError(f"{file} is gone: do two evaluations use {parts}?")
-        yield part
-
-
-def _write_part(file: Path, identity: list[str], part: _Part) -> None:
-    rows = [{name: getattr(attack, name) for name in ROW} for attack in part.attacks]
-    tensors = {"clean": part.clean, "adversarial": part.adversarial, "accepted": part.accepted, **named(part.attacks)}
-    checkpoint.save(file, tensors, {"identity": identity, "attacks": rows})
-
-
-def _read_part(file: Path, identity: list[str]) -> _Part | None:
-    """Return the finished chunk, or None if there is none of this evaluation."""
-    if not file.is_file():
-        return None
-    tensors, state = checkpoint.read(file)
-    if state["identity"] != identity:
-        return None
-    # Copies: a tensor of a file keeps all of the file mapped.
-    kept = {name: tensor if name == "adversarial" else tensor.clone() for name, tensor in tensors.items()}
-    return _Part(kept["clean"], kept["adversarial"], read_rows(state["attacks"], kept), kept["accepted"])
-
-
-def _digest(*tensors: Tensor) -> str:
-    """Return a short digest of the values of tensors."""
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        digest.update(str((tensor.shape, tensor.dtype)).encode())
-        for part in spooled.slices(tensor.detach().cpu().contiguous()):
-            digest.update(part.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def name_of(content: Content) -> str:
         f"{content['samples']}",
         f"s{content['seed']}",
         *([content["checkpoint"]] if content.get("checkpoint") else []),
-        *([origin["weights"][:8]] if origin.get("weights") else []),
+        *([(origin.get("measured") or origin["weights"])[:8]] if origin.get("weights") else []),
         *(["reject", *(f"{share:g}" for share in origin["reject"])] if origin.get("reject") else []),
         *(["surrogates", *origin["surrogates"]] if origin.get("surrogates") else []),
         *([f"{origin['second_round_seconds']:g}s"] if origin.get("second_round_seconds") is not None else []),

@@ -39,6 +39,7 @@ class AttackResult:
         same_as: name of the attack whose result this is as well: on a network without dummy classes an attack that
             knows recovery is the blind one, and is not run again.
         shares: of a random network, how often the prediction was right; None for any other.
+        outside: images that it returned outside of the ball or of [0, 1] by more than rounding, which break nothing.
     """
 
     strategy: str
@@ -48,6 +49,7 @@ class AttackResult:
     black_box: bool = False
     same_as: str | None = None
     shares: Shares | None = None
+    outside: int = 0
 
     @property
     def name(self) -> str:
@@ -234,7 +236,8 @@ class Evaluation:
     @property
     def sink_gap(self) -> float:
         """Blind accuracy - robust accuracy."""
-        return float(self.blind.float().mean() - self.robust.float().mean())
+        accuracies = self.accuracies()
+        return accuracies["blind"] - accuracies["robust"]
 
     def accuracies(self) -> dict[str, float]:
         """Return "clean", "blind" and "robust" accuracy; of a random network the expected ones."""
@@ -271,6 +274,7 @@ class Evaluation:
                     "knows_recovery": attack.knows_recovery,
                     "black_box": attack.black_box,
                     "same_as": attack.same_as,
+                    "outside": attack.outside,
                     **_share(_mean(attack.correct, attack.shares), samples),
                     "seconds": round(attack.seconds, 2),
                 }
@@ -282,7 +286,7 @@ class Evaluation:
             "robust_ci95": _share(accuracies["robust"], samples)["ci95"],
             "at_most": self.at_most,
             "causes": list(self.causes),
-            "sink_gap": round(accuracies["blind"] - accuracies["robust"], 6),
+            "sink_gap": round(self.sink_gap, 6),
             "unrepeatable": self.unrepeatable,
             "dummy_classes": self.dummy_classes,
             "audit": self.audit.to_dict() if self.audit else None,
@@ -367,7 +371,7 @@ def check_free(path: Path) -> None:
 SCALARS = ("data", "seed", "suite", "batch_size", "fingerprint", "unrepeatable", "warnings")
 TENSORS = ("labels", "clean", "robust", "adversarial")
 SHARES = ("clean_shares", "robust_shares")
-ROW = ("strategy", "knows_recovery", "black_box", "same_as", "seconds")
+ROW = ("strategy", "knows_recovery", "black_box", "same_as", "seconds", "outside")
 
 
 def named(attacks: Sequence[AttackResult]) -> dict[str, Tensor]:
@@ -381,7 +385,9 @@ def read_rows(rows: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> lis
     names = [attack_name(row["strategy"], row["knows_recovery"]) for row in rows]
     return [
         AttackResult(
-            correct=tensors[f"correct.{name}"], shares=tensors.get(f"shares.{name}"), **{key: row[key] for key in ROW}
+            correct=tensors[f"correct.{name}"],
+            shares=tensors.get(f"shares.{name}"),
+            **{key: row[key] for key in ROW if key in row},
         )
         for name, row in zip(names, rows, strict=True)
     ]

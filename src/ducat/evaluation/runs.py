@@ -1,16 +1,19 @@
 """Evaluate a run or a checkpoint on its test images, and write down what came of it."""
 
+import hashlib
 import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+import ducat
 from ducat import checkpoint, records, threads, weights
+from ducat.architecture import Architecture
 from ducat.attacks.suites import Suite, find_suite
 from ducat.config import Config
 from ducat.data import Dataset, load, load_test
@@ -77,17 +80,17 @@ def evaluate_run(
     """
     config, manifest = folder.config, folder.manifest
     dataset = folder.dataset()
-    model = folder.load(which)
+    model, weights_digest = folder.load_with_digest(which)
     test = load_test(config.data.name, samples, config.data.root)
     threat = threat or config.threat.build(None)
     origin = {
-        "weights": kept.weights_of(folder, which),
+        "weights": weights_digest,
         **_asked(reject, surrogates, second_round_seconds),
     }
     if _is_main_process(device) and (adopted := kept.adopt(folder)) is not None:
         notice(f"{folder.evaluation_path} is of an earlier version, and was kept as {adopted} as well")
     path = kept.path_for(folder.evaluations_path, find_suite(suite).name, threat, len(test[1]), seed, which, origin)
-    measured = None if again else _kept(path, suite)
+    measured = None if again else _kept(path, suite, notice)
     if measured is None:
         kept.check(folder)
         measured = _evaluate_and_save(
@@ -180,11 +183,12 @@ def evaluate_checkpoint(
     config = config.resolve(dataset.spec)
     if config.model.name is not None and is_function(config.model.name):
         allow_code(config.model.name)  # whoever makes settings has asked for it
-    _, model = weights.read(source).network(config.described(config.architecture(dataset)))
+    architecture, model = weights.read(source).network(config.described(config.architecture(dataset)))
     test, threat = load_test(config.data.name, samples, config.data.root), config.threat.build(None)
     tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     origin = {
         "weights": checkpoint.digest(tensors),
+        "measured": _measured(tensors, architecture, test),
         **_asked(reject, surrogates, second_round_seconds),
         "source": {
             "checkpoint": str(source),
@@ -199,7 +203,7 @@ def evaluate_checkpoint(
         path = kept.path_for(
             keep, title, threat, len(test[1]), seed, None, origin, f"{source.stem}-{config.data.name}-"
         )
-        if not again and (measured := _kept(path, suite)) is not None:
+        if not again and (measured := _kept(path, suite, notice)) is not None:
             return measured
     return _evaluate_and_save(
         model,
@@ -290,18 +294,32 @@ def _asked(
         "reject": list(reject),
         "surrogates": named,
         "second_round_seconds": second_round_seconds,
+        "ducat": ducat.__version__,
     }
 
 
-def _kept(path: Path, suite: str | Suite) -> dict[str, Any] | None:
-    """Return the evaluation that is kept at `path`, or None if there is none."""
+def _measured(tensors: Mapping[str, Tensor], architecture: Architecture, test: tuple[Tensor, Tensor]) -> str:
+    """Return a digest of all that makes the numbers of a network from elsewhere: weights, network and test images."""
+    images, labels = test
+    described = json.dumps(asdict(architecture), sort_keys=True, default=str)
+    made = checkpoint.digest({**tensors, "test images": images, "test labels": labels})
+    return hashlib.blake2b(f"{described} {made}".encode(), digest_size=16).hexdigest()
+
+
+def _kept(path: Path, suite: str | Suite, notice: Callable[[str], None]) -> dict[str, Any] | None:
+    """Return the evaluation that is kept at `path`, or None if there is none by the attacks of this version."""
     if not path.is_file():
         return None
     if isinstance(suite, Suite):
         raise ValueError(
             f"{path} is there, by a suite called {suite.name} as well: give the suite another name=, or again=True"
         )
-    return kept.read(path)
+    found = kept.read(path)
+    version = (found.get("origin") or {}).get("ducat", ducat.__version__)
+    if version != ducat.__version__:
+        notice(f"{path} was measured by ducat {version}, whose attacks may be others: it is measured anew")
+        return None
+    return found
 
 
 def _evaluate_and_save(

@@ -134,8 +134,8 @@ def second_round(scene: Scene, settle: bool, progress: Callable[[str], None]) ->
                 break
     shallow = sum(broken.values())
     for name, guide in guides(scene) if samples else ():
-        if scene.late():
-            break
+        if scene.late():  # an equal network settles the number only if nothing else broke more
+            return SecondRound(samples, broken, time.perf_counter() - scene.began, None, True), kept
         attack(name, partial(_follow, guide, scene, noise(name)))
     if through is not None and sum(broken.values()) == shallow:
         return SecondRound(samples, broken, time.perf_counter() - scene.began, through, False), kept

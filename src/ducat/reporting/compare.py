@@ -22,9 +22,11 @@ from ducat.config import Config
 from ducat.evaluation import behaviour
 from ducat.evaluation import kept as keeping
 from ducat.evaluation import statistics as statistics_of
+from ducat.evaluation.engine import SECOND_OPINION, SECOND_ROUND
 from ducat.evaluation.result import Evaluation
 from ducat.runs import RunFolder
 
+FOLLOWING = (SECOND_ROUND, SECOND_OPINION)
 QUANTITIES = ("clean", "blind", "robust", "sink gap")
 # Settings that change where a run is kept and watched, not what it is.
 IRRELEVANT = ("name", "data.root", "train.seed", "train.checkpoint_minutes", "train.keep", "train.tracker")
@@ -182,6 +184,7 @@ class Pair:
         p_value: two-sided, by itself.
         adjusted: the same by Holm's method for the number of pairs.
         trainings: whether the spread over training seeds is counted.
+        bounds: those of the two whose robust accuracy is an upper bound only.
     """
 
     first: str
@@ -191,6 +194,7 @@ class Pair:
     p_value: float
     adjusted: float
     trainings: bool
+    bounds: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -309,8 +313,15 @@ MEASURES: dict[str, Callable[[Run], Any]] = {
     "test images": lambda run: run.evaluation.get("fingerprint") or run.evaluation["samples"],
     "threat model": lambda run: (run.evaluation["threat"]["norm"], round(run.evaluation["threat"]["eps"], 9)),
     "suite": lambda run: run.evaluation["suite"],
+    "attacks": lambda run: _attacks(run.evaluation),
+    "limits of the second round": lambda run: (run.evaluation.get("origin") or {}).get("second_round_seconds"),
     "seed of the attacks": lambda run: run.evaluation["seed"],
 }
+
+
+def _attacks(evaluation: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the attacks that were asked for, without those that follow where they find something."""
+    return tuple(sorted(row["name"] for row in evaluation["attacks"] if not row["name"].startswith(FOLLOWING)))
 
 
 def _measured(run: Run) -> tuple[Any, ...]:
@@ -342,15 +353,17 @@ def _pairs(groups: Sequence[Group]) -> list[Pair]:
             measured = [Evaluation.load(run.measured_at) for run in group.runs if run.measured_at is not None]
         except FileNotFoundError:
             continue
-        if len(measured) == len(group.runs):
+        # Of a random network the flags are a majority's, while its accuracy is a mean of shares.
+        if len(measured) == len(group.runs) and all(one.robust_shares is None for one in measured):
             flags[group.name] = torch.stack([one.robust for one in measured])
     tests = {
         (first, second): statistics_of.difference(flags[first], flags[second])
         for first, second in combinations(flags, 2)
     }
     adjusted = statistics_of.holm([test.p_value for test in tests.values()])
+    at_most = {group.name for group in groups if group.at_most}
     return [
-        Pair(*names, test.difference, test.ci95, test.p_value, corrected, test.trainings)
+        Pair(*names, *test[:3], corrected, test.trainings, [name for name in names if name in at_most])
         for (names, test), corrected in zip(tests.items(), adjusted, strict=True)
     ]
 
@@ -362,6 +375,7 @@ def told(pair: Pair) -> str:
         f"{pair.second} against {pair.first}: robust {100 * pair.difference:+.1f} points, 95 % interval {low:+.1f} to "
         f"{high:+.1f}, p = {pair.p_value:.2g} ({pair.adjusted:.2g} by Holm's method), over "
         f"{'images and trainings' if pair.trainings else 'images alone, of one training each'}"
+        + (f"; of {' and '.join(pair.bounds)} robust accuracy is an upper bound only" if pair.bounds else "")
     )
 
 
@@ -395,7 +409,8 @@ def _verdict(groups: Sequence[Group], pairs: Sequence[Pair]) -> str:
     head = f"{best.name} has the highest robust accuracy, {100 * best.mean('robust'):.1f} %"
     parts = [f"more robust than {'; '.join(sure)}"] if sure else []
     parts += [f"not surely more than {'; '.join(open_)}"] if open_ else []
-    parts += [f"not tested against {', '.join(untested)}, whose flags per sample are not there"] if untested else []
+    if untested:
+        parts += [f"not tested against {', '.join(untested)}: there are no flags per sample, or the network is random"]
     ones = any(not pair.trainings for pair in pairs if best.name in (pair.first, pair.second))
     limits = " With one training each, this is of these networks, not of their methods." if ones else ""
     return f"{head}: {'; '.join(parts)}. Intervals are of 95 %, p by Holm's method.{limits}{aside}"

@@ -49,7 +49,8 @@ def trade_off(points: Mapping[str, Sequence[Mapping[str, Any]]], title: str = ""
     figure, axes = _figure(height=height, width=7.6 if wide else PHONE, title=title)
     looks = [look for look, _ in zip(_looks(), points, strict=False)]
     ends = []
-    for (name, evaluations), (colour, mark) in zip(points.items(), looks, strict=True):
+    for (given, evaluations), (colour, mark) in zip(points.items(), looks, strict=True):
+        name = given + " (robust: at most)" * any(each.get("at_most", False) for each in evaluations)
         clean, blind, robust = (_measured(evaluations, quantity) for quantity in VALIDATION)
         axes.plot([blind[0], robust[0]], [clean[0], clean[0]], color=colour, linewidth=1.5, zorder=1)
         ends.append((clean[0], max(blind[0], robust[0]), name, colour))
@@ -162,7 +163,7 @@ def curve(evaluations: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
             markersize=6,
             linewidth=1.2,
             elinewidth=0.8,
-            label=quantity,
+            label=quantity + " (at most)" * (quantity == "robust" and any(each.get("at_most") for each in ordered)),
         )
     axes.set_xlabel(f"eps ({ordered[0]['threat']['norm']}, on images in [0, 1])")
     axes.set_ylabel("accuracy (%)")
