@@ -3,9 +3,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -155,40 +157,79 @@ def test_what_is_left_of_other_settings_or_another_model_is_not_used(templates: 
 
 
 class Darker(nn.Module):
-    """A network whose plain attribute decides, which is not among its weights."""
+    """A network whose plain attributes decide, which are not among its weights."""
 
-    def __init__(self, model: nn.Module, factor: float) -> None:
+    def __init__(self, model: nn.Module, factor: float = 1.0, masked: bool = False) -> None:
         super().__init__()
-        self.model, self.factor = model, factor
+        self.model, self.factor, self.masked = model, factor, masked
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(self.factor * images)
+        rounded = (255 * images).round() / 255
+        return self.model(self.factor * (rounded if self.masked else images + (rounded - images).detach()))
 
 
-def test_what_is_left_of_another_function_or_another_attack_is_not_used(templates: Templates, tmp_path: Path) -> None:
+class Towards:
+    """An attack that is an object."""
+
+    def __init__(self, model: nn.Module, share: float) -> None:
+        self.weight, self.share = model[1].weight.detach(), share
+
+    def __call__(self, classifier: nn.Module, x: Tensor, y: Tensor, threat: ducat.ThreatModel, *rest: object) -> Tensor:
+        step = (self.weight[(y + 1) % 4] - self.weight[y]).sign().view_as(x)
+        return threat.project(x + self.share * threat.eps * step, x)
+
+    def run(self, *arguments: Any) -> Tensor:
+        return self(*arguments)
+
+    def closed(self) -> Callable[..., Tensor]:
+        settings = {"share": self.share}
+        return lambda *arguments: Towards.__call__(SimpleNamespace(weight=self.weight, **settings), *arguments)
+
+
+NETWORKS: dict[str, Callable[[nn.Module], Sequence[Any]]] = {
+    "functions": lambda model: [lambda images: model(images), lambda images: model(1 - images)],
+    "an attribute": lambda model: [Darker(model), Darker(model, 0.7)],
+    "gradients alone": lambda model: [Darker(model, masked=True), Darker(model)],
+}
+CHANGES: dict[str, Callable[[nn.Module], Sequence[dict[str, Any]]]] = {
+    "objects": lambda model: [{"attacks": [Towards(model, share)]} for share in (0.1, 1.0)],
+    "bound methods": lambda model: [{"attacks": [Towards(model, share).run]} for share in (0.1, 1.0)],
+    "closures": lambda model: [{"attacks": [Towards(model, share).closed()]} for share in (0.1, 1.0)],
+    "surrogates": lambda model: [{"surrogates": [Darker(model, factor)]} for factor in (-1.0, 1.0)],
+    "replacements": lambda model: [
+        {"replacements": {"": lambda x, sign=sign: sign * model[1](x.flatten(1))}} for sign in (-1, 1)
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_what_is_left_of_another_network_is_not_used(templates: Templates, tmp_path: Path, kind: str) -> None:
     model, x, y = templates
+    networks = NETWORKS[kind](model)
+    expected = [numbers(evaluate((network, x, y))) for network in networks]
+    assert expected[0] != expected[1]
+    assert [numbers(evaluate((network, x, y), parts=tmp_path)) for network in networks] == expected
 
-    def attack(share: float) -> Callable[..., Tensor]:
-        def run(classifier: nn.Module, x: Tensor, y: Tensor, threat: ducat.ThreatModel, *rest: object) -> Tensor:
-            step = (model[1].weight[(y + 1) % 4] - model[1].weight[y]).sign().view_as(x)
-            return threat.project((x + share * threat.eps * step).detach(), x)
 
-        return run
+@pytest.mark.parametrize("kind", CHANGES)
+def test_what_is_left_of_another_attack_is_not_used(templates: Templates, tmp_path: Path, kind: str) -> None:
+    suite = idle_suite() if kind != "replacements" else "quick"
+    changes = CHANGES[kind](templates[0])
+    expected = [numbers(evaluate(templates, suite, **change)) for change in changes]
+    assert expected[0] != expected[1]
+    assert [numbers(evaluate(templates, suite, **change, parts=tmp_path)) for change in changes] == expected
 
-    networks = [model, lambda images: model(1 - images), lambda images: model(images) * torch.tensor([1, 1, 0.5, 1])]
-    networks += [Darker(model, 1.0), Darker(model, 0.7)]
-    for number, network in enumerate(networks):
-        found = numbers(evaluate((network, x, y), parts=tmp_path / "networks"))
-        assert found == numbers(evaluate((network, x, y))), number
-    suite = Suite((Attack("idle", False, lambda model, x, *rest: x),), audit=False)
-    for change in (
-        {"attacks": [attack(0.1)]},
-        {"attacks": [attack(1.0)]},
-        {"surrogates": [lambda images: model(1 - images)]},
-        {"surrogates": [lambda images: model(images)]},
-    ):
-        found = numbers(evaluate(templates, suite, **change, parts=tmp_path / "attacks"))
-        assert found == numbers(evaluate(templates, suite, **change)), change
+
+def test_what_is_left_of_another_version_is_not_used(
+    templates: Templates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(templates, parts=tmp_path)
+    said: list[str] = []
+    evaluate(templates, parts=tmp_path, progress=said.append)
+    assert not said
+    monkeypatch.setattr(ducat, "__version__", "0.2.0")
+    evaluate(templates, parts=tmp_path, progress=said.append)
+    assert said
 
 
 @pytest.mark.parametrize("seeded", [False, True])
@@ -459,6 +500,18 @@ def test_a_row_of_the_callers_is_run_whatever_it_is_called(templates: Templates)
         for name in ("idle", "second-round"):
             with pytest.raises(ValueError, match=f"two have the same name, {name}"):
                 evaluate((network, x, y), idle_suite(), attacks=[Attack(name, False, noise)])
+        # One for each norm is one row.
+        by_norm = Suite(tuple(Attack("mine", False, noise, (norm,)) for norm in ("linf", "l2")), audit=False)
+        assert len(evaluate((network, x, y), by_norm).attacks) == 1
+
+
+def test_two_attacks_of_one_strategy_are_twins_only_if_they_are_one(templates: Templates) -> None:
+    weak, strong = (Towards(templates[0], share) for share in (0.1, 1.0))
+    suite = Suite((Attack("mine", False, weak), Attack("mine", True, strong)), audit=False)
+    found = evaluate(templates, suite)
+    assert [attack.same_as for attack in found.attacks] == [None, None]
+    assert torch.equal(found.robust, evaluate(templates, Suite((suite.attacks[1],), audit=False)).robust)
+    assert not found.robust.all()
 
 
 def test_images_that_rounding_takes_out_of_the_ball_count_and_those_far_out_are_told() -> None:

@@ -97,6 +97,7 @@ DIFFERENCES: list[tuple[str, dict[str, Any]]] = [
     ("suite", {"suite": "quick"}),
     ("seed of the attacks", {"seed": 1}),
     ("attacks", {"attacks": [*evaluation()["attacks"], {**evaluation()["attacks"][1], "name": "transfer-1"}]}),
+    ("attacks", {"origin": {"surrogates": ["other-1f0c9a2b"]}}),
     ("limits of the second round", {"origin": {"second_round_seconds": 5.0}}),
 ]
 
@@ -105,6 +106,14 @@ DIFFERENCES: list[tuple[str, dict[str, Any]]] = [
 def test_an_attack_that_followed_from_another_is_no_difference(name: str) -> None:
     more = [*evaluation()["attacks"], {**evaluation()["attacks"][1], "name": name}]
     assert len(compare([run("a"), run("b", measured=evaluation(attacks=more))]).sections) == 1
+
+
+def test_surrogates_are_the_same_attack_on_a_network_with_dummy_classes_and_on_one_without() -> None:
+    plain, doubled = (
+        evaluation(attacks=[*evaluation()["attacks"], {**evaluation()["attacks"][0], "name": name}])
+        for name in ("transfer-1", "transfer-1-recovered")
+    )
+    assert len(compare([run("a", measured=plain), run("b", measured=doubled)]).sections) == 1
 
 
 @pytest.mark.parametrize(("what", "difference"), DIFFERENCES)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import get_args
 
 import torch
@@ -26,7 +26,7 @@ class Attack:
     Every attack is a function of a classifier with 2C logits. What the attacker knows is only a matter of which one it
     is given: an attacker that knows recovery gets the network itself, a blind one a view of it as a plain classifier
     with 2C classes. So a blind and a recovery-aware row of one strategy differ in nothing else, and on a network
-    without dummy classes they are one attack.
+    without dummy classes they are one attack, if they have one `run`.
 
     Attributes:
         strategy: what is run; with the knowledge of recovery it makes the name in the report.
@@ -119,6 +119,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator:
     return pgd(model, x, y, single, "recovered-cross-entropy", start=x, keep="last")
 
 
+@cache
 def _pgd(steps: int, objective: str = "recovered-cross-entropy", restarts: int = 1) -> RunAttack:
     def run(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
         return pgd(model, x, y, replace(threat, steps=steps), objective, restarts, generator)
@@ -126,6 +127,7 @@ def _pgd(steps: int, objective: str = "recovered-cross-entropy", restarts: int =
     return run
 
 
+@cache
 def _targeted(steps: int) -> RunAttack:
     """Return PGD towards a wrong class that is drawn for each sample."""
 
@@ -141,13 +143,18 @@ def _targeted(steps: int) -> RunAttack:
 
 def ensemble(budget: str | Sequence[Round]) -> RunAttack:
     """Return the recovery-aware ensemble with a budget, for a row of a suite."""
+    return _ensemble(budget if isinstance(budget, str) else tuple(budget))
 
+
+@cache
+def _ensemble(budget: str | tuple[Round, ...]) -> RunAttack:
     def run(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
         return adaptive(RecoveredClassifier(model), x, y, threat, budget, generator)
 
     return run
 
 
+@cache
 def _external(attack: Callable[..., Tensor], **settings: int) -> RunAttack:
     def run(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, generator: torch.Generator) -> Tensor:
         return attack(RecoveredClassifier(model), x, y, threat, generator, **settings)

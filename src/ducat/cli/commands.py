@@ -225,7 +225,7 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
     folder = RunFolder.open(arguments.run)
     norm = folder.config.threat.norm
     balls = [threat.build(None) if threat is not None else None for threat in _threats(arguments, norm)]
-    before, results = set(kept.evaluations(folder)), []
+    before, results = _times(folder.evaluations_path), []
     with Live(console) as live:
         for ball in balls:
             measured = evaluate_run(
@@ -248,7 +248,7 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
     page.page(report, folder.name, comparing.compare([Run.read(folder.path)]))
     runs = [Run.read(folder.evaluations_path / f"{kept.name_of(measured)}.json") for measured in results]
     for run in runs:
-        _print_kept(console, run, run.file in before and not arguments.again)
+        _print_kept(console, run, before)
     spokesman = next((name for name, content in kept.evaluations(folder).items() if content == _of(folder)), None)
     if spokesman is not None and spokesman not in [run.file for run in runs]:
         text = f"the evaluation that speaks for the run is a stronger one, {spokesman.name}: {_short(_of(folder))}"
@@ -267,8 +267,14 @@ def _short(measured: Mapping[str, Any]) -> str:
     return f"blind {100 * measured['blind']:.1f}, robust {bound}{100 * measured['robust']:.1f}"
 
 
-def _print_kept(console: Console, run: Run, before: bool) -> None:
-    if before:
+def _times(folder: Path) -> dict[Path, int]:
+    """Return when each evaluation in a folder was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+
+
+def _print_kept(console: Console, run: Run, before: Mapping[Path, int]) -> None:
+    assert run.file is not None
+    if before.get(run.file) == run.file.stat().st_mtime_ns:
         _print(console, f"{run.file} was measured before; --again measures it anew and replaces it", label="note")
     else:
         _print(console, f"Kept: {run.file}")
@@ -297,7 +303,7 @@ def _threats(arguments: Namespace, norm: Norm) -> list[ThreatConfig | None]:
 
 def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
     source, runs = arguments.checkpoint, []
-    before = set(KEPT.glob("*.json"))
+    before = _times(KEPT)
     threats = _threats(arguments, "linf")
     if arguments.json is not None and len(threats) > 1:
         raise ValueError("--json: it names one file, for one --eps; without it each result is kept in evaluations/")
@@ -328,7 +334,7 @@ def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:
         name = f"{source.stem}-{arguments.data}-{kept.name_of(measured)}.json"
         file = arguments.json or kept.place(KEPT, name)
         runs.append(Run.read(file, source.stem))
-        _print_kept(console, runs[-1], file in before and not arguments.again)
+        _print_kept(console, runs[-1], before)
     _finish_evaluation(arguments, console, runs)
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +15,12 @@ from ducat import losses
 from ducat.attacks.adaptive import SilentDummies, is_recovered, with_dummy_classes
 from ducat.attacks.guides import Replaced, Softened, classifiers_inside, narrowed
 from ducat.attacks.pgd import attackable
-from ducat.attacks.suites import Attack, RunAttack, Suite, find_suite, through
+from ducat.attacks.suites import Attack, RunAttack, Suite, attack_name, find_suite, through
 from ducat.data import spooled
 from ducat.dummy import RecoveredClassifier
 from ducat.evaluation import rejection, second_opinion
 from ducat.evaluation.audit import AUDITED, causes, find_warnings, measure_signs, suspicious
-from ducat.evaluation.parts import Key, Part, code_of, digest, shared
+from ducat.evaluation.parts import Key, Part, agreed, described, digest, shared
 from ducat.evaluation.rejection import check_shares
 from ducat.evaluation.result import AttackResult, Evaluation, Opinion, Scrutiny
 from ducat.evaluation.second_round import Scene, guides, second_round
@@ -116,19 +116,21 @@ def evaluate(
         subject = _Subject.of(model, x, num_classes, batch_size, replacements)
         others = [classifier(other, x, batch_size) for other in surrogates]
         with attackable(subject.network), attackable(nn.ModuleList(others)):
-            nature = examine(subject.network, x, None, threat, seeded(seed, "evaluate", "nature"))
+            common: Callable[[Any], Any] = agreed if parts is not None else lambda value: value
+            nature = common(examine(subject.network, x, None, threat, seeded(seed, "evaluate", "nature")))
             fold = True
-            rows = _distinct([*chosen.attacks, *_own(attacks, subject), *_transfers(others, subject)])
-            asked = [str(draws), *(f"{name} {code_of(one)}" for name, one in sorted((replacements or {}).items()))]
+            rows = [*chosen.attacks, *_own(attacks, subject), *_transfers(others, subject)]
+            _check_distinct(row for row in rows if threat.norm in row.norms)
+            asked = [str(draws), described(replacements)]
             for _ in range(RUNS):
                 nature = replace(nature, draws=max(nature.draws, draws if nature.random else 1))
                 job = _Job.of(subject, nature, threat, rows, seed, x, fold, bool(reject), others, asked)
                 outcome = _Outcome.of(job, x, y, batch_size, progress, parts, chosen.name)
-                seen = examine(subject.network, x, outcome.adversarial, threat, seeded(seed, "nature"), nature)
-                agreed = job.agrees(x, outcome.adversarial, batch_size)
-                if agreed and (seen.names, seen.remembers) == (nature.names, nature.remembers):
+                seen = common(examine(subject.network, x, outcome.adversarial, threat, seeded(seed, "nature"), nature))
+                faithful = common(job.agrees(x, outcome.adversarial, batch_size))
+                if faithful and (seen.names, seen.remembers) == (nature.names, nature.remembers):
                     break
-                nature, fold = seen, fold and agreed
+                nature, fold = seen, fold and faithful
             evaluation = _conclude(
                 job, outcome, chosen, x, y, num_classes, progress, data, batch_size, second_round_seconds
             )
@@ -250,13 +252,13 @@ def _own(attacks: Sequence[Attack | RunAttack], subject: _Subject) -> list[Attac
     return rows
 
 
-def _distinct(rows: Sequence[Attack]) -> Sequence[Attack]:
-    """Return rows of which each has a name of its own: the results of two of one name would be taken for each other."""
-    names = [row.name for row in rows] + [SECOND_ROUND, SECOND_OPINION]
+def _check_distinct(rows: Iterable[Attack]) -> None:
+    """Refuse two rows of one name: the results of one would be taken for those of the other."""
+    later = [attack_name(strategy, knows) for strategy in (SECOND_ROUND, SECOND_OPINION) for knows in (False, True)]
+    names = [row.name for row in rows] + later
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"attacks: two have the same name, {twice} (rows of the suite count too): give yours another")
-    return rows
 
 
 def _transfers(others: Sequence[Measured], subject: _Subject) -> list[Attack]:
@@ -374,7 +376,7 @@ class _Job:
         settings = [
             digest(x, y),
             *map(str, (self.threat, suite, self.seed, batch_size, self.subject.how, nature, self.folded is not None)),
-            *(f"{attack.name} {code_of(attack.run)}" for attack in self.attacks),
+            *(f"{attack.name} {described(attack.run)}" for attack in self.attacks),
             str(self.watched),
             *self.asked,
         ]
@@ -442,7 +444,7 @@ class _Job:
 
 def _same(first: Attack, second: Attack) -> bool:
     """Tell whether two rows differ at most in what their attacker knows."""
-    return first.strategy == second.strategy and code_of(first.run) == code_of(second.run)
+    return first.strategy == second.strategy and first.run is second.run
 
 
 STRAYED = 0.01  # of eps: an image further out than that is no matter of rounding

@@ -4,17 +4,22 @@ A chunk of another evaluation must not be taken for one's own: a number would be
 never saw. So each chunk is kept with everything that decides what attacks leave of it, its `Key`.
 """
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+import ducat
 from ducat import checkpoint
 from ducat.attacks.suites import Attack
 from ducat.data import spooled
@@ -75,96 +80,168 @@ class Key:
 
     Attributes:
         settings: everything that is the same to the letter.
-        answers: logits of each network on some images: they tell functions apart, and modules that differ in what is no
-            parameter. They may differ by rounding.
+        answers: logits of each network on some images, which may differ by rounding: the last net under `settings`,
+            which do not know what a network reads from elsewhere.
+        coarse: whether a network works in half precision.
     """
 
     settings: Sequence[str]
     answers: Sequence[Tensor]
+    coarse: bool = False
 
     @classmethod
     def of(
         cls, settings: Sequence[str], networks: Sequence[Measured], x: Tensor, threat: ThreatModel, random: bool
     ) -> "Key":
-        """Return the key of networks, the first of which is the one that is attacked.
+        """Return the key of networks, the first of which is the one that is attacked; the same in every process.
 
         Of a network that is random in a way that no seed repeats, an evaluation takes up nothing of another one.
         """
-        from accelerate import PartialState
-
-        settings = [*settings, *(digest(*_tensors(network)) for network in networks)]
-        first = _answers(networks, x, threat)
-        if random and any(_differ(first, _answers(networks, x, threat))):
-            # Processes that share the chunks of one evaluation cannot agree on a number of their own.
-            return cls([*settings, *([uuid.uuid4().hex] if PartialState().num_processes == 1 else [])], [])
-        return cls(settings, first)
+        answers = _answers(networks, x, threat)
+        settings = [ducat.__version__, *settings, *(described(network.model) for network in networks)]
+        coarse = any(network.coarse for network in networks)
+        if random and any(_differ(answers, _answers(networks, x, threat), coarse)):
+            settings, answers = [*settings, uuid.uuid4().hex], []
+        return agreed(cls(settings, answers, coarse))
 
     def fits(self, settings: Sequence[str], answers: Sequence[Tensor]) -> bool:
         """Tell whether a kept chunk, with these, is of the same evaluation."""
-        return list(self.settings) == list(settings) and not any(_differ(self.answers, answers))
+        return list(self.settings) == list(settings) and not any(_differ(self.answers, answers, self.coarse))
 
 
-def _tensors(network: nn.Module) -> list[Tensor]:
-    return [value for value in network.state_dict().values() if isinstance(value, Tensor)]
+Value = TypeVar("Value")
+
+
+def agreed(value: Value) -> Value:
+    """Return the value of the first of the processes that share an evaluation: what each finds may be chance."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    held = [value]
+    if PartialState().num_processes > 1:
+        broadcast_object_list(held)
+    return held[0]
 
 
 @torch.no_grad()
 def _answers(networks: Sequence[Measured], x: Tensor, threat: ThreatModel) -> list[Tensor]:
     x = x[:PROBED]
-    probe = torch.cat([x, threat.random_start(x, generator(0, "parts"))])
+    corners = [threat.project(x + sign * threat.eps * threat.direction(x - 0.5), x) for sign in (1, -1)]
+    probe = torch.cat([x, threat.random_start(x, generator(0, "parts")), *corners])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return [network(probe.to(network.device)).cpu() for network in networks]
 
 
-def _differ(first: Sequence[Tensor], second: Sequence[Tensor]) -> Iterator[bool]:
+def _differ(first: Sequence[Tensor], second: Sequence[Tensor], coarse: bool) -> Iterator[bool]:
     if [one.shape for one in first] != [other.shape for other in second]:
         yield True
         return
     for one, other in zip(first, second, strict=True):
-        yield bool(differs(one, other).any())
+        yield bool(differs(one, other, coarse).any())
 
 
-PLAIN = (int, float, complex, str, bytes, bool, type(None))
-DEPTH = 8  # of functions that hold functions
+PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
+LIBRARIES = ("torch", "ducat", "numpy", "builtins")  # whose code is told by its version
+DEPTH = 12  # of objects that hold objects
+TENSORS = ("_parameters", "_buffers", "_modules")  # attributes of a module
 
 
-def code_of(function: Any, depth: int = DEPTH) -> str:
-    """Return what tells a function from others, the same in every process: name, code, and the values that it holds."""
-    if isinstance(function, functools.partial):
-        return f"{code_of(function.func, depth)} {_held([*function.args, *sorted(function.keywords.items())], depth)}"
-    function = getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return _held(function, depth)
-    held = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    for cell in function.__closure__ or ():
-        try:
-            held.append(cell.cell_contents)
-        except ValueError:  # not assigned yet
-            continue
-    text = repr((code.co_names, [const for const in code.co_consts if isinstance(const, PLAIN)]))
-    made = hashlib.blake2b(code.co_code + text.encode(), digest_size=8).hexdigest()
-    return f"{function.__module__}.{function.__qualname__} {made} {_held(held, depth - 1)}"
+def described(value: Any) -> str:
+    """Return a digest of a function, a module or an object: its code, and the values that it holds, as far as seen.
+
+    It is the same in every process. Not seen is what lies in files and deeper than `DEPTH`, and code of libraries.
+    """
+    made = hashlib.blake2b(digest_size=16)
+    for text in _told(value, DEPTH, {}):
+        made.update(text.encode())
+        made.update(b"\0")
+    return made.hexdigest()
 
 
-def _held(value: Any, depth: int) -> str:
+def _told(value: Any, depth: int, seen: dict[int, Any]) -> Iterator[str]:
+    """Yield what a value is, part by part; `seen` holds what was, by its id, and keeps it alive."""
     if isinstance(value, PLAIN):
-        return repr(value)
-    if depth <= 0:
-        return type(value).__qualname__
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_held(each, depth - 1) for each in value)}]"
+        yield repr(value)
+        return
     if isinstance(value, Tensor):
-        return digest(value)
-    if isinstance(value, nn.Module):
-        return f"{type(value).__qualname__} {digest(*_tensors(value))}"
-    if hasattr(value, "__code__") or hasattr(value, "__func__") or isinstance(value, functools.partial):
-        return code_of(value, depth)
-    if isinstance(value, type):
-        return value.__qualname__
-    fields = [getattr(value, name, None) for name in getattr(value, "__dataclass_fields__", ())]
-    return f"{type(value).__qualname__} {_held(fields, depth - 1)}"
+        yield digest(value) if value.layout is torch.strided and not value.is_meta else str(value.shape)
+        return
+    yield type(value).__qualname__
+    if isinstance(value, tuple):  # whether equal ones are one object is up to the compiler
+        for each in value if depth > 0 else ():
+            yield from _told(each, depth - 1, seen)
+        return
+    if depth <= 0 or id(value) in seen:
+        return
+    seen[id(value)] = value
+    for each in _parts(value):
+        yield from _told(each, depth - 1, seen)
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """Yield what a value is made of."""
+    if isinstance(value, np.ndarray | np.generic):
+        yield f"{value.dtype} {value.shape} {hashlib.blake2b(np.ascontiguousarray(value).tobytes()).hexdigest()}"
+    elif isinstance(value, list):
+        yield from value
+    elif isinstance(value, set | frozenset):
+        yield from sorted(repr(each) for each in value if isinstance(each, PLAIN))
+    elif isinstance(value, dict):
+        yield from value.items()
+    elif isinstance(value, ModuleType):
+        yield value.__name__
+    elif isinstance(value, type):
+        yield value.__qualname__
+        yield from _methods(value)
+    elif isinstance(value, functools.partial):
+        yield from (value.func, value.args, value.keywords)
+    elif isinstance(value, MethodType):
+        yield from (value.__func__, value.__self__)
+    elif isinstance(value, FunctionType):
+        yield from _of_function(value)
+    elif isinstance(value, CodeType):
+        yield from (value.co_code, value.co_names, value.co_consts)
+    elif isinstance(value, nn.Module):
+        yield from _of_module(value)
+    elif dataclasses.is_dataclass(value) or not _is_library(type(value)):
+        yield from _methods(type(value))
+        yield getattr(value, "__dict__", None)
+
+
+def _of_function(function: FunctionType) -> Iterator[Any]:
+    yield from (function.__module__, function.__qualname__, function.__code__)
+    yield from (function.__defaults__, function.__kwdefaults__)
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not assigned yet
+            yield cell.cell_contents
+    if not _is_library(function):
+        for name in sorted(_names(function.__code__) & function.__globals__.keys()):
+            yield function.__globals__[name]
+
+
+def _of_module(module: nn.Module) -> Iterator[Any]:
+    for name, one in module.named_modules():
+        yield (name, type(one).__qualname__, *_methods(type(one)))
+        for attribute, held in vars(one).items():
+            if attribute not in TENSORS:
+                # Hooks are numbered in the order in which a process made them.
+                yield attribute, list(held.values()) if attribute.endswith("hooks") and held else held
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _methods(kind: type) -> list[Any]:
+    return [] if _is_library(kind) else [each for _, each in sorted(vars(kind).items()) if callable(each)]
+
+
+def _is_library(value: Any) -> bool:
+    return (value.__module__ or "").partition(".")[0] in LIBRARIES
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = (_names(const) for const in code.co_consts if isinstance(const, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def shared(

@@ -90,10 +90,11 @@ def difference(first: Bool[Tensor, "first_seeds samples"], second: Bool[Tensor, 
         (own,) = several
         parts[-1] = float(own.var()) * (1 + 1 / len(own)), len(own) - 1
     variance = sum(part for part, _ in parts)
-    if not variance:  # every sample is alike: none differs, or each in the same way
-        least = 0.025 ** (1 / samples) if mean else 0.0  # Clopper & Pearson's lower end
-        ends = sorted((mean, math.copysign(least, mean)))
-        return Difference(mean, (ends[0], ends[1]), mcnemar(0, samples) if mean else 1.0, trainings)
+    if abs(mean) == 1:  # every sample differs in the same way, which of few is no certainty
+        least = math.copysign(0.025 ** (1 / samples), mean)  # Clopper & Pearson's lower end
+        return Difference(mean, (min(mean, least), max(mean, least)), mcnemar(0, samples), trainings)
+    if not variance:
+        return Difference(mean, (mean, mean), 1.0 if not mean else 0.0, trainings)
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
     reach = float(stdtrit(freedom, 0.975)) * variance**0.5
     if trainings:

@@ -321,7 +321,9 @@ MEASURES: dict[str, Callable[[Run], Any]] = {
 
 def _attacks(evaluation: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the attacks that were asked for, without those that follow where they find something."""
-    return tuple(sorted(row["name"] for row in evaluation["attacks"] if not row["name"].startswith(FOLLOWING)))
+    names = {row.get("strategy") or row["name"].removesuffix("-recovered") for row in evaluation["attacks"]}
+    surrogates = (evaluation.get("origin") or {}).get("surrogates") or []
+    return (*sorted(name for name in names if name not in FOLLOWING), *surrogates)
 
 
 def _measured(run: Run) -> tuple[Any, ...]:
