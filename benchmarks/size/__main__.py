@@ -61,15 +61,24 @@ ROWS: dict[str, Row] = {
 
 
 class Table:
-    """The rows of one setting and seed, in a folder of the setting's name."""
+    """The rows of one setting, in a folder of the setting's name.
 
-    def __init__(self, work: Path, setting: str, seed: int) -> None:
+    Args:
+        work: folder of the data and of all settings.
+        setting: a row of `SETTINGS`.
+        seed: of the rows' training.
+        base_seed: of the base's; that of the rows by default.
+    """
+
+    def __init__(self, work: Path, setting: str, seed: int = 0, base_seed: int | None = None) -> None:
         self.setting: Setting = SETTINGS[setting]
         self.seed, self.work = seed, work
+        self.base_seed = seed if base_seed is None else base_seed
         self.runs = work / setting / "runs"
 
     def folder(self, name: str) -> RunFolder:
-        return RunFolder(self.runs / f"{name}-s{self.seed}")
+        other = name != BASE and self.seed != self.base_seed
+        return RunFolder(self.runs / f"{name}-s{self.base_seed}{f'-{self.seed}' if other else ''}")
 
     def train(self, name: str) -> RunFolder:
         """Train a row, or go on with it, unless it is finished."""
@@ -87,7 +96,7 @@ class Table:
             **self.setting.common,
             **phase,
             **row.settings,
-            "train.seed": self.seed,
+            "train.seed": self.base_seed if name == BASE else self.seed,
         }
         words = ["train"]
         if name != BASE:
@@ -138,14 +147,15 @@ class Table:
         measured.save(file)
 
     def measured(self) -> list[Measured]:
-        """Return what there is of every row."""
+        """Return what there is of every row, with whatever seed."""
         found = []
         for name, row in ROWS.items():
-            folder = self.folder(name)
-            if folder.evaluations_path.is_dir():
+            for path in sorted(self.runs.glob(f"{name}-s*")):
+                folder = RunFolder(path)
                 files = [*sorted(folder.evaluations_path.glob("*.json")), folder.path / f"{BY_SUM}.json"]
                 contents = {file.stem: json.loads(file.read_text()) for file in files if file.is_file()}
-                found.append(Measured(row.title, folder, contents))
+                if contents:
+                    found.append(Measured(row.title, path.name.removeprefix(f"{name}-s"), folder, contents))
         return found
 
 
@@ -174,16 +184,17 @@ def main() -> None:
     parser.add_argument("--setting", choices=SETTINGS, default="cpu", help="data, network and budget")
     parser.add_argument("--archive", type=Path, help="the data set's archive, where it has to be prepared first")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base-seed", type=int, help="of the base, where rows of another seed begin at it")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=ROWS, help="rows to make; all by default")
     parser.add_argument("--train", action="store_true", help="train the rows and do not attack them yet")
     parser.add_argument("--parts", nargs="+", metavar="PART", choices=PARTS, default=PARTS, help="ways to attack them")
     parser.add_argument("--table", type=Path, metavar="DIR", help="write what there is of all settings; make no rows")
     arguments = parser.parse_args()
     if arguments.table is not None:
-        made = {name: Table(arguments.work, name, arguments.seed).measured() for name in SETTINGS}
+        made = {name: Table(arguments.work, name).measured() for name in SETTINGS}
         write({name: rows for name, rows in made.items() if rows}, arguments.table)
         return
-    table = Table(arguments.work, arguments.setting, arguments.seed)
+    table = Table(arguments.work, arguments.setting, arguments.seed, arguments.base_seed)
     if arguments.archive is not None:
         source = ["--from", str(arguments.archive), "--root", str(arguments.work / "data")]
         run("data", "prepare", table.setting.data, *source)

@@ -63,7 +63,7 @@ SETTINGS: dict[str, Setting] = {
         common={**_CPU.common, "model.width": 32},
         base={**_CPU.base, "train.epochs": 16},
         branch={**_CPU.branch, "train.epochs": 1, "train.validate_every": 1},
-        light=500,
+        light=1000,
         standard=100,
         l2=100,
     ),

@@ -23,6 +23,7 @@ HEAD = """# The paper's table, larger: its rows
 Written by `python -m benchmarks.size --table results`. [size.md](size.md): how they were measured, and what they say.
 Accuracies in %, with 95 % intervals.
 """
+FIRST = "0"  # the seed of all rows
 BY_SUM = "by-sum"  # name of the evaluation with the other recovery
 SUITES = {
     ("light", "linf"): "The suite `light`",
@@ -33,11 +34,24 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A row, and the contents of its evaluations by the names of their files."""
+    """A row, and the contents of its evaluations by the names of their files.
 
-    title: str
+    Attributes:
+        kind: what it was trained with.
+        seed: of base and row, in one word.
+        folder: of the run.
+        evaluations: the contents.
+    """
+
+    kind: str
+    seed: str
     folder: RunFolder
     evaluations: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return self.kind + (f", seed {self.seed}" if self.seed != FIRST else "")
 
     def by(self, suite: str, norm: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
         """Yield title and content of the evaluations of a suite in a ball."""
@@ -70,13 +84,15 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 def paired(rows: Sequence[Measured]) -> str:
     """Return differences between rows on the same images, of the suite `light` in L-inf, as a table in Markdown."""
-    right = {}
+    right, seeds = {}, {row.title: row.seed for row in rows}
     for row in rows:
         for name, content in row.evaluations.items():
             if name != BY_SUM and (content["suite"], content["threat"]["norm"]) == ("light", "linf"):
                 right[row.title] = load_file(row.folder.evaluations_path / f"{name}.safetensors")
     text = ["| network | against | clean | p | robust | p |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     for one, other in combinations(right, 2):
+        if seeds[one] != seeds[other]:
+            continue
         cells = []
         for kind in ("clean", "robust"):
             more = int((right[other][kind] & ~right[one][kind]).sum())
@@ -119,9 +135,10 @@ def section(name: str, setting: Setting, rows: Sequence[Measured]) -> str:
         paired(rows),
     ]
     # The evaluation that speaks for a run is its strongest; not all rows may have it yet.
-    counts = Counter(_measured_by(row.folder) for row in rows)
+    first = [row for row in rows if row.seed == FIRST]
+    counts = Counter(_measured_by(row.folder) for row in first)
     for how in (how for how, number in counts.items() if number > 1):
-        alike = [row for row in rows if _measured_by(row.folder) == how]
+        alike = [row for row in first if _measured_by(row.folder) == how]
         study = always_failed([row.folder.path for row in alike])
         text += ["### Samples that always fail\n", f"{study.sheet().title}. Suite `{how[0]}`, {len(alike)} networks.\n"]
     return "\n".join(text)
@@ -133,7 +150,8 @@ def write(made: Mapping[str, Sequence[Measured]], out: Path) -> None:
     text, content = [HEAD], {}
     for name, rows in made.items():
         text.append(section(name, SETTINGS[name], rows))
-        shown = {title: [evaluation] for row in rows for title, evaluation in row.by("light", "linf")}
+        firsts = (row for row in rows if row.seed == FIRST)
+        shown = {title: [evaluation] for row in firsts for title, evaluation in row.by("light", "linf")}
         figure = plots.trade_off(shown, SETTINGS[name].about.partition(";")[0])
         plots.save(figure, out / f"size-{name}.svg")
         content[name] = {
