@@ -365,7 +365,15 @@ def _pairs(groups: Sequence[Group]) -> list[Pair]:
     adjusted = statistics_of.holm([test.p_value for test in tests.values()])
     at_most = {group.name for group in groups if group.at_most}
     return [
-        Pair(*names, *test[:3], corrected, test.trainings, [name for name in names if name in at_most])
+        Pair(
+            *names,
+            test.difference,
+            test.ci95,
+            test.p_value,
+            corrected,
+            test.trainings,
+            [name for name in names if name in at_most],
+        )
         for (names, test), corrected in zip(tests.items(), adjusted, strict=True)
     ]
 
