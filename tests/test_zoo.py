@@ -163,18 +163,28 @@ def test_the_list_shows_both_numbers_and_a_card_shows_commands(capsys: pytest.Ca
 
 @pytest.mark.slow
 def test_three_networks_are_attacked_and_the_sink_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
-    before = zoo.card("digits-published")
+    before = Run.read(Path("zoo:digits-published")).evaluation
     assert main(["zoo", "--evaluate", "--samples", "100"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"warning digits-published\b[^:]*: sink gap of", shown)
     assert "ducat demo" in shown
-    assert Run.read(Path("zoo:digits-published")).evaluation == before["evaluation"]  # nothing was written
+    assert Run.read(Path("zoo:digits-published")).evaluation == before, "something was written"
 
 
 @pytest.mark.slow
 def test_evaluate_and_export_take_a_name(tmp_path: Path) -> None:
     assert main(["evaluate", NAME, "--suite", "quick", "--samples", "20"]) == 0
     assert main(["export", NAME, "--format", "robustbench", "--out", str(tmp_path / "claim")]) == 0
+
+
+def test_the_card_is_of_the_network_and_speaks_for_it_until_something_stronger_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["compare", *(f"zoo:{name}" for name in zoo.NETWORKS)]) == 0
+    assert "trained on since" not in capsys.readouterr().out
+    assert main(["evaluate", NAME, "--suite", "quick", "--samples", "20"]) == 0
+    assert "the evaluation that speaks for the run is a stronger one" in " ".join(capsys.readouterr().out.split())
+    assert Run.read(Path(NAME)).evaluation["suite"] == "standard"
 
 
 @pytest.mark.slow

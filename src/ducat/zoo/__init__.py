@@ -172,11 +172,13 @@ def _unpack(file: Path, path: Path) -> None:
     best = hidden / "checkpoints" / "best"
     best.mkdir(parents=True)
     checkpoint.save(best / "checkpoint.safetensors", tensors, {"model": state["model"]})
+    # The weights that were evaluated, without what else their checkpoint held, and perhaps in half precision.
+    origin = {**(state["evaluation"].get("origin") or {}), "weights": checkpoint.digest(tensors)}
     texts = {
         "config.yaml": state["config"],
         "manifest.json": json.dumps(state["manifest"], indent=2) + "\n",
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in state["metrics"]),
-        "evaluation.json": json.dumps(state["evaluation"], indent=2) + "\n",
+        "evaluation.json": json.dumps({**state["evaluation"], "origin": origin}, indent=2) + "\n",
     }
     for name, text in texts.items():
         checkpoint.write_text(hidden / name, text)
