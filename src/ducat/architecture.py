@@ -18,6 +18,7 @@ from ducat.models.outputs import NoLogitsError
 
 OURS = 8  # pixels a side that each of our networks takes
 GIVEN = "given:"  # before the class of a network that was given to train as an object
+GIVEN_NETWORK = "a network given to train"  # in a manifest, in place of a file
 
 
 @dataclass(frozen=True)

@@ -217,6 +217,7 @@ class Calibration(TypedDict):
     threshold: float
     reject: float
     checkpoint: str
+    weights: NotRequired[str]
     images: int
 
 

@@ -1,7 +1,11 @@
 """Randomness as a pure function of named keys, so that nothing random has a state to save, resume or synchronise."""
 
+import contextlib
 import hashlib
+import random
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 
@@ -17,3 +21,19 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@contextlib.contextmanager
+def seeded(*key: int | str) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and PyTorch by a key, and put them back as they were."""
+    seed = generator(*key).initial_seed()
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

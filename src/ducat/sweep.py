@@ -120,7 +120,8 @@ def sweep(
     else:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_text(noted, json.dumps(settings, indent=1) + "\n")
-    runs, failed = [], {}
+    runs: list[tuple[RunFolder, Mapping[str, Any]]] = []
+    failed: dict[str, str] = {}
     for config in every:
         assert config.name is not None
         path = folder / config.name
@@ -130,19 +131,19 @@ def sweep(
         except FloatingPointError as error:
             failed[config.name] = str(error)
             continue
-        if not run.evaluation_path.is_file():
-            evaluate_run(run, suite, samples=samples, which=which, progress=progress.attacks(config.name))
-        runs.append(run)
+        # What has been measured in this way is not measured again; other evaluations of the run are not the sweep's.
+        measured = evaluate_run(run, suite, samples=samples, which=which, progress=progress.attacks(config.name))
+        runs.append((run, measured))
     if not runs:
         raise ValueError(f"no run of {folder} could be trained: {'; '.join(failed.values())}")
     return Swept(_report(runs, folder), failed, folder / "report.html")
 
 
-def _report(runs: Sequence[RunFolder], folder: Path) -> Comparison:
-    for run in runs:
+def _report(runs: Sequence[tuple[RunFolder, Mapping[str, Any]]], folder: Path) -> Comparison:
+    for run, _ in runs:
         if not behaviour.is_current(run):
             behaviour.measure_run(run)
-    comparison = comparing.compare([Run.read(run.path) for run in runs])
+    comparison = comparing.compare([Run.read(run.path).seen_by(measured) for run, measured in runs])
     checkpoint.write_text(folder / "table.md", comparing.to_markdown(comparison))
     checkpoint.write_text(folder / "table.csv", comparing.to_csv(comparison))
     page.draw(comparison.sections[0], folder / "trade-off.svg")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,7 +16,7 @@ from ducat.data.decode import array
 from ducat.data.images import Dataset, Images, Lazy, Source, fingerprint, hold_out, named_tensors, stratified_order
 from ducat.data.prepare import MEASURED, check_classes, measured
 from ducat.data.specs import DataSpec
-from ducat.seeding import generator
+from ducat.seeding import seeded
 
 
 @runtime_checkable
@@ -31,6 +29,7 @@ class MapStyle(Protocol):
 
 
 Given = MapStyle | tuple[Any, Any]
+COMPARED = 8  # labels of items with those that a dataset lists
 
 
 def own(
@@ -130,7 +129,7 @@ class Items:
         """Fetch these rows with transforms that are functions of the key and the row."""
         fetched = np.empty((len(rows), *self.shape), np.uint8)
         for place, row in zip(fetched, rows.tolist(), strict=True):
-            with _seeded(*key, "item", row):
+            with seeded(*key, "item", row):
                 pixels, _ = _item(self.dataset, row, self.where)
             if pixels.shape != self.shape:
                 raise ValueError(
@@ -158,14 +157,23 @@ def _source(given: Given, where: str) -> Source:
         raise ValueError(f"{where}: give (images, labels) or a map-style dataset, not a {type(given).__name__}")
     if not len(given):
         raise ValueError(f"{where} is empty")
-    with _seeded(0, "fixed", "item", 0):
+    with seeded(0, "fixed", "item", 0):
         first, _ = _item(given, 0, where)
     channels, height, width = first.shape
     known = next((getattr(given, name) for name in ("targets", "labels") if hasattr(given, name)), None)
-    if known is None or len(known) != len(given):
+    if known is None or len(known) != len(given) or not _are_labels(known, given, where):
         known = [_item(given, row, where)[1] for row in range(len(given))]
     items = Items(given, (channels, height, width), where)
     return Lazy(items, _labels(np.asarray(known), len(given), where), torch.arange(len(given)))
+
+
+def _are_labels(known: Any, given: MapStyle, where: str) -> bool:
+    """Tell by some items whether these are the labels: a dataset may change them as it gives an item out."""
+    if getattr(given, "target_transform", None) is not None:
+        return False
+    rows = np.linspace(0, len(given) - 1, min(len(given), COMPARED)).astype(int).tolist()
+    with seeded(0, "fixed", "labels"):
+        return all(bool(np.all(np.asarray(known[row]) == np.asarray(_item(given, row, where)[1]))) for row in rows)
 
 
 def _labels(labels: np.ndarray, count: int, where: str) -> Int64[Tensor, n]:
@@ -202,19 +210,3 @@ def _bytes(pixels: np.ndarray, where: str) -> np.ndarray:
             "normalisation"
         )
     return np.ascontiguousarray((pixels * 255).round().astype(np.uint8))
-
-
-@contextlib.contextmanager
-def _seeded(*key: int | str) -> Iterator[None]:
-    """Seed the global generators by a key, and put them back as they were."""
-    seed = generator(*key).initial_seed()
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.random.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -114,7 +114,8 @@ def prepare(
         raise ValueError(f"test_images={test_images} does not fit: it is for folders that are decoded as they come")
     if name == "digits" and source is not None:
         raise ValueError(f"--from {source}: the digits come with scikit-learn and are always there")
-    if name == "digits" or (source is None and entry.is_file()):
+    anew = stream is not None and (replace or size is not None or test_images is not None)
+    if name == "digits" or (source is None and entry.is_file() and not anew):
         return _status(name, root)
     if stream is not None:
         tensors, header = _stream(name, spec, stream, size, None if test_images is None else Path(test_images))

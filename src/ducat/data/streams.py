@@ -68,7 +68,9 @@ class Origin:
         """Raise ValueError if a file has changed since the index was made."""
         for path, mark in zip(self.paths, self.marks, strict=False):
             if _mark(Path(path)) != mark:
-                raise ValueError(f"{path} has changed or gone since its stream was prepared: prepare it again")
+                raise ValueError(
+                    f"{path} has changed or gone since its stream was prepared: prepare it again, with --replace"
+                )
 
 
 @dataclass(frozen=True)
@@ -230,8 +232,8 @@ class ShardRows:
                 advance(path.stat().st_size)
         rows = cls(tuple(map(str, shards)), torch.tensor([p for part in places.values() for p in part]).view(-1, 3))
         top = max((label for part in labels.values() for label in part), default=-1)
-        classes = _class_names(shards[0].parent / "classes.txt", spec, top)
-        notices = (
+        classes, notices = _class_names(shards[0].parent / "classes.txt", spec, top)
+        notices += (
             [f"left out of shards: {', '.join(f'{n:,} .{kind}' for kind, n in left_out.items())}"] if left_out else []
         )
         found = survey(rows.read, rows.name, range(len(rows.places)), None if spec is None else spec.shape, size)
@@ -286,8 +288,14 @@ class TableRows:
         numbers: dict[str, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
         names: dict[str, list[Any]] = {"train": [], "val": [], "test": []}
         classes: tuple[str, ...] | None = None
-        for number, (split, table) in enumerate(_tables(source)):
+        tables = _tables(source)
+        unknown = [split for split, _ in tables if _part(Path(split)) is None]
+        left_out = unknown if len(tables) > 1 else []
+        notices = [f"left out, as neither train nor validation nor test: {', '.join(left_out)}"] if left_out else []
+        for number, (split, table) in enumerate(tables):
             part = _part(Path(split)) or "train"
+            if split in left_out:  # it may hold images of the others
+                continue
             column = _column(table, "ClassLabel", source, "label", "fine_label", "labels")
             feature = table.features[column]
             classes = tuple(getattr(feature, "names", None) or ()) or classes
@@ -301,6 +309,7 @@ class TableRows:
             labels = [int(name) for part in names.values() for name in part]
         if spec is not None and spec.classes not in (None, classes) and len(spec.classes or ()) != len(classes):
             raise ValueError(f"{source} has {len(classes)} classes, {spec.title} {len(spec.classes or ())}")
+        notices += _check_order(source, classes, spec)
         bad = next((label for label in labels if not 0 <= label < len(classes)), None)
         if bad is not None:
             raise ValueError(
@@ -313,7 +322,7 @@ class TableRows:
         )
         counts = [len(part) for part in numbers.values()]
         names_of = spec.classes if spec is not None and spec.classes is not None else classes
-        splits = _splits(rows, counts, labels, names_of, [], found)
+        splits = _splits(rows, counts, labels, names_of, notices, found)
         return Scanned(splits, rows, Origin("hf", (source,), digest.hexdigest(), size))
 
 
@@ -374,29 +383,34 @@ def _braces(pattern: str) -> Iterator[str]:
 
 def _samples(path: Path, left_out: Counter[str]) -> Iterator[tuple[int, int, int]]:
     """Yield label, offset and size of each image of a shard."""
-    key, image, label = "", None, None
+    key, label = "", None
+    images: dict[str, tuple[int, int]] = {}
 
     def sample() -> tuple[int, int, int]:
-        if image is None or label is None:
-            raise ValueError(
-                f"{path}: sample {shown(key)} has no {'image' if image is None else '.cls with its label'}"
-            )
-        return label, *image
+        # Of KEY.png and KEY.mask.png, the first is the image.
+        chosen = [kind for kind in images if "." not in kind] or list(images)
+        if len(chosen) > 1:
+            raise ValueError(f"{path}: sample {shown(key)} has {len(chosen)} images: .{', .'.join(chosen)}; leave one")
+        if not chosen or label is None:
+            raise ValueError(f"{path}: sample {shown(key)} has no {'.cls with its label' if chosen else 'image'}")
+        left_out.update(kind for kind in images if kind not in chosen)
+        return label, *images[chosen[0]]
 
     try:
         with tarfile.open(path, mode="r:") as archive:
             while (info := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined] # which would grow by a kilobyte a file
-                if not info.isreg() or is_hidden(info.name):
+                name = info.name.removeprefix("./")
+                if not info.isreg() or is_hidden(name):
                     continue
-                folder, _, base = info.name.rpartition("/")
+                folder, _, base = name.rpartition("/")
                 stem, _, kind = base.partition(".")
                 if key and f"{folder}/{stem}" != key:
                     yield sample()
-                    image, label = None, None
+                    images, label = {}, None
                 key = f"{folder}/{stem}"
                 if f".{kind.lower()}".endswith(decode.SUFFIXES):
-                    image = info.offset_data, info.size
+                    images[kind] = info.offset_data, info.size
                 elif kind == "cls":
                     file = archive.extractfile(info)
                     text = b"" if file is None else file.read(20)
@@ -413,17 +427,43 @@ def _samples(path: Path, left_out: Counter[str]) -> Iterator[tuple[int, int, int
         ) from error
 
 
-def _class_names(path: Path, spec: DataSpec | None, top: int) -> tuple[str, ...]:
-    classes = spec.classes if spec is not None else None
-    if classes is None and path.is_file():
-        classes = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+def _class_names(path: Path, spec: DataSpec | None, top: int) -> tuple[tuple[str, ...], list[str]]:
+    """Return the names of the classes, and what is to be said of them."""
+    classes, notices = spec.classes if spec is not None else None, []
+    if path.is_file():
+        named = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        notices = _check_order(str(path), named, spec)
+        classes = classes or named
     if classes is None:
         classes = tuple(str(label) for label in range(top + 1))
     if top >= len(classes):
         raise ValueError(f"label {top} is outside [0, {len(classes) - 1}], the classes of {path}")
     if len(classes) < 2:
         raise ValueError(f"{path.parent}: the shards hold {len(classes)} classes: at least 2 are needed")
-    return classes
+    return classes, notices
+
+
+def _check_order(source: str, named: Sequence[str], spec: DataSpec | None) -> list[str]:
+    """See that a stream numbers its classes as the data set does whose name it is given; return what is to be said.
+
+    Raises:
+        ValueError: if the names are the same ones in another order.
+    """
+    expected = None if spec is None else spec.classes
+    if spec is None or expected is None:
+        return []
+    plain = [[re.sub(r"[\W_]+", " ", name).strip().lower() for name in names] for names in (named, expected)]
+    if plain[0] == plain[1]:
+        return []
+    if sorted(plain[0]) == sorted(plain[1]):
+        place = next(place for place, (one, other) in enumerate(zip(*plain, strict=True)) if one != other)
+        raise ValueError(
+            f"{source}: class {place} is {named[place]}, of {spec.title} it is {expected[place]}: number the classes "
+            "in the same order, or prepare the data under a name of their own"
+        )
+    return [
+        f"classes are numbered as there, and called as those of {spec.title}: {named[0]} is {expected[0]}, and so on"
+    ]
 
 
 def _tables(source: str) -> list[tuple[str, Any]]:

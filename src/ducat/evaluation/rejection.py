@@ -141,7 +141,8 @@ class SelectiveClassifier(nn.Module):
 def accepted(logits: Logits, signal: str, threshold: float) -> Bool[Tensor, " batch"]:
     """Tell from 2C logits which predictions a selective classifier accepts."""
     row = find(signal)
-    return _of(row.decision(logits).argmax(1), row.acceptance(logits)) >= threshold
+    high = _of(row.decision(logits).argmax(1), row.acceptance(logits)) >= threshold
+    return high & logits.isfinite().all(1)  # outputs that are not finite are no prediction
 
 
 def check_signal(signal: str, *, dummy_classes: bool) -> None:

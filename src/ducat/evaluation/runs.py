@@ -105,7 +105,7 @@ def evaluate_run(
             num_classes=folder.read(which)[1]["model"]["num_classes"],
             seed=seed,
             reject=reject,
-            held_out=_held_out(dataset) if reject else None,
+            held_out=_held_out(dataset, folder) if reject else None,
             surrogates=[RunFolder.open(Path(run)).load("best") for run in surrogates],
             second_round_seconds=second_round_seconds,
             batch_size=batch_size,
@@ -245,13 +245,15 @@ def calibrate_run(
         FileNotFoundError: if there is no such run or checkpoint, or the data are gone.
         ValueError: if share or signal do not fit, or the data are not those that the run was trained on.
     """
-    x, y = _held_out(folder.dataset())
+    x, y = _held_out(folder.dataset(), folder)
+    model, weights_digest = folder.load_with_digest(which)
     content = {
         "schema": 1,
         "signal": signal,
-        "threshold": calibrate(folder.load(which), x, y, share, signal),
+        "threshold": calibrate(model, x, y, share, signal),
         "reject": share,
         "checkpoint": which,
+        "weights": weights_digest,
         "images": len(y),
     }
     checkpoint.write_text(folder.rejection_path, json.dumps(content, indent=2) + "\n")
@@ -259,21 +261,35 @@ def calibrate_run(
 
 
 def read_calibration(folder: RunFolder, which: Which) -> dict[str, Any] | None:
-    """Return what `calibrate_run` wrote for a checkpoint, or None if there is nothing."""
+    """Return what `calibrate_run` wrote for a checkpoint, or None if there is nothing.
+
+    Raises:
+        ValueError: if the checkpoint has been trained on since, or the file is damaged.
+    """
     if not folder.rejection_path.is_file():
         return None
     remedy = f"run `ducat calibrate {folder.path}` again, or delete it"
     content: dict[str, Any] = records.read(folder.rejection_path, records.Calibration, remedy)
-    return content if content["checkpoint"] == which else None
+    if content["checkpoint"] != which:
+        return None
+    if content.get("weights") not in (None, kept.weights_of(folder, which)):
+        raise ValueError(f"{folder.rejection_path} is of weights that have been trained on since: {remedy}")
+    return content
 
 
-def _held_out(dataset: Dataset) -> tuple[Tensor, Tensor]:
+def _held_out(dataset: Dataset, folder: RunFolder | None = None) -> tuple[Tensor, Tensor]:
     """Return the images that a network was not trained on, and by which thresholds may be set.
 
     Raises:
-        ValueError: if none were held out.
+        ValueError: if none were held out, or the run began with weights that have learnt them.
     """
     validation = dataset.validation
+    initial = (folder.manifest.get("initial") or {}) if folder is not None else {}
+    if learnt := initial.get("validation_learnt"):
+        raise ValueError(
+            f"{learnt} of {len(validation)} validation images are among those that {initial['file']} was trained on: "
+            "thresholds would be set on images that the network has learnt"
+        )
     if not len(validation):
         raise ValueError(
             "no images were held out of training: thresholds would be set on images that the network has learnt; "

@@ -110,8 +110,9 @@ def always_failed(runs: Sequence[Path]) -> AlwaysFailed:
 class Transfer:
     """How far the adversarial images made for one model fool the others.
 
-    Only samples whose benign image the target classifies correctly count: the others need no attack. A cell is the
-    share of these that the source's adversarial images make the target misclassify.
+    Only samples whose benign image both classify correctly count: what the target gets wrong needs no attack, and of
+    what the source gets wrong nobody made an adversarial image. A cell is the share of these that the source's
+    adversarial images make the target misclassify.
 
     Attributes:
         runs: names of the models, in the order of rows (source) and columns (target).
@@ -139,7 +140,8 @@ class Transfer:
         """Return a row for each source."""
         title = (
             "Of the images that the target (column) classifies correctly, the share in % that the source's (row) "
-            "adversarial images make it lose: all / effective on the source / ineffective on it"
+            "adversarial images make it lose: all of what the source classifies correctly / effective on it / "
+            "ineffective on it"
         )
         numbers = [str(number) for number in range(1, len(self.runs) + 1)]
         layers = torch.stack([self.success, self.effective, self.ineffective], dim=-1).tolist()
@@ -173,7 +175,8 @@ def transfer(runs: Sequence[Path], which: Which | None = None, progress: Progres
             # Another device may round a few samples to the other side.
             if row == column and float((fooled == target.robust).float().mean()) > 0.01:
                 raise ValueError(f"{path}: its {shown} checkpoint is not the one that was evaluated: evaluate it again")
-            groups = torch.ones_like(source.clean), source.clean & ~source.robust, source.robust
+            # Of what the source gets wrong anyway nobody made an adversarial image.
+            groups = source.clean, source.clean & ~source.robust, source.robust
             for layer, group in enumerate(groups):
                 counted = target.clean & group
                 if counted.any():
@@ -370,12 +373,12 @@ def _evaluations(runs: Sequence[Path]) -> dict[str, Evaluation]:
     if len(runs) < 2:
         raise ValueError("give at least two evaluated runs: the study compares models")
     evaluations = [Evaluation.load(RunFolder.open(run).path) for run in runs]
-    settings = [(one.fingerprint, one.threat.norm, one.threat.eps) for one in evaluations]
+    settings = [(one.fingerprint, one.threat.norm, one.threat.eps, one.suite) for one in evaluations]
     for run, setting in zip(runs, settings, strict=True):
         if setting != settings[0]:
             raise ValueError(
-                f"{run} was not evaluated on the same samples in the same ball as {runs[0]}: "
-                "evaluate both with the same --samples, --norm and --eps"
+                f"{run} was not evaluated on the same samples in the same ball by the same suite as {runs[0]}: "
+                "evaluate both with the same --samples, --norm, --eps and --suite"
             )
     names = [run.name for run in runs]
     repeated = len(set(names)) < len(names)

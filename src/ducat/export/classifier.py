@@ -14,6 +14,7 @@ from ducat import checkpoint, data
 from ducat.architecture import Architecture
 from ducat.attacks.adaptive import with_silent_dummies
 from ducat.dummy import recover
+from ducat.evaluation import kept
 from ducat.evaluation.rejection import accepted, check_signal
 from ducat.evaluation.runs import read_calibration
 from ducat.reporting import compare as comparing
@@ -104,6 +105,7 @@ class Deployed:
         images: a few in [0, 1], shape (n, channels, H, W): test images, or random ones if the data are not at hand.
         images_name: what they are.
         labels: the names of their classes; none of random images.
+        reject: the share of benign images that the classifier's threshold was set for; None without one.
     """
 
     folder: RunFolder
@@ -113,6 +115,7 @@ class Deployed:
     images: Tensor
     images_name: str
     labels: Sequence[str] = ()
+    reject: float | None = None
 
     @classmethod
     def read(
@@ -141,9 +144,10 @@ class Deployed:
             classes, labels = tuple(map(str, range(architecture.num_classes))), []
         calibrated = read_calibration(folder, which) if selective else None
         choice = {key: calibrated[key] for key in ("signal", "threshold")} if calibrated else {}
+        reject = calibrated["reject"] if calibrated else None
         classifier = Classifier(architecture, classes, detector, **choice)
         checkpoint.load_weights(classifier.model, checkpoint.part("model", tensors), folder.checkpoint_path(which))
-        return cls(folder, which, classifier.eval(), _evaluated(folder, which), images, name, labels)
+        return cls(folder, which, classifier.eval(), _evaluated(folder, which), images, name, labels, reject)
 
     @property
     def evaluation(self) -> Mapping[str, Any] | None:
@@ -189,6 +193,8 @@ def load(path: Path | str) -> Classifier:
 def _evaluated(folder: RunFolder, which: Which) -> comparing.Run | None:
     if not folder.evaluation_path.is_file():
         return None
-    evaluated = comparing.Run.read(folder.path)
-    # Numbers of another checkpoint say nothing of this one.
-    return evaluated if evaluated.evaluation.get("checkpoint") == which else None
+    run = comparing.Run.read(folder.path)
+    # Numbers of another checkpoint, or of what has been trained on since, say nothing of this one.
+    own = [one for one in run.candidates if one.get("checkpoint") == which and kept.is_current(folder, one)]
+    threat = folder.config.threat
+    return run.seen_by(own[kept.strongest(own, (threat.norm, threat.build(None).eps))]) if own else None

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def _card(source: Deployed) -> str:
         "",
         f"An image classifier trained with ducat {manifest['ducat']}: "
         f"{classifier.architecture.name}, {len(classifier.classes)} classes, {_method(source)}.",
-        f"Training data: {manifest['data']['title']}, {manifest['data']['train']} images.",
+        f"Training data: {manifest['data']['title']}, {manifest['data']['train']} images{_more(manifest)}.",
         "",
         "## Use",
         "",
@@ -73,6 +73,11 @@ def _card(source: Deployed) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _more(manifest: Mapping[str, Any]) -> str:
+    extra = manifest["data"].get("extra")
+    return "" if extra is None else f", and {extra['images']:,} more of {Path(extra['file']).name}"
+
+
 def _refusing(source: Deployed) -> list[str]:
     classifier = source.classifier
     if classifier.threshold is None:
@@ -84,9 +89,20 @@ def _refusing(source: Deployed) -> list[str]:
         f"A prediction is accepted where `{classifier.signal}` ({SIGNALS[classifier.signal].about}) is at least "
         f"{classifier.threshold:.4g}; otherwise the class is only a hint.",
     ]
-    if source.evaluation is None or not source.evaluation.get("rejection"):
-        lines += ["", "**Not attacked.** What refusing withstands has not been measured: `ducat evaluate --reject`."]
+    if source.reject not in _shares_attacked(source):
+        lines += [
+            "",
+            f"**Not attacked.** What refusing withstands has not been measured at this threshold: `ducat evaluate "
+            f"--reject {source.reject:g}`.",
+        ]
     return lines
+
+
+def _shares_attacked(source: Deployed) -> list[float]:
+    """Return the shares of refused images at which the classifier's own signal was attacked."""
+    measured = (source.evaluation or {}).get("rejection") or {"signals": []}
+    own = [each for each in measured["signals"] if each["signal"] == source.classifier.signal]
+    return [row["reject"] for each in own for row in each["rows"]]
 
 
 def _has_dummies(source: Deployed) -> bool:

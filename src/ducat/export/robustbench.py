@@ -111,8 +111,12 @@ def _claim(source: Deployed) -> str:
             f"{evaluation['samples']} of {manifest['data']['test']} test images (`ducat evaluate --suite "
             f"{evaluation['suite']}`)"
         )
-    initial = manifest.get("initial")
-    extra = "false" if initial is None else f"not known: training began with the weights of {initial['file']}"
+    initial, more = manifest.get("initial"), manifest["data"].get("extra")
+    extra = (
+        "false" if initial is None else f"not known: training began with {initial.get('file') or initial['weights']}"
+    )
+    if more is not None:
+        extra = f"true: {more['images']:,} images of {Path(more['file']).name}"
     lines = [
         "# Paper Information",
         "",
@@ -167,6 +171,7 @@ def _claim(source: Deployed) -> str:
 def _model_info(source: Deployed) -> dict[str, Any]:
     """Return RobustBench's record of a model; null is what was not measured or is not known."""
     evaluation, manifest = source.evaluation, source.folder.manifest
+    more = manifest["data"].get("extra")
     title, address = _paper(source)
     aware = None if evaluation is None else _autoattack(evaluation, knows_recovery=True)
     return {
@@ -174,7 +179,7 @@ def _model_info(source: Deployed) -> dict[str, Any]:
         "name": title or None,
         "authors": None,
         "venue": None,
-        "additional_data": False if manifest.get("initial") is None else None,
+        "additional_data": True if more else False if manifest.get("initial") is None else None,
         "number_forward_passes": 1,
         "dataset": source.folder.config.data.name,
         "architecture": source.classifier.architecture.name,

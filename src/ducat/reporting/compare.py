@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ducat.architecture import GIVEN_NETWORK
 from ducat.config import Config
 from ducat.evaluation import behaviour
 from ducat.evaluation import kept as keeping
@@ -331,11 +332,13 @@ def _measured(run: Run) -> tuple[Any, ...]:
 
 
 def _groups(runs: Sequence[Run]) -> list[Group]:
-    groups = []
+    groups, taken = [], {run.name for run in runs}
     for alike in _partition(runs, _identity):
         name = alike[0].name
-        if len(alike) > 1:
-            name = name.removesuffix(f"-s{alike[0].seed}")
+        short = name.removesuffix(f"-s{alike[0].seed}")
+        if len(alike) > 1 and short not in taken:
+            name = short
+            taken.add(short)
         groups.append(Group(name, alike))
     return groups
 
@@ -343,9 +346,12 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
 def _identity(run: Run) -> str:
     """Return everything but the seed that decides what the run's network is."""
     settings = {name: value for name, value in run.settings.items() if name not in IRRELEVANT}
-    manifest = {name: run.manifest.get(name) for name in ("initial", "data")}
-    own = run.name if run.path is None else ""
-    return json.dumps([settings, manifest, own], sort_keys=True, default=str)
+    manifest = {name: run.manifest.get(name) for name in ("initial", "data", "objective")}
+    # What was given to `ducat.training.train` is not told: two such runs may have nothing in common.
+    given = (manifest["initial"] or {}).get("file") == GIVEN_NETWORK or manifest["objective"] is not None
+    own = run.name if run.path is None or given else ""
+    checkpoint = run.evaluation.get("checkpoint")
+    return json.dumps([settings, manifest, checkpoint, own], sort_keys=True, default=str)
 
 
 def _pairs(groups: Sequence[Group]) -> list[Pair]:

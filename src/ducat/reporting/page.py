@@ -139,13 +139,19 @@ def reproduce(run: Run) -> list[str]:
     source = (run.evaluation.get("origin") or {}).get("source")
     refused = run.evaluation.get("rejection") or {"signals": []}
     shares = [f"{row['reject']:g}" for each in refused["signals"][:1] for row in each["rows"]]
-    refusing = ["--reject", *shares] if shares else []
+    extra = ["--reject", *shares] if shares else []
+    asked = run.evaluation.get("origin") or {}
+    # Of surrogates the names of the folders are known, and the first digits of their weights' digests.
+    surrogates = [name.rpartition("-")[0] for name in asked.get("surrogates") or []]
+    extra += ["--surrogates", *surrogates] if surrogates else []
+    if asked.get("second_round_seconds") is not None:
+        extra += ["--second-round-seconds", f"{asked['second_round_seconds']:g}"]
     if source is not None:
         chosen = {**source, **{name: run.evaluation[name] for name in ("suite", "samples", "seed")}}
         chosen |= {name: run.evaluation["threat"][name] for name in ("norm", "eps")}
         options = {name: value for name, value in chosen.items() if value is not None}
         words = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        return [shlex.join(["ducat", "evaluate", *words, *refusing])]
+        return [shlex.join(["ducat", "evaluate", *words, *extra])]
     name = f"{run.name if run.path is None else run.path.name}-again"
     if "initial" in run.manifest:
         # Its beginning is a file that only the command line of the time names.
@@ -162,7 +168,7 @@ def reproduce(run: Run) -> list[str]:
     if (ball["norm"], ball["eps"]) != (run.settings["threat.norm"], run.settings["threat.eps"]):
         options |= {"norm": ball["norm"], "eps": ball["eps"]}
     flags = [part for option, value in options.items() for part in (f"--{option}", str(value))]
-    return [train, shlex.join(["ducat", "evaluate", str(target), *flags, *refusing])]
+    return [train, shlex.join(["ducat", "evaluate", str(target), *flags, *extra])]
 
 
 def _flags(settings: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from ducat import methods, weights, zoo
 from ducat.architecture import Architecture
 from ducat.config import Config, DummyConfig
 from ducat.runs import RunFolder
-from ducat.training.initial import Initial, source_of
+from ducat.training.initial import Initial, run_of, source_of
 from ducat.training.loop import Listener, train
 from ducat.training.validation import Validate
 from ducat.weights import Weights
@@ -32,7 +32,7 @@ def settings(source: Path | str) -> Config:
     source = zoo.place(source)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a run folder, or a file of weights")
-    run = _run_of(source)
+    run = run_of(source)
     config = run.config if run is not None else Config()
     tail = replace(
         config.train,
@@ -40,6 +40,7 @@ def settings(source: Path | str) -> Config:
         learning_rate=0.001,
         schedule="constant",
         warmup_epochs=0.0,
+        eps_ramp_epochs=0.0,
         averaging_start_epoch=0.0,
         awp_start_epoch=0.0,
     )
@@ -97,7 +98,7 @@ def adapt(
         model = replace(config.model, name=architecture.name, width=architecture.width, options=options, weights=None)
         config = replace(config, model=model)
     if config.name is None:
-        run = _run_of(source)
+        run = run_of(source)
         stem = source.stem if run is None else run.name
         config = replace(config, name=f"{stem}-adapted-{config.dummy.kind}")
     initial = Initial(partial(_doubled, config, found), source_of(found.file))
@@ -110,10 +111,3 @@ def _doubled(config: Config, found: Weights, architecture: Architecture) -> tupl
         architecture = config.described(architecture)
     ours, model = found.network(replace(architecture, dummy_classes=False))
     return (ours, model) if ours.dummy_classes else ours.doubled(model, "copy")
-
-
-def _run_of(source: Path) -> RunFolder | None:
-    """Return the run that a path is, or that it is a checkpoint of."""
-    folder = RunFolder(source if source.is_dir() else source.resolve().parent.parent.parent)
-    ours = source.is_dir() or source.resolve() in (folder.checkpoint_path("best"), folder.checkpoint_path("last"))
-    return folder if ours and folder.config_path.is_file() else None

@@ -1,21 +1,24 @@
 """Where a training begins: random weights, a file's, the publisher's, or a network that was given."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ducat import weights
-from ducat.architecture import GIVEN, Architecture
+from ducat.architecture import GIVEN, GIVEN_NETWORK, OURS, Architecture
 from ducat.config import Config
+from ducat.data import Dataset
 from ducat.dummy import add_dummy_classes
 from ducat.models import allow_code
 from ducat.models.doors import is_foreign, is_function
 from ducat.models.heads import forward, returns_tensor
-from ducat.models.outputs import as_classifier
+from ducat.models.outputs import as_classifier, logits_of
+from ducat.runs import RunFolder
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,18 @@ class Initial:
 
     build: Callable[[Architecture], tuple[Architecture, nn.Module]]
     source: Mapping[str, object]
+
+    def learnt(self, dataset: Dataset) -> int:
+        """Return how many validation images are among those that the run was trained on that the weights are from."""
+        file = self.source.get("file")
+        run = None if file is None else run_of(Path(str(file)))
+        if run is None or run.config.data.name != dataset.spec.name:
+            return 0
+        try:
+            before = run.dataset()
+        except (OSError, ValueError):  # its data are gone, or are others now
+            return 0
+        return int(torch.isin(dataset.validation.ids, before.train.ids).sum())
 
     @classmethod
     def of_settings(cls, config: Config) -> "Initial":
@@ -64,6 +79,11 @@ class Initial:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.train.seed)
                 ours, model = found.network(replace(architecture, dummy_classes=False), new_head=True)
+                if ours.dummy_classes and not architecture.dummy_classes:
+                    raise ValueError(
+                        f"model.weights: {found.file} has dummy classes, which dummy.kind=off would train as plain "
+                        "ones: choose dummy.kind published or recovery-aware, or weights without dummy classes"
+                    )
                 if architecture.dummy_classes and not ours.dummy_classes:
                     return ours.doubled(model)
                 return ours, model
@@ -79,12 +99,46 @@ class Initial:
             described = replace(architecture, name=name, width=None, stem_stride=1)
             if not is_foreign(architecture.name):
                 with torch.random.fork_rng(devices=[]):
-                    asked = architecture.build().state_dict()
-                shapes = [{k: v.shape for k, v in state.items()} for state in (asked, model.state_dict())]
-                described = architecture if shapes[0] == shapes[1] else described
+                    asked = architecture.build()
+                side = architecture.image_size or OURS
+                shape = architecture.channels, side, side
+                described = architecture if _is_as_built(model, asked, shape) else described
             return described, given(model, described)
 
-        return cls(build, {"file": "a network given to train"})
+        return cls(build, {"file": GIVEN_NETWORK})
+
+
+def _is_as_built(model: nn.Module, built: nn.Module, shape: tuple[int, int, int]) -> bool:
+    """Tell whether a network that was given is the one that its description builds, whatever its weights."""
+    states = built.state_dict(), model.state_dict()
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
+    if shapes[0] != shapes[1]:
+        return False
+    built.load_state_dict(states[1])
+    example = next(iter(model.parameters()), torch.zeros(1))
+    images = torch.rand(8, *shape, generator=torch.Generator().manual_seed(0)).to(example)
+    # Weights may be new, and batch norm's statistics with them: passes in training mode tell what those hide.
+    built.to(example)
+    return all(torch.allclose(_outputs(model, images, mode), _outputs(built, images, mode)) for mode in MODES)
+
+
+MODES = (False, True)  # evaluation and training
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, images: Tensor, training: bool) -> Tensor:
+    """Return what a copy of a network says, and whatever it draws is drawn alike."""
+    copied = copy.deepcopy(model).train(training)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return logits_of(copied(images))
+
+
+def run_of(source: Path) -> RunFolder | None:
+    """Return the run that a path is, or that it is a checkpoint of."""
+    folder = RunFolder(source if source.is_dir() else source.resolve().parent.parent.parent)
+    ours = source.is_dir() or source.resolve() in (folder.checkpoint_path("best"), folder.checkpoint_path("last"))
+    return folder if ours and folder.config_path.is_file() else None
 
 
 def source_of(file: Path) -> dict[str, str]:

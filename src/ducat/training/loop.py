@@ -24,6 +24,7 @@ from ducat.architecture import Architecture
 from ducat.config import Config
 from ducat.data.extra import Extra, Mixed
 from ducat.runs import HOLDS, RunFolder, environment
+from ducat.seeding import seeded
 from ducat.training import tracking
 from ducat.training.initial import Initial, given
 from ducat.training.meter import Meter
@@ -147,12 +148,20 @@ def train(
     architecture, network = initial.build(config.architecture(dataset))
     if initial.source:
         manifest["initial"] = dict(initial.source)
+        if learnt := initial.learnt(dataset):
+            manifest["initial"]["validation_learnt"] = learnt
+            (listener or _Silent()).warning(
+                f"{learnt} of {len(dataset.validation)} validation images are among those that "
+                f"{initial.source['file']} was trained on: validation, the checkpoint best and thresholds overstate; "
+                "hold out what that run did (data.held_out, data.samples), or use the checkpoint last"
+            )
     if objective is not None:
         manifest["objective"] = "given to train"
     loop = _Loop(
         config, dataset, Path(root) / config.name, listener or _Silent(), architecture, network, objective, validate
     )
-    with loop.threads():
+    # Some networks draw from the global generators, as dropout does.
+    with seeded(config.train.seed, "train", loop.accelerator.process_index), loop.threads():
         loop.create(manifest)
         return loop.run()
 
