@@ -91,7 +91,11 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     first = tmp_path / "sweep" / "benign_weight-0.5-s0"
     kept = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.name != ".lock"}
     monkeypatch.setattr(training, "train", plain)
+    # Whoever looks at a run meanwhile takes nothing from the sweep.
+    assert main(["evaluate", str(first), "--which", "last", "--suite", "single-step", "--samples", "30"]) == 0
+    kept = {path: time for path, time in kept.items() if path.parent.name == "evaluations"}
     made = run(tmp_path / "sweep")
+    assert {run.evaluation["suite"] for run in made.comparison.runs} == {"quick"}
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert not made.failed
     groups = made.comparison.sections[0].groups

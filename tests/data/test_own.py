@@ -60,6 +60,19 @@ def test_arrays_and_datasets_of_any_form_are_one_data_set(form: str) -> None:
     assert again.fingerprint == pictures.fingerprint != data.own(Pictures(form), Pictures(form)).fingerprint
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_labels_are_those_that_the_dataset_gives_out(told: bool) -> None:
+    class Changed(Pictures):
+        """It lists labels that it changes, as torchvision's do with a target_transform."""
+
+        targets = tuple(range(60))
+        target_transform = staticmethod(lambda label: label % 3) if told else None
+
+    found = data.own(Changed("array"), (PIXELS[:9], LABELS[:9]))
+    assert found.classes == ("0", "1", "2")
+    assert torch.equal(found.train.labels, torch.from_numpy(LABELS)[found.train.ids])
+
+
 def test_random_transforms_are_functions_of_the_seed() -> None:
     train = data.own(Pictures("array", noisy=True), (PIXELS, LABELS)).train
     # Not Python's own: the type checks of the tests draw from it.

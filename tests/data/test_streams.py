@@ -213,6 +213,7 @@ def test_shards_are_found_by_pattern_and_divided_by_name(shards: Path, monkeypat
         ({"a.png": b"", "b.png": b"", "b.cls": b"0"}, r"sample /a has no \.cls with its label"),
         ({"a.cls": b"0"}, "sample /a has no image"),
         ({"a.png": b"", "a.cls": b"dog"}, r"a\.cls holds b'dog', not the number of a class"),
+        ({"a.png": b"", "a.jpg": b"", "a.cls": b"0"}, r"sample /a has 2 images: \.png, \.jpg; leave one"),
         ({"a.png": b"no", "a.cls": b"2"}, r"label 2 is outside \[0, 1\]"),
         ({"a.png": b"no", "a.cls": b"1"}, r"the image at byte 512 is not a PNG"),
     ],
@@ -224,6 +225,54 @@ def test_what_is_wrong_with_a_shard_is_named(
     with pytest.raises(ValueError, match=message):
         data.load(f"wds:{shards}")
     assert not list(cache.glob("*.safetensors"))
+
+
+def test_the_image_of_a_sample_is_not_its_mask(shards: Path, picture: Picture) -> None:
+    samples = {"./a.mask.png": b"no", "./a.png": picture(1), "./a.depth.png": b"no", "./a.cls": b"1"}
+    shard(shards / "insects-train-003.tar", samples)
+    prepared = data.prepare(f"wds:{shards}")
+    assert "left out of shards: 1 .mask.png, 1 .depth.png" in prepared.notice
+    found = data.load(f"wds:{shards}")
+    expected = np.asarray(Image.open(io.BytesIO(picture(1))).convert("RGB")).transpose(2, 0, 1)
+    everything = torch.cat([found.train.images, found.validation.images])
+    assert sum(np.array_equal(image, expected) for image in everything) == 1
+
+
+def test_classes_of_a_stream_are_numbered_as_those_of_its_data_set(shards: Path, picture: Picture) -> None:
+    (spec,) = (spec for spec in data.SPECS.values() if spec.name == "fashion-mnist")
+    shutil.rmtree(shards)
+    shards.mkdir()
+    for part in ("train", "test"):
+        grey = Image.open(io.BytesIO(picture(1))).convert("L").resize((28, 28))
+        buffer = io.BytesIO()
+        grey.save(buffer, "PNG")
+        samples = {f"{n}.png": buffer.getvalue() for n in range(40)}
+        samples |= {f"{n}.cls": str(n % 10).encode() for n in range(40)}
+        samples = dict(sorted(samples.items()))
+        shard(shards / f"{part}-000.tar", samples)
+    assert spec.classes is not None
+    (shards / "classes.txt").write_text("\n".join(sorted(spec.classes)))
+    with pytest.raises(
+        ValueError,
+        match=r"classes\.txt: class 1 is ankle boot, of Fashion-MNIST it is trouser: number the classes in the same order",
+    ):
+        data.prepare("fashion-mnist", f"wds:{shards}")
+    (shards / "classes.txt").write_text("\n".join(name.upper() for name in spec.classes))
+    assert "numbered as there" not in data.prepare("fashion-mnist", f"wds:{shards}").notice
+    (shards / "classes.txt").write_text("\n".join(f"kind {n}" for n in range(10)))
+    assert "classes are numbered as there" in data.prepare("fashion-mnist", f"wds:{shards}", replace=True).notice
+
+
+def test_a_stream_is_prepared_again_where_that_is_asked(shards: Path, picture: Picture) -> None:
+    name = f"wds:{shards}"
+    before = data.prepare(name)
+    assert data.prepare(name) == before
+    shard(shards / "insects-train-000.tar", {"a.png": picture(1), "a.cls": b"1"})
+    with pytest.raises(ValueError, match="prepare it again, with --replace"):
+        data.load(name)
+    after = data.prepare(name, replace=True)
+    assert after.fingerprint != before.fingerprint
+    assert len(data.load(name).train) == after.sizes["train"] < before.sizes["train"]
 
 
 def test_shards_that_cannot_be_read_are_named(shards: Path, tmp_path: Path) -> None:
@@ -328,6 +377,18 @@ def test_a_hugging_face_data_set_is_streamed(image_folder: Path, tmp_path: Path)
     assert data.verify(f"hf:{tmp_path}/saved").fingerprint == stream.fingerprint
     with pytest.raises(ValueError, match=r"hf:.*none cannot be loaded"):
         data.load(f"hf:{tmp_path}/none")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # that library's own
+def test_splits_that_may_hold_the_test_images_are_left_out(image_folder: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    found = datasets.load_dataset(str(image_folder), cache_dir=str(tmp_path / "cache"))
+    found["all"] = datasets.concatenate_datasets([found["train"], found["test"]])
+    found.save_to_disk(str(tmp_path / "saved"))
+    prepared = data.prepare(f"hf:{tmp_path}/saved")
+    assert prepared.sizes == data.prepare(f"folder:{image_folder}").sizes
+    assert "left out, as neither train nor validation nor test: all" in prepared.notice
 
 
 def test_hugging_face_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

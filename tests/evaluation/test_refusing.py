@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import ducat
+from ducat import checkpoint
 from ducat.cli import main
 from ducat.evaluation import Evaluation
-from ducat.evaluation.rejection import log_odds
+from ducat.evaluation.rejection import accepted, log_odds
 from ducat.export import Deployed, export, load
 from ducat.reporting.compare import Run, compare, tables
 from ducat.reporting.page import page
@@ -255,3 +256,40 @@ def test_the_estimator_refuses_its_share() -> None:
     assert evaluation.rejection.held_out
     with pytest.raises(ValueError, match="reject=2 is outside"):
         ducat.RobustClassifier(reject=2).fit(images, y)
+
+
+def trained_on(run: Path, path: Path) -> Path:
+    """Copy a run, and let its checkpoint be another one."""
+    shutil.copytree(run, path)
+    file = path / "checkpoints" / "best" / "checkpoint.safetensors"
+    tensors, state = checkpoint.read(file)
+    changed = {name: 1.01 * value if value.is_floating_point() else value for name, value in tensors.items()}
+    checkpoint.save(file, changed, state)
+    return path
+
+
+def test_thresholds_and_numbers_of_weights_that_are_gone_go_nowhere(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = trained_on(run, tmp_path / "changed")
+    assert main(["export", str(changed), "--format", "safetensors", "--out", str(tmp_path / "out.safetensors")]) == 2
+    assert "rejection.json is of weights that have been trained on since: run `ducat calib" in capsys.readouterr().err
+    (changed / "rejection.json").unlink()
+    assert Deployed.read(changed).evaluated is None
+    export(changed, "robustbench", tmp_path / "claim")
+    assert "- **Robust accuracy**: not measured" in (tmp_path / "claim" / "claim.md").read_text()
+
+
+def test_a_card_says_whether_its_own_threshold_was_attacked(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    assert main(["calibrate", str(other), "--reject", "0.02", "--signal", "real"]) == 0
+    for path, attacked in ((run, True), (other, False)):
+        export(path, "hub", tmp_path / f"hub-{attacked}")
+        card = (tmp_path / f"hub-{attacked}" / "README.md").read_text()
+        assert ("**Not attacked.**" in card) != attacked
+    assert "`ducat evaluate --reject 0.02`" in card
+
+
+def test_outputs_that_are_not_finite_are_not_accepted() -> None:
+    logits = torch.tensor([[5.0, 0.0, -9.0, -9.0], [torch.inf, 0.0, -9.0, -9.0], [torch.nan, 0.0, -9.0, -9.0]])
+    assert accepted(logits, "confidence", -1e9).tolist() == [True, False, False]

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_transfer_shows_every_models_images_to_every_other(runs: list[Path]) -> 
             counted = predictions(target, x) == y
             fooled = predictions(target, images) != y
             for name, group in {
-                "success": counted,
+                "success": counted & own_clean,
                 "effective": counted & own_clean & own_broken,
                 "ineffective": counted & ~own_broken,
             }.items():
@@ -160,3 +161,11 @@ def test_a_targeted_attack_counts_where_the_wanted_class_wins(
     assert main(["analyze", "targeted", str(runs[2]), "--samples", "20", "--figure", str(figure)]) == 0
     assert figure.stat().st_size > 1000
     assert main(["analyze", "targeted", *map(str, runs)]) == 2
+
+
+def test_studies_are_of_runs_evaluated_by_one_suite(runs: list[Path], tmp_path: Path) -> None:
+    other = Path(shutil.copytree(runs[1], tmp_path / "other"))
+    evaluate_run(RunFolder.open(other), "light", samples=SAMPLES, threat=ducat.ThreatModel(eps=0.03))
+    for study in (studies.always_failed, studies.transfer):
+        with pytest.raises(ValueError, match="by the same suite"):
+            study([runs[0], other])

@@ -273,3 +273,33 @@ def test_autoattack_and_foolbox_run_on_a_loaded_model_as_it_is(tiny_run: Path) -
         _, (clipped,), (success,) = foolbox.attacks.LinfPGD(steps=20)(fmodel, x, y, epsilons=[0.1])
     torch.testing.assert_close(success, model(clipped).argmax(1) != y)
     assert success.sum() > (~clean).sum()
+
+
+def test_numbers_of_the_checkpoint_that_is_exported_are_found(tiny_run: Path, tmp_path: Path) -> None:
+    """Whichever of the two speaks for the run."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    assert main(["evaluate", str(run), "--which", "last", "--suite", "quick", "--samples", "12"]) == 0
+    assert json.loads((run / "evaluation.json").read_text())["checkpoint"] == "best"
+    found = {which: Deployed.read(run, which).evaluation for which in ("best", "last")}
+    assert {which: None if one is None else one["checkpoint"] for which, one in found.items()} == {
+        "best": "best",
+        "last": "last",
+    }
+
+
+def test_generated_images_are_additional_data(tiny_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["data"]["extra"] = {"file": "/data/made.npz", "images": 5000, "fingerprint": "sha256:1"}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    for name in ("hub", "robustbench"):
+        export(run, name, tmp_path / name)
+    assert (
+        "- **Additional data**: true: 5,000 images of made.npz" in (tmp_path / "robustbench" / "claim.md").read_text()
+    )
+    assert json.loads((tmp_path / "robustbench" / "model_info.json").read_text())["additional_data"] is True
+    assert "and 5,000 more of made.npz." in (tmp_path / "hub" / "README.md").read_text()
+    manifest["data"].pop("extra")
+    (run / "manifest.json").write_text(json.dumps({**manifest, "initial": {"weights": "small, pretrained"}}))
+    export(run, "robustbench", tmp_path / "pretrained")
+    assert "not known: training began with small, pretrained" in (tmp_path / "pretrained" / "claim.md").read_text()

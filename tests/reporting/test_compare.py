@@ -85,6 +85,26 @@ def test_where_a_run_was_kept_and_watched_does_not_matter() -> None:
     assert len(compare([run("a-s0"), run("a-s1", 1, other)]).sections[0].groups) == 1
 
 
+def test_no_two_lines_have_one_name() -> None:
+    """A line of seeds loses the end of its name only if no other is called so: tests and figures go by names."""
+    other, third = (replace(CONFIG, train=TrainConfig(epochs=epochs)) for epochs in (7, 9))
+    runs = [run("base-s0"), run("base-s1", 1), run("base", config=other)]
+    runs += [run("base-s2", 2, third), run("base-s3", 3, third)]
+    assert [group.name for group in compare(runs).sections[0].groups] == ["base-s0", "base", "base-s2"]
+    assert [group.name for group in compare([*runs[:2], *runs[3:]]).sections[0].groups] == ["base", "base-s2"]
+
+
+def test_checkpoints_and_what_was_given_to_train_are_no_seeds_of_each_other() -> None:
+    for change in (
+        {"measured": evaluation(checkpoint="last")},
+        {"initial": {"file": "a network given to train"}},
+        {"objective": "given to train"},
+    ):
+        first = {name: value for name, value in change.items() if name != "measured"}
+        runs = [run("a-s0", **first), run("a-s1", 1, **change)]
+        assert [group.name for group in compare(runs).sections[0].groups] == ["a-s0", "a-s1"], change
+
+
 def test_runs_from_other_beginnings_are_not_grouped() -> None:
     assert len(compare([run("a-s0"), run("a-s1", 1, initial={"checkpoint": "c"})]).sections[0].groups) == 2
 

@@ -15,8 +15,9 @@ from torch import nn
 import ducat
 from ducat import training
 from ducat.cli import main
-from ducat.config import DummyConfig, ModelConfig, ThreatConfig, TrainConfig
+from ducat.config import DummyConfig, MethodConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.dummy import dummy_head, recover
+from ducat.evaluation.runs import calibrate_run
 from ducat.models import build
 from ducat.runs import RunFolder
 from ducat.training import adapt as training_adapt
@@ -315,3 +316,31 @@ def test_a_file_near_the_root_of_the_disk_is_only_a_file() -> None:
     # Such a path has fewer folders above it than a checkpoint in a run has.
     with pytest.raises(ValueError, match="/etc/passwd is damaged"):
         adapt(Path("/etc/passwd"))
+
+
+def test_weights_with_dummy_classes_are_not_trained_as_plain_ones(tmp_path: Path) -> None:
+    for method in ("pgd-at", "natural"):
+        config = replace(
+            TINY,
+            method=MethodConfig(method),
+            model=ModelConfig("small", weights="zoo:digits-published"),
+            dummy=DummyConfig("off"),
+        )
+        with pytest.raises(ValueError, match=r"has dummy classes, which dummy\.kind=off would train as plain ones"):
+            train(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_validation_images_that_the_weights_have_learnt_are_told(tmp_path: Path) -> None:
+    base = train(replace(TINY, name="base", dummy=DummyConfig("off"), data=replace(TINY.data, held_out=0)), tmp_path)
+    told = Watcher()
+    adapted = adapt(base.path, replace(TINY, data=replace(TINY.data, held_out=0.2)), tmp_path, told)
+    validation = adapted.dataset().validation
+    count = int(torch.isin(validation.ids, base.dataset().train.ids).sum())
+    assert adapted.manifest["initial"]["validation_learnt"] == count > 0
+    assert f"{count} of {len(validation)} validation images are among those that" in " ".join(told.warnings)
+    with pytest.raises(ValueError, match="thresholds would be set on images that the network has learnt"):
+        calibrate_run(adapted, 0.1, which="last")
+    honest = train(replace(TINY, name="honest", dummy=DummyConfig("off")), tmp_path)
+    found = adapt(honest.path, replace(TINY, name="fine"), tmp_path)
+    assert "validation_learnt" not in found.manifest["initial"]

@@ -198,3 +198,43 @@ def test_an_attack_without_a_counterpart_is_not_trained_with_blindly(network: nn
     y = torch.zeros(len(images), dtype=torch.long)
     with pytest.raises(ValueError, match="blind: what its attack maximises has no recovery-aware counterpart"):
         ducat.objective(blind, "recovery-aware").attack(network, images, y, ducat.ThreatModel(eps=0.1, steps=1))
+
+
+def test_a_network_with_our_names_that_computes_something_else_is_not_taken_for_ours(tmp_path: Path) -> None:
+    spec = ducat.data.SPECS["digits"]
+
+    def made(function: nn.Module | None) -> nn.Module:
+        network = ducat.models.build("small", 10, channels=1, mean=spec.mean, std=spec.std)
+        if function is not None:
+            for name, module in list(network.named_modules()):
+                if isinstance(module, nn.ReLU):
+                    parent, _, last = name.rpartition(".")
+                    setattr(network.get_submodule(parent), last, function)
+        return network
+
+    for name, network in (("ours", made(None)), ("other", made(nn.Tanh()))):
+        folder = train(replace(TINY, name=name), tmp_path, model=network, validate=unvalidated)
+        if name == "ours":
+            assert torch.allclose(folder.load("last")(torch.zeros(2, 1, 8, 8)), network.eval()(torch.zeros(2, 1, 8, 8)))
+        else:
+            with pytest.raises(ValueError, match="was given to train, which no run folder can build"):
+                folder.load("last")
+
+
+def test_the_seed_is_that_of_dropout_too(tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, 10))
+
+    outputs = []
+    state = torch.random.get_rng_state()
+    for number, seed in enumerate((0, 0, 1)):
+        config = replace(TINY, name=f"run{number}", train=replace(TINY.train, seed=seed))
+        network = made()
+        train(config, tmp_path, model=network, validate=unvalidated)
+        outputs.append(network.eval()(torch.ones(2, 1, 8, 8)))
+        torch.rand(3)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    torch.random.set_rng_state(state)
