@@ -252,10 +252,7 @@ def test_classes_of_a_stream_are_numbered_as_those_of_its_data_set(shards: Path,
         shard(shards / f"{part}-000.tar", samples)
     assert spec.classes is not None
     (shards / "classes.txt").write_text("\n".join(sorted(spec.classes)))
-    with pytest.raises(
-        ValueError,
-        match=r"classes\.txt: class 1 is ankle boot, of Fashion-MNIST it is trouser: number the classes in the same order",
-    ):
+    with pytest.raises(ValueError, match=r"class 1 is ankle boot, of Fashion-MNIST it is trouser: number the classes"):
         data.prepare("fashion-mnist", f"wds:{shards}")
     (shards / "classes.txt").write_text("\n".join(name.upper() for name in spec.classes))
     assert "numbered as there" not in data.prepare("fashion-mnist", f"wds:{shards}").notice
