@@ -169,3 +169,12 @@ def test_studies_are_of_runs_evaluated_by_one_suite(runs: list[Path], tmp_path: 
     for study in (studies.always_failed, studies.transfer):
         with pytest.raises(ValueError, match="by the same suite"):
             study([runs[0], other])
+
+
+def test_always_failed_tells_an_upper_bound_and_takes_no_options(runs: list[Path], tmp_path: Path) -> None:
+    found = studies.always_failed(runs)
+    assert "upper bound" not in found.sheet().title
+    assert "at least as many" in replace(found, bounds=("one",)).sheet().title
+    for study, which, samples in (("always-failed", "last", None), ("always-failed", None, 5), ("transfer", None, 5)):
+        with pytest.raises(ValueError, match="does not fit: the study is of the images"):
+            studies.STUDIES[study](runs, which, samples, lambda text: None)

@@ -38,12 +38,14 @@ class AlwaysFailed:
         labels: of the samples, shape (samples,).
         failed: whether a sample fails on a model: whether its benign or its adversarial image is misclassified there,
             shape (models, samples).
+        bounds: names of those whose robust accuracy is an upper bound only: attacks may have missed failures.
     """
 
     runs: tuple[str, ...]
     classes: tuple[str, ...]
     labels: Int[Tensor, " samples"]
     failed: Bool[Tensor, "models samples"]
+    bounds: tuple[str, ...] = ()
 
     @property
     def always(self) -> Flags:
@@ -60,6 +62,7 @@ class AlwaysFailed:
         always, ever, total = int(self.always.sum()), int(self.ever.sum()), len(self.labels)
         return {
             "runs": list(self.runs),
+            "bounds": list(self.bounds),
             "samples": total,
             "failed": {name: int(flags.sum()) for name, flags in zip(self.runs, self.failed, strict=True)},
             "failed_on_some": ever,
@@ -84,6 +87,8 @@ class AlwaysFailed:
             f"attack: {100 * numbers['share_of_samples']:.1f} % of the test images, "
             f"{100 * numbers['share_of_failures']:.1f} % of those that fail on some model"
         )
+        if self.bounds:
+            title += f"; at least as many, as robust accuracy is an upper bound only of {', '.join(self.bounds)}"
         counts = {"images": "samples", "fail on some": "failed_on_some", "fail on every": "failed_on_every"}
         rows = [[name, *(str(row[key]) for key in counts.values())] for name, row in numbers["classes"].items()]
         return Sheet(title, ["class", *counts], rows)
@@ -103,6 +108,7 @@ def always_failed(runs: Sequence[Path]) -> AlwaysFailed:
         classes=_classes(runs[0]),
         labels=first.labels,
         failed=torch.stack([~one.robust for one in evaluations.values()]),
+        bounds=tuple(name for name, one in evaluations.items() if one.at_most),
     )
 
 
@@ -351,8 +357,12 @@ def targeted(
 Finding = AlwaysFailed | Transfer | Corruption | Targeted
 Study = Callable[[Sequence[Path], Which | None, int | None, Progress], Finding]
 STUDIES: dict[str, Study] = {
-    "always-failed": lambda runs, which, samples, progress: always_failed(runs),
-    "transfer": lambda runs, which, samples, progress: transfer(runs, which, progress),
+    "always-failed": lambda runs, which, samples, progress: always_failed(
+        runs, **_unasked({"--which": which, "--samples": samples})
+    ),
+    "transfer": lambda runs, which, samples, progress: transfer(
+        runs, which, progress, **_unasked({"--samples": samples})
+    ),
     "corruption": lambda runs, which, samples, progress: corruption(
         _only(runs), samples=samples, which=which or "best", progress=progress
     ),
@@ -360,6 +370,14 @@ STUDIES: dict[str, Study] = {
         _only(runs), samples=samples, which=which or "best", progress=progress
     ),
 }
+
+
+def _unasked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse options that do not apply to a study; return no arguments."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{given[0]} does not fit: the study is of the images and checkpoints that were evaluated")
+    return {}
 
 
 def _only(runs: Sequence[Path]) -> Path:

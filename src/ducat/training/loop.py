@@ -259,6 +259,12 @@ class _Loop:
 
     def _made_batches(self, dataset: datasets.Dataset) -> datasets.Batches | Mixed:
         settings, data, accelerator, spec = self.config.train, self.config.data, self.accelerator, dataset.spec
+        left = 0 if settings.drop_last else len(dataset.train) % settings.batch_size
+        if 0 < left < accelerator.num_processes:
+            raise ValueError(
+                f"the last batch of an epoch has {left} images for {accelerator.num_processes} processes: choose "
+                f"train.drop_last=true or another train.batch_size than {settings.batch_size}"
+            )
         if data.crop_padding is not None:
             spec = replace(spec, crop_padding=data.crop_padding)
 
