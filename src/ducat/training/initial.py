@@ -117,9 +117,8 @@ def _is_as_built(model: nn.Module, built: nn.Module, shape: tuple[int, int, int]
     built.load_state_dict(states[1])
     example = next(iter(model.parameters()), torch.zeros(1))
     images = torch.rand(8, *shape, generator=torch.Generator().manual_seed(0)).to(example)
-    # Weights may be new, and batch norm's statistics with them: passes in training mode tell what those hide.
     built.to(example)
-    # A GPU may add in another order.
+    # Statistics of batch norm may be new ones: passes in training mode tell what those hide. A GPU adds in any order.
     pairs = ((_outputs(model, images, mode), _outputs(built, images, mode)) for mode in MODES)
     return all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in pairs)
 
