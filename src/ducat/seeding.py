@@ -24,14 +24,23 @@ def generator(*key: int | str, device: torch.device | str = "cpu") -> torch.Gene
 
 
 @contextlib.contextmanager
-def seeded(*key: int | str) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and PyTorch by a key, and put them back as they were."""
-    seed = generator(*key).initial_seed()
+def seeded(*key: int | str, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and PyTorch by a key, and put them back as they were.
+
+    Args:
+        key: as for `generator`.
+        device: a GPU whose generator is seeded as well; the CPU's alone is, where none is named.
+    """
+    seed, device = generator(*key).initial_seed(), torch.device(device)
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    cuda = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        # `torch.manual_seed` would set every device's, which a process of a loader must not touch.
+        torch.random.default_generator.manual_seed(seed)
+        for index in cuda:
+            torch.cuda.default_generators[index].manual_seed(seed)
         try:
             yield
         finally:

@@ -23,7 +23,9 @@ def worth(model: nn.Module, example: Tensor, batch_size: int) -> int:
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with attackable(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # Whatever the pass draws is drawn beside a training's own numbers.
+    forked = torch.random.fork_rng(devices=[])
+    with attackable(model), torch.no_grad(), forked, FlopCounterMode(display=False) as counter:
         model(example[:1])
     work = counter.get_total_flops() / 2 * batch_size
     return max(1, int(work / WORK)) if work else torch.get_num_threads()

@@ -73,6 +73,38 @@ def test_labels_are_those_that_the_dataset_gives_out(told: bool) -> None:
     assert torch.equal(found.train.labels, torch.from_numpy(LABELS)[found.train.ids])
 
 
+def test_labels_of_a_part_of_a_table_go_by_their_places() -> None:
+    class Listed(Pictures):
+        """Its labels have an index of their own, as those of a pandas Series."""
+
+        class Series:
+            def __len__(self) -> int:
+                return len(LABELS)
+
+            def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+                return LABELS
+
+            def __getitem__(self, name: int) -> int:
+                raise KeyError(name)
+
+        targets = Series()
+
+    found = data.own(Listed("array"), (PIXELS[:9], LABELS[:9]))
+    assert torch.equal(found.train.labels, torch.from_numpy(LABELS)[found.train.ids])
+
+
+def test_fetching_an_image_touches_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker process must not: CUDA cannot be initialised again in what was forked."""
+
+    def touched(*arguments: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("get_rng_state", "set_rng_state", "manual_seed_all", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    assert len(epoch(data.own(Pictures("array"), (PIXELS[:9], LABELS[:9])).train)) > 0
+
+
 def test_random_transforms_are_functions_of_the_seed() -> None:
     train = data.own(Pictures("array", noisy=True), (PIXELS, LABELS)).train
     # Not Python's own: the type checks of the tests draw from it.

@@ -256,6 +256,8 @@ def test_classes_of_a_stream_are_numbered_as_those_of_its_data_set(shards: Path,
         data.prepare("fashion-mnist", f"wds:{shards}")
     (shards / "classes.txt").write_text("\n".join(name.upper() for name in spec.classes))
     assert "numbered as there" not in data.prepare("fashion-mnist", f"wds:{shards}").notice
+    (shards / "classes.txt").write_text("")
+    assert "numbered as there" not in data.prepare("fashion-mnist", f"wds:{shards}", replace=True).notice
     (shards / "classes.txt").write_text("\n".join(f"kind {n}" for n in range(10)))
     assert "classes are numbered as there" in data.prepare("fashion-mnist", f"wds:{shards}", replace=True).notice
 
@@ -265,7 +267,7 @@ def test_a_stream_is_prepared_again_where_that_is_asked(shards: Path, picture: P
     before = data.prepare(name)
     assert data.prepare(name) == before
     shard(shards / "insects-train-000.tar", {"a.png": picture(1), "a.cls": b"1"})
-    with pytest.raises(ValueError, match="prepare it again, with --replace"):
+    with pytest.raises(ValueError, match="prepare it again, with --from and --replace"):
         data.load(name)
     after = data.prepare(name, replace=True)
     assert after.fingerprint != before.fingerprint
@@ -386,6 +388,10 @@ def test_splits_that_may_hold_the_test_images_are_left_out(image_folder: Path, t
     prepared = data.prepare(f"hf:{tmp_path}/saved")
     assert prepared.sizes == data.prepare(f"folder:{image_folder}").sizes
     assert "left out, as neither train nor validation nor test: all" in prepared.notice
+    unnamed = datasets.DatasetDict({"training": found["train"], "testing": found["test"]})
+    unnamed.save_to_disk(str(tmp_path / "unnamed"))
+    with pytest.raises(ValueError, match=r"call its splits train, validation and test: it has training, testing"):
+        data.prepare(f"hf:{tmp_path}/unnamed")
 
 
 def test_hugging_face_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

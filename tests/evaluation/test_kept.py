@@ -82,6 +82,15 @@ def test_what_other_attacks_measured_is_measured_anew(run: RunFolder) -> None:
     assert "was measured by ducat 0.0.1, whose attacks may be others: it is measured anew" in told[0]
 
 
+def test_numbers_without_flags_and_images_are_measured_anew(run: RunFolder) -> None:
+    """As those of a network of the zoo are."""
+    first = evaluate_run(run, "quick", samples=20)
+    (file,) = run.evaluations_path.glob("quick-*-20-*.safetensors")
+    file.unlink()
+    assert evaluate_run(run, "quick", samples=20)["robust"] == first["robust"]
+    assert file.is_file()
+
+
 def test_an_evaluation_is_of_the_checkpoint_that_was_read(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a run is trained, its last checkpoint is another one before the first attack."""
     path = run.checkpoint_path("last")

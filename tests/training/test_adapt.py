@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 import ducat
 from ducat import training
 from ducat.cli import main
-from ducat.config import DummyConfig, MethodConfig, ModelConfig, ThreatConfig, TrainConfig
+from ducat.config import DataConfig, DummyConfig, MethodConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.dummy import dummy_head, recover
 from ducat.evaluation.runs import calibrate_run
 from ducat.models import build
@@ -341,6 +342,28 @@ def test_validation_images_that_the_weights_have_learnt_are_told(tmp_path: Path)
     assert f"{count} of {len(validation)} validation images are among those that" in " ".join(told.warnings)
     with pytest.raises(ValueError, match="thresholds would be set on images that the network has learnt"):
         calibrate_run(adapted, 0.1, which="last")
+    later = adapt(
+        adapted.path / "checkpoints" / "last" / "checkpoint.safetensors", replace(TINY, name="later"), tmp_path
+    )
+    assert later.manifest["initial"]["validation_learnt"] > 0, "what the weights' own beginning had learnt"
     honest = train(replace(TINY, name="honest", dummy=DummyConfig("off")), tmp_path)
     found = adapt(honest.path, replace(TINY, name="fine"), tmp_path)
     assert "validation_learnt" not in found.manifest["initial"]
+
+
+def test_a_publishers_own_validation_images_are_not_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are numbered from 0 by themselves, as the training images are."""
+    x = (255 * torch.rand(3, 60, 1, 8, 8)).byte().numpy()
+    for place, part in enumerate(("train", "val", "test")):
+        for number in range(60):
+            folder = tmp_path / "images" / part / str(number % 10)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x[place, number, 0]).save(folder / f"{number}.png")
+    monkeypatch.setenv("DUCAT_DATA", str(tmp_path / "cache"))
+    ducat.data.prepare("mine", tmp_path / "images")
+    config = replace(TINY, name="base", dummy=DummyConfig("off"), data=DataConfig("mine"))
+    base = train(config, tmp_path)
+    told = Watcher()
+    adapted = adapt(base.path, replace(TINY, data=DataConfig("mine")), tmp_path, told)
+    assert "validation_learnt" not in adapted.manifest["initial"]
+    assert not [text for text in told.warnings if "validation images" in text]

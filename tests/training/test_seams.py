@@ -1,5 +1,6 @@
 """What `train` takes from outside: a network, an objective, a validation, a suite; none of our tables is touched."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,3 +239,16 @@ def test_the_seed_is_that_of_dropout_too(tmp_path: Path) -> None:
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
     torch.random.set_rng_state(state)
+
+
+def test_a_network_of_ours_that_cannot_be_copied_trains(tmp_path: Path) -> None:
+    spec = ducat.data.SPECS["digits"]
+    network = ducat.models.build("small", 10, channels=1, mean=spec.mean, std=spec.std)
+    lock = threading.Lock()
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor, held: Any = lock) -> None:
+        module.kept = output  # a tensor of a graph is no copy of anything
+
+    next(module for module in network.modules() if isinstance(module, nn.Conv2d)).register_forward_hook(hook)
+    network(torch.rand(2, 1, 8, 8))
+    assert train(TINY, tmp_path, model=network, validate=unvalidated).manifest["status"] == "finished"

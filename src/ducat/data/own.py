@@ -161,7 +161,8 @@ def _source(given: Given, where: str) -> Source:
         first, _ = _item(given, 0, where)
     channels, height, width = first.shape
     known = next((getattr(given, name) for name in ("targets", "labels") if hasattr(given, name)), None)
-    if known is None or len(known) != len(given) or not _are_labels(known, given, where):
+    known = None if known is None else np.asarray(known)
+    if known is None or known.shape != (len(given),) or not _are_labels(known, given, where):
         known = [_item(given, row, where)[1] for row in range(len(given))]
     items = Items(given, (channels, height, width), where)
     return Lazy(items, _labels(np.asarray(known), len(given), where), torch.arange(len(given)))

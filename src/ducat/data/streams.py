@@ -69,7 +69,8 @@ class Origin:
         for path, mark in zip(self.paths, self.marks, strict=False):
             if _mark(Path(path)) != mark:
                 raise ValueError(
-                    f"{path} has changed or gone since its stream was prepared: prepare it again, with --replace"
+                    f"{path} has changed or gone since its stream was prepared: prepare it again, with --from and "
+                    "--replace"
                 )
 
 
@@ -291,6 +292,8 @@ class TableRows:
         tables = _tables(source)
         unknown = [split for split, _ in tables if _part(Path(split)) is None]
         left_out = unknown if len(tables) > 1 else []
+        if len(left_out) == len(tables):
+            raise ValueError(f"hf:{source}: call its splits train, validation and test: it has {', '.join(unknown)}")
         notices = [f"left out, as neither train nor validation nor test: {', '.join(left_out)}"] if left_out else []
         for number, (split, table) in enumerate(tables):
             part = _part(Path(split)) or "train"
@@ -450,7 +453,7 @@ def _check_order(source: str, named: Sequence[str], spec: DataSpec | None) -> li
         ValueError: if the names are the same ones in another order.
     """
     expected = None if spec is None else spec.classes
-    if spec is None or expected is None:
+    if spec is None or expected is None or not named:
         return []
     plain = [[re.sub(r"[\W_]+", " ", name).strip().lower() for name in names] for names in (named, expected)]
     if plain[0] == plain[1]:

@@ -330,6 +330,8 @@ def _kept(path: Path, suite: str | Suite, notice: Callable[[str], None]) -> dict
         raise ValueError(
             f"{path} is there, by a suite called {suite.name} as well: give the suite another name=, or again=True"
         )
+    if not path.with_suffix(".safetensors").is_file():
+        return None  # a card of the zoo, which came without flags and images
     found = kept.read(path)
     version = (found.get("origin") or {}).get("ducat", "0.1.0")  # the first ones do not say
     if version != ducat.__version__:

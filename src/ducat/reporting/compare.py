@@ -350,7 +350,7 @@ def _identity(run: Run) -> str:
     # What was given to `ducat.training.train` is not told: two such runs may have nothing in common.
     given = (manifest["initial"] or {}).get("file") == GIVEN_NETWORK or manifest["objective"] is not None
     own = run.name if run.path is None or given else ""
-    checkpoint = run.evaluation.get("checkpoint")
+    checkpoint = run.evaluation.get("checkpoint") or "best"
     return json.dumps([settings, manifest, checkpoint, own], sort_keys=True, default=str)
 
 

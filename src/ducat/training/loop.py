@@ -161,7 +161,8 @@ def train(
         config, dataset, Path(root) / config.name, listener or _Silent(), architecture, network, objective, validate
     )
     # Some networks draw from the global generators, as dropout does.
-    with seeded(config.train.seed, "train", loop.accelerator.process_index), loop.threads():
+    accelerator = loop.accelerator
+    with seeded(config.train.seed, "train", accelerator.process_index, device=accelerator.device), loop.threads():
         loop.create(manifest)
         return loop.run()
 
@@ -260,7 +261,7 @@ class _Loop:
     def _made_batches(self, dataset: datasets.Dataset) -> datasets.Batches | Mixed:
         settings, data, accelerator, spec = self.config.train, self.config.data, self.accelerator, dataset.spec
         left = 0 if settings.drop_last else len(dataset.train) % settings.batch_size
-        if 0 < left < accelerator.num_processes:
+        if self.extra is None and 0 < left < accelerator.num_processes:
             raise ValueError(
                 f"the last batch of an epoch has {left} images for {accelerator.num_processes} processes: choose "
                 f"train.drop_last=true or another train.batch_size than {settings.batch_size}"

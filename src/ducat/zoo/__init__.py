@@ -158,7 +158,7 @@ def folder(name: str, networks: Mapping[str, Entry] = NETWORKS) -> Path:
 
     entry, short = find(name, networks), name.removeprefix(PREFIX)
     root = Path(os.environ.get("DUCAT_DATA") or platformdirs.user_cache_dir("ducat")).expanduser()
-    path = root / "zoo" / entry.sha256[:12] / short
+    path = root / "zoo" / entry.sha256[:16] / short
     if not path.is_dir():
         path.parent.mkdir(parents=True, exist_ok=True)
         _unpack(fetch(name, networks), path)
@@ -166,6 +166,8 @@ def folder(name: str, networks: Mapping[str, Entry] = NETWORKS) -> Path:
 
 
 def _unpack(file: Path, path: Path) -> None:
+    from ducat.evaluation import kept  # which reads run folders, and they go by names of the zoo
+
     tensors, state = checkpoint.read(file)
     hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
@@ -174,12 +176,15 @@ def _unpack(file: Path, path: Path) -> None:
     checkpoint.save(best / "checkpoint.safetensors", tensors, {"model": state["model"]})
     # The weights that were evaluated, without what else their checkpoint held, and perhaps in half precision.
     origin = {**(state["evaluation"].get("origin") or {}), "weights": checkpoint.digest(tensors)}
+    card = {**state["evaluation"], "origin": origin}
     texts = {
         "config.yaml": state["config"],
         "manifest.json": json.dumps(state["manifest"], indent=2) + "\n",
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in state["metrics"]),
-        "evaluation.json": json.dumps({**state["evaluation"], "origin": origin}, indent=2) + "\n",
+        "evaluation.json": json.dumps(card, indent=2) + "\n",
+        f"evaluations/{kept.name_of(card)}.json": json.dumps(card, indent=2) + "\n",
     }
+    (hidden / "evaluations").mkdir()
     for name, text in texts.items():
         checkpoint.write_text(hidden / name, text)
     with contextlib.suppress(OSError):  # Another process was faster.
