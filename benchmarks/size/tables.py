@@ -83,7 +83,7 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def paired(rows: Sequence[Measured]) -> str:
-    """Return differences between rows on the same images, of the suite `light` in L-inf, as a table in Markdown."""
+    """Return differences between rows on the same images, of the suite `light` in L-inf, as a table; "" of one row."""
     right, seeds = {}, {row.title: row.seed for row in rows}
     for row in rows:
         for name, content in row.evaluations.items():
@@ -99,7 +99,7 @@ def paired(rows: Sequence[Measured]) -> str:
             fewer = int((right[one][kind] & ~right[other][kind]).sum())
             cells += [f"{100 * (more - fewer) / len(right[one][kind]):+.1f}", f"{mcnemar(more, fewer):.2g}"]
         text.append(f"| {other} | {one} | {' | '.join(cells)} |")
-    return "\n".join(text) + "\n"
+    return "\n".join(text) + "\n" if len(text) > 2 else ""
 
 
 def trained(rows: Sequence[Measured]) -> str:
@@ -129,11 +129,10 @@ def section(name: str, setting: Setting, rows: Sequence[Measured]) -> str:
         found = [pair for row in rows for pair in row.by(suite, norm)]
         if found:
             text += [f"### {title}\n", table(found)]
-    text += [
-        "### Differences on the same images\n",
-        "In points, suite `light`; p by McNemar's exact test.\n",
-        paired(rows),
-    ]
+    differences = paired(rows)
+    if differences:
+        title = "### Differences on the same images\n"
+        text += [title, "In points, suite `light`; p by McNemar's exact test.\n", differences]
     # The evaluation that speaks for a run is its strongest; not all rows may have it yet.
     first = [row for row in rows if row.seed == FIRST]
     counts = Counter(_measured_by(row.folder) for row in first)
@@ -152,8 +151,9 @@ def write(made: Mapping[str, Sequence[Measured]], out: Path) -> None:
         text.append(section(name, SETTINGS[name], rows))
         firsts = (row for row in rows if row.seed == FIRST)
         shown = {title: [evaluation] for row in firsts for title, evaluation in row.by("light", "linf")}
-        figure = plots.trade_off(shown, SETTINGS[name].about.partition(";")[0])
-        plots.save(figure, out / f"size-{name}.svg")
+        if len(shown) > 1:
+            figure = plots.trade_off(shown, SETTINGS[name].about.partition(";")[0])
+            plots.save(figure, out / f"size-{name}.svg")
         content[name] = {
             row.title: {
                 "evaluations": row.evaluations,
