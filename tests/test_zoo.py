@@ -315,7 +315,6 @@ def test_push_refuses_other_numbers_other_weights_and_strangers(
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(ValueError, match=r"hf auth login"):
         push(NAME, "me/digits", out, confirm=True)
-    shutil.rmtree(RunFolder.open(NAME).evaluations_path)
     RunFolder.open(NAME).evaluation_path.write_text(json.dumps({**zoo.card(NAME)["evaluation"], "checkpoint": "last"}))
     with pytest.raises(ValueError, match=r"run `ducat evaluate` first"):
         push(NAME, "me/digits", out)

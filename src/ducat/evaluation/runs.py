@@ -87,7 +87,9 @@ def evaluate_run(
         "weights": weights_digest,
         **_asked(reject, surrogates, second_round_seconds),
     }
-    if _is_main_process(device) and (adopted := kept.adopt(folder)) is not None:
+    adopted = kept.adopt(folder) if _is_main_process(device) else None
+    # A card of the zoo has no flags and images beside it, and is of no earlier version.
+    if adopted is not None and folder.evaluation_path.with_suffix(".safetensors").is_file():
         notice(f"{folder.evaluation_path} is of an earlier version, and was kept as {adopted} as well")
     path = kept.path_for(folder.evaluations_path, find_suite(suite).name, threat, len(test[1]), seed, which, origin)
     measured = None if again else _kept(path, suite, notice)

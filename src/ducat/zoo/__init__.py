@@ -166,8 +166,6 @@ def folder(name: str, networks: Mapping[str, Entry] = NETWORKS) -> Path:
 
 
 def _unpack(file: Path, path: Path) -> None:
-    from ducat.evaluation import kept  # which reads run folders, and they go by names of the zoo
-
     tensors, state = checkpoint.read(file)
     hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
@@ -182,9 +180,7 @@ def _unpack(file: Path, path: Path) -> None:
         "manifest.json": json.dumps(state["manifest"], indent=2) + "\n",
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in state["metrics"]),
         "evaluation.json": json.dumps(card, indent=2) + "\n",
-        f"evaluations/{kept.name_of(card)}.json": json.dumps(card, indent=2) + "\n",
     }
-    (hidden / "evaluations").mkdir()
     for name, text in texts.items():
         checkpoint.write_text(hidden / name, text)
     with contextlib.suppress(OSError):  # Another process was faster.
