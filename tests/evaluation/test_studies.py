@@ -10,6 +10,7 @@ import ducat
 from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
 from ducat.evaluation import Evaluation, studies
 from ducat.evaluation.runs import evaluate_run
+from ducat.reporting import plots
 from ducat.runs import RunFolder
 from ducat.training import train
 
@@ -174,7 +175,10 @@ def test_studies_are_of_runs_evaluated_by_one_suite(runs: list[Path], tmp_path: 
 def test_always_failed_tells_an_upper_bound_and_takes_no_options(runs: list[Path], tmp_path: Path) -> None:
     found = studies.always_failed(runs)
     assert "upper bound" not in found.sheet().title
-    assert "at least as many" in replace(found, bounds=("one",)).sheet().title
+    bound = replace(found, bounds=("one",))
+    assert "at least as many" in bound.sheet().title
+    titles = [plots.always_failed(one.to_dict()).get_suptitle() for one in (found, bound)]
+    assert [title.startswith("at least ") for title in titles] == [False, True]
     for study, which, samples in (("always-failed", "last", None), ("always-failed", None, 5), ("transfer", None, 5)):
         with pytest.raises(ValueError, match="does not fit: the study is of the images"):
             studies.STUDIES[study](runs, which, samples, lambda text: None)

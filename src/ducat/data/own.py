@@ -168,13 +168,13 @@ def _source(given: Given, where: str) -> Source:
     return Lazy(items, _labels(np.asarray(known), len(given), where), torch.arange(len(given)))
 
 
-def _are_labels(known: Any, given: MapStyle, where: str) -> bool:
+def _are_labels(known: np.ndarray, given: MapStyle, where: str) -> bool:
     """Tell by some items whether these are the labels: a dataset may change them as it gives an item out."""
     if getattr(given, "target_transform", None) is not None:
         return False
     rows = np.linspace(0, len(given) - 1, min(len(given), COMPARED)).astype(int).tolist()
     with seeded(0, "fixed", "labels"):
-        return all(bool(np.all(np.asarray(known[row]) == np.asarray(_item(given, row, where)[1]))) for row in rows)
+        return all(np.array_equal(known[row], np.asarray(_item(given, row, where)[1])) for row in rows)
 
 
 def _labels(labels: np.ndarray, count: int, where: str) -> Int64[Tensor, n]:

@@ -36,7 +36,7 @@ from ducat.evaluation.subject import (
     views,
 )
 from ducat.models.folded import fold_batch_norm
-from ducat.seeding import generator as seeded
+from ducat.seeding import generator
 from ducat.threat import ThreatModel
 
 REPEATS = 20  # passes that judge an image of a random network
@@ -117,7 +117,7 @@ def evaluate(
         others = [classifier(other, x, batch_size) for other in surrogates]
         with attackable(subject.network), attackable(nn.ModuleList(others)):
             common: Callable[[Any], Any] = agreed if parts is not None else lambda value: value
-            nature = common(examine(subject.network, x, None, threat, seeded(seed, "evaluate", "nature")))
+            nature = common(examine(subject.network, x, None, threat, generator(seed, "evaluate", "nature")))
             fold = True
             rows = [*chosen.attacks, *_own(attacks, subject), *_transfers(others, subject)]
             _check_distinct(row for row in rows if threat.norm in row.norms)
@@ -126,7 +126,9 @@ def evaluate(
                 nature = replace(nature, draws=max(nature.draws, draws if nature.random else 1))
                 job = _Job.of(subject, nature, threat, rows, seed, x, fold, bool(reject), others, asked)
                 outcome = _Outcome.of(job, x, y, batch_size, progress, parts, chosen.name)
-                seen = common(examine(subject.network, x, outcome.adversarial, threat, seeded(seed, "nature"), nature))
+                seen = common(
+                    examine(subject.network, x, outcome.adversarial, threat, generator(seed, "nature"), nature)
+                )
                 faithful = common(job.agrees(x, outcome.adversarial, batch_size))
                 if faithful and (seen.names, seen.remembers) == (nature.names, nature.remembers):
                     break
@@ -405,7 +407,7 @@ class _Job:
             for place, view in enumerate(self.attacked if len(rows) else ()):
                 aware = attack.knows_recovery or self.subject.how is None
                 network = self.subject.aware(view) if aware else SilentDummies(view)
-                noise = seeded(self.seed, "evaluate", attack.strategy, number, *([place] if place else []))
+                noise = generator(self.seed, "evaluate", attack.strategy, number, *([place] if place else []))
                 found = x.clone()
                 found[rows] = attack.run(network, x[rows], y[rows], self.threat, noise).detach().to(x)
                 found, strayed = _pulled_back(found, x, self.threat)
@@ -460,7 +462,7 @@ def _pulled_back(found: Tensor, x: Tensor, threat: ThreatModel) -> tuple[Tensor,
         return found, 0
     strays, benign = found[rows], x[rows]
     room = STRAYED * threat.eps
-    near = (threat.distance(strays, benign) <= threat.eps + room) & (strays.isfinite()).flatten(1).all(1)
+    near = (threat.distance(strays, benign) <= threat.eps + room) & strays.isfinite().flatten(1).all(1)
     near &= ((strays >= -room) & (strays <= 1 + room)).flatten(1).all(1)
     found = found.clone()
     found[rows[near]] = threat.project(strays[near], benign[near])
@@ -473,7 +475,7 @@ def _fold(network: Measured, x: Tensor, threat: ThreatModel, seed: int) -> nn.Mo
     folded = fold_batch_norm(network, probe[:2])
     if folded is None:
         return None
-    disturbed = torch.cat([probe, threat.random_start(probe, seeded(seed, "evaluate", "fold"))])
+    disturbed = torch.cat([probe, threat.random_start(probe, generator(seed, "evaluate", "fold"))])
     with torch.no_grad():
         return None if bool(differs(network(disturbed), folded(disturbed)).any()) else folded
 

@@ -25,7 +25,7 @@ from ducat.attacks.suites import Attack
 from ducat.data import spooled
 from ducat.evaluation.result import ROW, AttackResult, named, read_rows
 from ducat.evaluation.subject import PROBED, Measured, differs
-from ducat.seeding import generator
+from ducat.seeding import generator, seeded
 from ducat.threat import ThreatModel
 
 
@@ -128,8 +128,7 @@ def _answers(networks: Sequence[Measured], x: Tensor, threat: ThreatModel) -> li
     x = x[:PROBED]
     corners = [threat.project(x + sign * threat.eps * threat.direction(x - 0.5), x) for sign in (1, -1)]
     probe = torch.cat([x, threat.random_start(x, generator(0, "parts")), *corners])
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with seeded(0, "parts", "answers", device=networks[0].device):
         return [network(probe.to(network.device)).cpu() for network in networks]
 
 

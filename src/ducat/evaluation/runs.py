@@ -290,7 +290,7 @@ def _held_out(dataset: Dataset, folder: RunFolder | None = None) -> tuple[Tensor
     if learnt := initial.get("validation_learnt"):
         raise ValueError(
             f"{learnt} of {len(validation)} validation images are among those that {initial['file']} was trained on: "
-            "thresholds would be set on images that the network has learnt"
+            "thresholds would be set on images that the network has learnt; train with the data.held_out of that run"
         )
     if not len(validation):
         raise ValueError(

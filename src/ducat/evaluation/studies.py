@@ -357,12 +357,8 @@ def targeted(
 Finding = AlwaysFailed | Transfer | Corruption | Targeted
 Study = Callable[[Sequence[Path], Which | None, int | None, Progress], Finding]
 STUDIES: dict[str, Study] = {
-    "always-failed": lambda runs, which, samples, progress: always_failed(
-        runs, **_unasked({"--which": which, "--samples": samples})
-    ),
-    "transfer": lambda runs, which, samples, progress: transfer(
-        runs, which, progress, **_unasked({"--samples": samples})
-    ),
+    "always-failed": lambda runs, which, samples, progress: always_failed(_unasked(runs, which=which, samples=samples)),
+    "transfer": lambda runs, which, samples, progress: transfer(_unasked(runs, samples=samples), which, progress),
     "corruption": lambda runs, which, samples, progress: corruption(
         _only(runs), samples=samples, which=which or "best", progress=progress
     ),
@@ -372,12 +368,12 @@ STUDIES: dict[str, Study] = {
 }
 
 
-def _unasked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Refuse options that do not apply to a study; return no arguments."""
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise ValueError(f"{given[0]} does not fit: the study is of the images and checkpoints that were evaluated")
-    return {}
+def _unasked(runs: Sequence[Path], **options: object) -> Sequence[Path]:
+    """Return the runs, and refuse options that do not apply to a study of what was evaluated."""
+    given = next((name for name, value in options.items() if value is not None), None)
+    if given is not None:
+        raise ValueError(f"--{given} does not fit: the study is of the images and checkpoints that were evaluated")
+    return runs
 
 
 def _only(runs: Sequence[Path]) -> Path:

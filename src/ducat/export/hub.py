@@ -92,8 +92,8 @@ def _refusing(source: Deployed) -> list[str]:
     if source.reject not in _shares_attacked(source):
         lines += [
             "",
-            f"**Not attacked.** What refusing withstands has not been measured at this threshold: `ducat evaluate "
-            f"--reject {source.reject:g}`.",
+            "**Not attacked.** No evaluation above measured what refusing withstands at this threshold: run `ducat "
+            f"evaluate --reject {source.reject:g}`, on as many images and by as hard a suite at least.",
         ]
     return lines
 

@@ -111,12 +111,6 @@ def _claim(source: Deployed) -> str:
             f"{evaluation['samples']} of {manifest['data']['test']} test images (`ducat evaluate --suite "
             f"{evaluation['suite']}`)"
         )
-    initial, more = manifest.get("initial"), manifest["data"].get("extra")
-    extra = (
-        "false" if initial is None else f"not known: training began with {initial.get('file') or initial['weights']}"
-    )
-    if more is not None:
-        extra = f"true: {more['images']:,} images of {Path(more['file']).name}"
     lines = [
         "# Paper Information",
         "",
@@ -134,7 +128,7 @@ def _claim(source: Deployed) -> str:
         f"- **eps**: {eps or NOT_MEASURED}",
         f"- **Clean accuracy**: {clean}",
         f"- **Robust accuracy**: {robust}",
-        f"- **Additional data**: {extra}",
+        f"- **Additional data**: {_additional_data(manifest)[1]}",
         f"- **Evaluation method**: {method}",
         f"- **Checkpoint and code**: {fill_in}; `model.py` and `weights.safetensors` in this folder",
         "",
@@ -168,10 +162,19 @@ def _claim(source: Deployed) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _additional_data(manifest: Mapping[str, Any]) -> tuple[bool | None, str]:
+    """Tell whether other images than the data set's were trained on, None where it is not known, and in words."""
+    initial, extra = manifest.get("initial"), manifest["data"].get("extra")
+    if extra is not None:
+        return True, f"true: {extra['images']:,} images of {Path(extra['file']).name}"
+    if initial is not None:
+        return None, f"not known: training began with {initial.get('file') or initial['weights']}"
+    return False, "false"
+
+
 def _model_info(source: Deployed) -> dict[str, Any]:
     """Return RobustBench's record of a model; null is what was not measured or is not known."""
     evaluation, manifest = source.evaluation, source.folder.manifest
-    more = manifest["data"].get("extra")
     title, address = _paper(source)
     aware = None if evaluation is None else _autoattack(evaluation, knows_recovery=True)
     return {
@@ -179,7 +182,7 @@ def _model_info(source: Deployed) -> dict[str, Any]:
         "name": title or None,
         "authors": None,
         "venue": None,
-        "additional_data": True if more else False if manifest.get("initial") is None else None,
+        "additional_data": _additional_data(manifest)[0],
         "number_forward_passes": 1,
         "dataset": source.folder.config.data.name,
         "architecture": source.classifier.architecture.name,

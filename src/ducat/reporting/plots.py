@@ -320,7 +320,10 @@ def reliability(signal: Mapping[str, Any]) -> Figure:
 def always_failed(study: Mapping[str, Any]) -> Figure:
     """Draw, for each class, the samples that fail on some and on every model; `study` is `AlwaysFailed.to_dict()`."""
     classes = study["classes"]
-    title = f"{study['failed_on_every']} of {study['samples']} test images fail on all {len(study['runs'])} models"
+    least = "at least " if study["bounds"] else ""
+    title = (
+        f"{least}{study['failed_on_every']} of {study['samples']} test images fail on all {len(study['runs'])} models"
+    )
     figure, axes = _figure(height=1.5 + 0.28 * len(classes), title=title)
     places = range(len(classes))
     for key, colour, label in (
