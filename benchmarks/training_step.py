@@ -55,6 +55,7 @@ class Recipe:
         folded: the attack sees batch norm folded into the convolutions.
         attack: a row of `methods.ATTACKS`.
         compiled: both passes go through torch.compile.
+        mode: of torch.compile; "reduce-overhead" replays the passes as CUDA graphs, those of the attack above all.
     """
 
     channels_last: bool = True
@@ -62,6 +63,7 @@ class Recipe:
     folded: bool = True
     attack: str = "pgd"
     compiled: bool = False
+    mode: str | None = None
 
 
 DUCAT = {"pgd": Recipe(), "pgd-cosine": Recipe(attack="pgd-cosine")}
@@ -146,7 +148,15 @@ class Ours(Timed):
             ),
         )
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.step = Step(config, self.network, self.x[:2], notice=print, layout=layout, fold=recipe.folded)
+        self.step = Step(
+            config,
+            self.network,
+            self.x[:2],
+            notice=print,
+            layout=layout,
+            fold=recipe.folded,
+            compile_mode=recipe.mode,
+        )
         self.objective = self.step.objective(0)
         self.x = self.x.to(memory_format=layout)
 

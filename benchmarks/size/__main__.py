@@ -50,9 +50,10 @@ class Row:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-BASE = "base"
+BASE, LONGER = "base", "longer"
 ROWS: dict[str, Row] = {
     BASE: Row("the base: PGD-AT by n-fgsm"),
+    LONGER: Row("the base, trained longer"),
     "pgd-at": Row("PGD-AT, trained on"),
     "mixed": Row("mixed, half benign", {"method.name": "mixed", "method.weight": 0.5}),
     "published": Row("dummy classes, published", {"dummy.kind": "published"}),
@@ -76,8 +77,13 @@ class Table:
         self.base_seed = seed if base_seed is None else base_seed
         self.runs = work / setting / "runs"
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the rows that the setting has."""
+        return [name for name in ROWS if name != LONGER or self.setting.longer]
+
     def folder(self, name: str) -> RunFolder:
-        other = name != BASE and self.seed != self.base_seed
+        other = name not in (BASE, LONGER) and self.seed != self.base_seed
         return RunFolder(self.runs / f"{name}-s{self.base_seed}{f'-{self.seed}' if other else ''}")
 
     def train(self, name: str) -> RunFolder:
@@ -88,19 +94,20 @@ class Table:
                 run("train", "--resume", str(folder.path))
             _round(folder)
             return folder
-        phase = self.setting.base if name == BASE else self.setting.branch
+        bases = {BASE: self.setting.base, LONGER: self.setting.longer}
         options = {
             "name": folder.name,
             "runs": self.runs,
             "data.root": self.work / "data",
             **self.setting.common,
-            **phase,
+            **bases.get(name, self.setting.branch),
             **row.settings,
-            "train.seed": self.base_seed if name == BASE else self.seed,
+            "train.seed": self.base_seed if name in bases else self.seed,
         }
         words = ["train"]
         if name != BASE:
-            file = str(self.train(BASE).checkpoint_path("last"))
+            before = LONGER if self.setting.longer and name != LONGER else BASE
+            file = str(self.train(before).checkpoint_path("last"))
             if row.settings.get("dummy.kind", "off") == "off":
                 options["model.weights"] = file
             else:
@@ -138,7 +145,7 @@ class Table:
             y,
             folder.config.threat.build(None),
             "light",
-            num_classes=10,
+            num_classes=folder.read("last")[1]["model"]["num_classes"],
             batch_size=CHUNK,
             data=folder.manifest["data"]["title"],
             progress=progress,
@@ -198,7 +205,7 @@ def main() -> None:
     if arguments.archive is not None:
         source = ["--from", str(arguments.archive), "--root", str(arguments.work / "data")]
         run("data", "prepare", table.setting.data, *source)
-    for name in arguments.only or ROWS:
+    for name in arguments.only or table.names:
         table.train(name) if arguments.train else table.evaluate(name, arguments.parts)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.size import __main__ as size
 from ducat import checkpoint
+from ducat.cli import commands
 
 pytestmark = pytest.mark.slow
 
@@ -25,9 +27,10 @@ def run(work: Path, *options: str) -> str:
 def test_rows_are_made_once_from_one_base_and_told_with_both_numbers(cifar10_jpeg: Path, tmp_path: Path) -> None:
     run(tmp_path, "--archive", str(cifar10_jpeg), "--only", "published", "recovery-aware", "--train")
     runs = tmp_path / "toy" / "runs"
-    assert sorted(path.name for path in runs.iterdir()) == ["base-s0", "published-s0", "recovery-aware-s0"]
-    manifests = [json.loads((path / "manifest.json").read_text()) for path in sorted(runs.iterdir())[1:]]
-    assert manifests[0]["initial"] == manifests[1]["initial"]
+    assert sorted(path.name for path in runs.iterdir()) == ["base-s0", "longer-s0", "published-s0", "recovery-aware-s0"]
+    begins = [json.loads((path / "manifest.json").read_text())["initial"] for path in sorted(runs.iterdir())[1:]]
+    assert [Path(each["file"]).relative_to(runs).parts[0] for each in begins] == ["base-s0", "longer-s0", "longer-s0"]
+    assert begins[1] == begins[2]
     for path in runs.iterdir():
         weights = checkpoint.part("model", checkpoint.read(path / "checkpoints" / "last" / "checkpoint.safetensors")[0])
         assert all(torch.equal(value.half().to(value.dtype), value) for value in weights.values())
@@ -42,3 +45,17 @@ def test_rows_are_made_once_from_one_base_and_told_with_both_numbers(cifar10_jpe
     assert "dummy classes, recovery-aware, by logsumexp | 20 |" in page
     assert "autoattack-recovered" in page
     assert "second-opinion" not in page
+
+
+@pytest.mark.parametrize("setting", size.SETTINGS)
+def test_a_setting_is_made_of_options_that_there_are(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[tuple[str, ...]] = []
+    monkeypatch.setattr(size, "run", lambda *words: lines.append(words))
+    monkeypatch.setattr(size, "_round", lambda folder: None)
+    size.Table(tmp_path, setting).train("recovery-aware")  # after what it begins at
+    assert (lines[0][0], lines[-1][0]) == ("train", "adapt")
+    for command, *words in lines:
+        options = words[command == "adapt" :]
+        commands._train_parser(options).parse_args(options)

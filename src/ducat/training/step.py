@@ -37,6 +37,7 @@ class Step:
         notice: called with what the user must know of.
         layout: memory format of images and weights; by default the faster one for the precision.
         fold: whether the attack runs on a copy with batch norm folded into the convolutions, where the network has any.
+        compile_mode: the `mode` of torch.compile, where the settings ask for it.
 
     Attributes:
         model: the network under training.
@@ -61,6 +62,7 @@ class Step:
         notice: Callable[[str], None] = lambda text: None,
         layout: torch.memory_format | None = None,
         fold: bool = True,
+        compile_mode: str | None = None,
     ) -> None:
         from accelerate import Accelerator
 
@@ -104,7 +106,7 @@ class Step:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.attacked: nn.Module = self.model if self.folded is None else self.folded
         if settings.compile:
-            self.wrapped, self.attacked = self._compiled(example, notice)
+            self.wrapped, self.attacked = self._compiled(example, compile_mode, notice)
         self.heads = dummy_heads(self.model)
         self.awp_start = epoch_of(settings.awp_start_epoch, settings.epochs)
         self.averaging_start = epoch_of(settings.averaging_start_epoch, settings.epochs)
@@ -128,6 +130,8 @@ class Step:
             steps: of an epoch.
         """
         self.model.train()
+        if self.config.train.compile:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs returned can be overwritten
         objective = self.objective(epoch)
         self._set_learning_rate(epoch + (step + 0.5) / steps)
         self.trained_on = self._ramped(epoch + (step + 1) / steps)
@@ -222,10 +226,10 @@ class Step:
                 adversarial = self.attack(some, labels, epoch, step, "batch-norm", part)
                 yield from self.objective(epoch).passes(some, adversarial)
 
-    def _compiled(self, example: Tensor, notice: Callable[[str], None]) -> Sequence[nn.Module]:
+    def _compiled(self, example: Tensor, mode: str | None, notice: Callable[[str], None]) -> Sequence[nn.Module]:
         """Return the networks compiled, or as they are with a notice where the compiler fails on a forward pass."""
         networks = self.wrapped, self.attacked
-        compiled: list[Any] = [torch.compile(network) for network in networks]
+        compiled: list[Any] = [torch.compile(network, mode=mode) for network in networks]
         try:
             for network in compiled:
                 with attackable(network), torch.no_grad(), self._autocast():
