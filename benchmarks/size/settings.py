@@ -104,9 +104,9 @@ SETTINGS: dict[str, Setting] = {
         common={**_CPU.common, "data.name": "tiny-imagenet"},
         base={**_CPU.base, "train.epochs": 40, "train.validate_every": 20},
         branch={**_CPU.branch, "train.epochs": 4, "train.validate_every": 4},
-        light=2000,
-        standard=500,
-        l2=500,
+        light=1000,
+        standard=200,
+        l2=200,
     ),
     # For one GPU. Not run yet: there was none.
     "resnet18": _GPU,
