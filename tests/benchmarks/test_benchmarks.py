@@ -75,6 +75,20 @@ def point(clean: float, robust: float) -> Point:
     return Point("row", "mixed", [0], [clean], [0.0], [robust], 1000)
 
 
+def test_a_compiled_step_gets_the_mode_of_its_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def compile_as_it_is(network: nn.Module, *, mode: str | None = None) -> nn.Module:
+        asked.append(mode)
+        return network
+
+    monkeypatch.setattr(torch, "compile", compile_as_it_is)
+    for mode in (None, "reduce-overhead"):
+        step = Ours(Recipe(compiled=True, mode=mode), "pgd-at", "off", model="resnet8", batch_size=2)
+        step.warm_up()
+    assert asked == [None, None, "reduce-overhead", "reduce-overhead"], "the network, and the copy that is attacked"
+
+
 def test_the_front_is_the_upper_hull_and_rows_are_measured_against_it() -> None:
     baselines = [point(50, 30), point(60, 26), point(55, 27), point(70, 10), point(58, 20)]
     hull = front(baselines)

@@ -206,7 +206,7 @@ sys.exit(main(["train", "--config", {str(tmp_path / "config.yaml")!r}, "--runs",
 
 @pytest.mark.slow
 def test_training_goes_on_without_a_compiler_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(network: torch.nn.Module) -> torch.nn.Module:
+    def broken(network: torch.nn.Module, **options: object) -> torch.nn.Module:
         class Broken(torch.nn.Module):
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 raise RuntimeError("no C compiler")

@@ -130,7 +130,7 @@ class Step:
             steps: of an epoch.
         """
         self.model.train()
-        if self.config.train.compile:
+        if self.config.train.compile and self.accelerator.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # what the last step's graphs returned can be overwritten
         objective = self.objective(epoch)
         self._set_learning_rate(epoch + (step + 0.5) / steps)
