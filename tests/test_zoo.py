@@ -102,7 +102,19 @@ def test_the_pages_have_the_numbers_that_were_measured_on_photographs() -> None:
         "dummy classes, published": ("PGD-AT with dummy classes as published", "dummy classes as published"),
         "dummy classes, recovery-aware": ("PGD-AT with recovery-aware dummy classes (ours)", "recovery-aware"),
     }
-    rows = json.loads((ROOT / "results" / "size.json").read_text())["cpu"]
+    settings = json.loads((ROOT / "results" / "size.json").read_text())
+    rows = settings["cpu"]
+    for title, (_, on_page) in titles.items():
+        (light,) = (
+            content
+            for content in settings["wide"][title]["evaluations"].values()
+            if (content["suite"], content["threat"]["norm"]) == ("light", "linf")
+        )
+        assert light["samples"] == 1000
+        numbers = " | ".join(
+            f"{100 * each:.1f}" for each in (light["clean"]["accuracy"], light["blind"], light["robust"])
+        )
+        assert f"| ours, width 32, {on_page} | {numbers} |" in page
     for title, (in_readme, on_page) in titles.items():
         suites = {
             content["suite"]: content
