@@ -52,7 +52,7 @@ class Row:
 
 BASE, LONGER = "base", "longer"
 ROWS: dict[str, Row] = {
-    BASE: Row("the base: PGD-AT by n-fgsm"),
+    BASE: Row("the base: PGD-AT"),
     LONGER: Row("the base, trained longer"),
     "pgd-at": Row("PGD-AT, trained on"),
     "mixed": Row("mixed, half benign", {"method.name": "mixed", "method.weight": 0.5}),
@@ -69,6 +69,10 @@ class Table:
         setting: a row of `SETTINGS`.
         seed: of the rows' training.
         base_seed: of the base's; that of the rows by default.
+
+    Attributes:
+        bases: options of the phases that the base is trained in, one after the other; rows begin at the last.
+        names: the rows that the setting has.
     """
 
     def __init__(self, work: Path, setting: str, seed: int = 0, base_seed: int | None = None) -> None:
@@ -76,14 +80,11 @@ class Table:
         self.seed, self.work = seed, work
         self.base_seed = seed if base_seed is None else base_seed
         self.runs = work / setting / "runs"
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the rows that the setting has."""
-        return [name for name in ROWS if name != LONGER or self.setting.longer]
+        self.bases = {BASE: self.setting.base} | ({LONGER: self.setting.longer} if self.setting.longer else {})
+        self.names = [name for name in ROWS if name != LONGER or name in self.bases]
 
     def folder(self, name: str) -> RunFolder:
-        other = name not in (BASE, LONGER) and self.seed != self.base_seed
+        other = name not in self.bases and self.seed != self.base_seed
         return RunFolder(self.runs / f"{name}-s{self.base_seed}{f'-{self.seed}' if other else ''}")
 
     def train(self, name: str) -> RunFolder:
@@ -94,19 +95,18 @@ class Table:
                 run("train", "--resume", str(folder.path))
             _round(folder)
             return folder
-        bases = {BASE: self.setting.base, LONGER: self.setting.longer}
         options = {
             "name": folder.name,
             "runs": self.runs,
             "data.root": self.work / "data",
             **self.setting.common,
-            **bases.get(name, self.setting.branch),
+            **self.bases.get(name, self.setting.branch),
             **row.settings,
-            "train.seed": self.base_seed if name in bases else self.seed,
+            "train.seed": self.base_seed if name in self.bases else self.seed,
         }
         words = ["train"]
         if name != BASE:
-            before = LONGER if self.setting.longer and name != LONGER else BASE
+            before = BASE if name == LONGER else list(self.bases)[-1]
             file = str(self.train(before).checkpoint_path("last"))
             if row.settings.get("dummy.kind", "off") == "off":
                 options["model.weights"] = file
@@ -202,6 +202,10 @@ def main() -> None:
         write({name: rows for name, rows in made.items() if rows}, arguments.table)
         return
     table = Table(arguments.work, arguments.setting, arguments.seed, arguments.base_seed)
+    if missing := [name for name in arguments.only or () if name not in table.names]:
+        parser.error(
+            f"--only: setting {arguments.setting} has no row {missing[0]}: choose from {', '.join(table.names)}"
+        )
     if arguments.archive is not None:
         source = ["--from", str(arguments.archive), "--root", str(arguments.work / "data")]
         run("data", "prepare", table.setting.data, *source)

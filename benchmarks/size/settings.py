@@ -56,6 +56,8 @@ _CPU = Setting(
     l2=200,
 )
 
+_LONGER = {**_CPU.base, "train.schedule": "cosine", "train.learning_rate": 0.1, "train.warmup_epochs": 0.25}
+
 _GPU = replace(
     _CPU,
     about="CIFAR-10 (JPEG), 49,000 training images, ResNet-18, L-inf 8/255; 30 epochs of PGD-AT, then 3 of each",
@@ -83,14 +85,7 @@ SETTINGS: dict[str, Setting] = {
         "by n-fgsm and 10 more, then 1 of each by pgd-cosine",
         common={**_CPU.common, "model.width": 32},
         base={**_CPU.base, "train.epochs": 16},
-        longer={
-            **_CPU.base,
-            "train.epochs": 10,
-            "train.schedule": "cosine",
-            "train.learning_rate": 0.1,
-            "train.warmup_epochs": 0.25,
-            "train.validate_every": 10,
-        },
+        longer={**_LONGER, "train.epochs": 10, "train.validate_every": 10},
         branch={**_CPU.branch, "train.epochs": 1, "train.validate_every": 1},
         light=1000,
         standard=100,
@@ -100,9 +95,10 @@ SETTINGS: dict[str, Setting] = {
     "tiny": replace(
         _CPU,
         about="Tiny-ImageNet (subset), 9,000 training images of 200 classes, PreAct-ResNet-18 of width 16, "
-        "L-inf 8/255; 40 epochs of PGD-AT by n-fgsm, then 4 of each by pgd-cosine",
+        "L-inf 8/255; 40 epochs of PGD-AT by n-fgsm and 40 more, then 4 of each by pgd-cosine",
         common={**_CPU.common, "data.name": "tiny-imagenet"},
         base={**_CPU.base, "train.epochs": 40, "train.validate_every": 20},
+        longer={**_LONGER, "train.epochs": 40, "train.validate_every": 20},
         branch={**_CPU.branch, "train.epochs": 4, "train.validate_every": 4},
         light=1000,
         standard=200,

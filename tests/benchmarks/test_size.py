@@ -59,3 +59,13 @@ def test_a_setting_is_made_of_options_that_there_are(
     for command, *words in lines:
         options = words[command == "adapt" :]
         commands._train_parser(options).parse_args(options)
+
+
+def test_a_row_that_a_setting_lacks_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["size", "--work", str(tmp_path), "--setting", "cpu", "--only", "longer"])
+    with pytest.raises(SystemExit):
+        size.main()
+    assert "setting cpu has no row longer: choose from base, pgd-at" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
