@@ -136,9 +136,12 @@ def test_weights_are_packed_in_half_precision_where_that_loses_nothing(tiny_run:
     (odd, one), *others = sorted(checkpoint.part("model", tensors).items())
     exact = {name: value.half().float() if value.is_floating_point() else value for name, value in others}
     checkpoint.save(file, checkpoint.named("model", {**exact, odd: one + 1e-7}), state)
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    (run / "evaluation.json").write_text(json.dumps({**evaluation, "checkpoint": "best"}))
-    zoo.pack(run, tmp_path / "packed.safetensors", ["made"], which="best")
+    evaluation = {**json.loads((run / "evaluation.json").read_text()), "checkpoint": "best"}
+    with pytest.raises(ValueError, match="best has been trained on since it was evaluated: evaluate it again"):
+        zoo.pack(run, tmp_path / "packed.safetensors", ["made"], which="best", measured=evaluation)
+    assert not (tmp_path / "packed.safetensors").exists()
+    origin = {**evaluation["origin"], "weights": checkpoint.digest_of(file)}
+    zoo.pack(run, tmp_path / "packed.safetensors", ["made"], which="best", measured={**evaluation, "origin": origin})
     packed = checkpoint.part("model", checkpoint.read(tmp_path / "packed.safetensors")[0])
     assert packed[odd].dtype == torch.float32
     assert torch.equal(packed[odd], one + 1e-7)

@@ -107,7 +107,7 @@ class Refusing(TypedDict):
     clean_refused: Share
     clean_right: Share
     clean_wrong: Share
-    right_refused: Share
+    right_refused: Share | None  # None where no image is classified correctly
     robust: Share
     served: Share
     denial: list[Denial]

@@ -1,3 +1,4 @@
+import importlib
 import json
 import os
 import subprocess
@@ -650,6 +651,75 @@ def test_a_copy_that_would_be_another_network_is_not_attacked() -> None:
     assert found.scrutiny.folded
     images = ducat.attacks.adaptive(network, x, labels, ducat.ThreatModel(eps=0.1), "quick")
     assert abs(int(found.robust.sum()) - int((network(images).argmax(1) == labels).sum())) <= 2
+
+
+class Sawtooth(nn.Module):
+    """A linear classifier behind a steep, fine wave, whose gradient misleads, on images whose first pixel is 1."""
+
+    def __init__(self, templates: Tensor) -> None:
+        super().__init__()
+        weight = 8 * (templates - templates.mean(0)).flatten(1)
+        weight[:, 0] = 0
+        self.head = nn.Linear(64, 4)
+        self.head.weight = nn.Parameter(weight)
+        self.head.bias = nn.Parameter(-weight.sum(1) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wave = 0.003 * torch.atan2(0.9 * torch.sin(2000 * x), 1 - 0.9 * torch.cos(2000 * x))
+        return self.head((x + wave * (x[:, :, :1, :1] > 0.5)).flatten(1))
+
+
+def test_a_network_that_misleads_on_some_images_is_not_settled_through_itself() -> None:
+    """Re-measured by its own gradients alone, such a network shows no sign; what showed one was a search."""
+    random = torch.Generator().manual_seed(0)
+    templates = torch.rand(4, 1, 8, 8, generator=random)
+    y = torch.arange(60) % 4
+    x = (0.5 + 0.12 * (templates[y] - 0.5) + 0.05 * torch.randn(60, 1, 8, 8, generator=random)).clamp(0.05, 0.95)
+    x[:, :, 0, 0] = (torch.rand(60, generator=random) < 0.4).float()[:, None]
+    network = Sawtooth(templates)
+    found = ducat.evaluate(network, x, y, ducat.ThreatModel(eps=0.03), "light", num_classes=4)
+    assert found.at_most
+    assert "black-box beats white-box" in found.causes
+    smooth = nn.Sequential(nn.Flatten(), network.head)
+    led = ducat.attacks.adaptive(smooth, x, y, ducat.ThreatModel(eps=0.03))
+    truth = (network(led).argmax(1) == y).float().mean()
+    assert found.robust.float().mean() < truth + 0.1
+    assert {"audit", "second-round"} <= {attack.strategy for attack in found.attacks}
+
+
+def test_what_is_examined_closely_is_of_all_classes_where_data_are_sorted(
+    templates: Templates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, y = templates
+    order = y.argsort(stable=True)
+    for name in ("AUDITED", "second_opinion.SAMPLES"):
+        monkeypatch.setattr(f"ducat.evaluation.engine.{name}", 8)
+    monkeypatch.setattr("ducat.evaluation.second_round.SIGNS", 8)
+    monkeypatch.setattr("ducat.evaluation.subject.PROBED", 8)
+    seen: dict[str, set[int]] = {}
+    images = {image.numpy().tobytes(): int(label) for image, label in zip(x, y, strict=True)}
+
+    def watch(path: str, place: int) -> None:
+        module, _, name = path.rpartition(".")
+        real = getattr(importlib.import_module(f"ducat.evaluation.{module}"), name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            labels = {images[one.numpy().tobytes()] for one in arguments[place] if one.numpy().tobytes() in images}
+            seen.setdefault(path, set()).update(labels)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(f"ducat.evaluation.{path}", watched)
+
+    watch("engine.measure_signs", 2)
+    watch("second_round.measure_signs", 2)
+    watch("second_opinion.plain_pgd", 1)
+    watch("subject._passes", 1)
+    loud = nn.Sequential(model, nn.Linear(4, 4, bias=False))
+    with torch.no_grad():
+        loud[1].weight.copy_(1e4 * torch.eye(4))
+    ducat.evaluate(loud, x[order], y[order], ducat.ThreatModel(eps=0.03), "demo", num_classes=4)
+    assert seen == {path: {0, 1, 2, 3} for path in seen}
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -33,6 +33,8 @@ RULE = [
     ([content("light", 1000, 0.45), content("standard", 500, 0.5)], 0),
     ([content("light", 500, 0.6), content("light", 500, 0.55, seed=1)], 1),
     ([content("ours", 500, 0.9), content("light", 100, 0.6)], 1),
+    # What is known to be an upper bound is not hidden by a measurement that could not see why.
+    ([content("light", 1000, 0.45), content("standard", 200, 0.5, at_most=True)], 1),
     # No easier ball, and no other norm, however many images.
     ([content("full", 9000, 0.9, eps=0.01), content("quick", 20, 0.7)], 1),
     ([content("full", 9000, 0.2, norm="l2", eps=3.0), content("quick", 20, 0.7)], 1),

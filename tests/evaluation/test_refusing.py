@@ -15,7 +15,7 @@ from torch import nn
 import ducat
 from ducat import checkpoint
 from ducat.cli import main
-from ducat.evaluation import Evaluation
+from ducat.evaluation import Evaluation, kept
 from ducat.evaluation.rejection import accepted, log_odds
 from ducat.export import Deployed, export, load
 from ducat.reporting.compare import Run, compare, tables
@@ -223,6 +223,39 @@ def test_images_of_the_suite_count_where_our_attack_finds_nothing() -> None:
     (result,) = measured.signals
     assert result.wrong[:2].tolist() == pytest.approx([6.0, 6.0])
     assert not result.robust(result.thresholds[0.0])[:2].any()
+
+
+def test_thresholds_set_on_evaluated_images_are_not_held_out() -> None:
+    x, y = torch.full((4, 1, 2, 2), 0.45), torch.zeros(4, dtype=torch.long)
+    x[1:] += torch.arange(3)[:, None, None, None] / 100
+    given = {"num_classes": 2, "reject": [0.0]}
+    for others, apart in ((x[2:], False), (x - 0.2, True)):
+        found = ducat.evaluate(
+            Brightness(), x, y, ducat.ThreatModel(eps=0.1), "quick", held_out=(others, y[: len(others)]), **given
+        )
+        assert found.rejection is not None
+        assert found.rejection.held_out == apart
+
+
+def test_a_network_that_is_right_on_no_image_is_measured_kept_and_drawn(run: Path, tmp_path: Path) -> None:
+    model, y = Brightness(), torch.zeros(4, dtype=torch.long)
+    dark, bright = torch.full((4, 1, 2, 2), 0.2), torch.full((4, 1, 2, 2), 0.8)
+    given = {"num_classes": 2, "reject": [0.1], "held_out": (dark, y)}
+    found = ducat.evaluate(model, bright, y, ducat.ThreatModel(eps=0.1), "quick", **given)
+    found.save(tmp_path / "none.json")
+    content = kept.read(tmp_path / "none.json")
+    assert content["rejection"]["signals"][0]["rows"][0]["right_refused"] is None
+    page(tmp_path / "none.html", "None", compare([Run.read(tmp_path / "none.json")]))
+    assert "Reproduce" not in (tmp_path / "none.html").read_text(), "the file does not say what was trained"
+
+
+def test_the_page_tells_evaluations_of_weights_that_are_gone(run: Path, tmp_path: Path) -> None:
+    changed = trained_on(run, tmp_path / "changed")
+    gone = "of weights that have been trained on since"
+    page(tmp_path / "run.html", "Run", compare([Run.read(run)]))
+    assert gone not in (tmp_path / "run.html").read_text()
+    assert main(["evaluate", str(changed), "--suite", "quick", "--samples", "12"]) == 0
+    assert (changed / "report.html").read_text().count(gone) == 1
 
 
 def test_a_random_network_is_not_measured_and_says_so() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from ducat.evaluation.statistics import difference, holm, mcnemar, wilson
+from ducat.evaluation.statistics import clopper_pearson, difference, holm, mcnemar, wilson
 
 shares = st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -51,7 +51,9 @@ def test_a_difference_between_seeds_counts_images_and_trainings() -> None:
     single = difference(first, second)
     assert not single.trainings
     assert single.p_value == mcnemar(int((first & ~second).sum()), int((second & ~first).sum()))
-    assert difference(first, first) == (0.0, (0.0, 0.0), 1.0, False)
+    same = difference(first, first)
+    assert (same.difference, same.p_value) == (0.0, 1.0)
+    assert same.ci95 == (pytest.approx(-(1 - 0.025 ** (1 / 400))), pytest.approx(1 - 0.025 ** (1 / 400)))
     with pytest.raises(ValueError, match="give the same ones"):
         difference(first[:, :1], second[:, :1])
 
@@ -62,7 +64,23 @@ def test_a_few_samples_that_all_differ_prove_little() -> None:
     assert (found.difference, found.p_value) == (1.0, 0.25)
     assert found.ci95 == (pytest.approx(0.025 ** (1 / 3)), 1.0)
     assert difference(second, first).ci95[0] == -1
-    assert difference(first, first)[:3] == (0.0, (0.0, 0.0), 1.0)
+    agree = difference(first, first)
+    assert (agree.difference, agree.p_value) == (0.0, 1.0)
+    assert agree.ci95[1] > 0.5
+
+
+@pytest.mark.parametrize("more", [1, 5, 6, 40])
+def test_an_interval_leaves_out_0_only_where_the_test_is_sure(more: int) -> None:
+    first, second = torch.zeros(1, 1000, dtype=torch.bool), torch.zeros(1, 1000, dtype=torch.bool)
+    second[:, :more] = True
+    found = difference(first, second)
+    assert (found.ci95[0] > 0) == (found.p_value < 0.05) == (more > 5)
+
+
+@given(shares)
+def test_clopper_and_pearsons_interval_is_the_one_of_the_literature(share: tuple[int, int]) -> None:
+    expected = binomtest(*share).proportion_ci(0.95, method="exact")
+    assert clopper_pearson(*share) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_nothing_is_found_more_often_than_it_should_where_methods_are_equal() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ducat
+from ducat import checkpoint
 from ducat.config import Config, DataConfig, DummyConfig, TrainConfig
 from ducat.evaluation import Evaluation, studies
 from ducat.evaluation.runs import evaluate_run
@@ -89,6 +90,15 @@ def test_a_checkpoint_that_was_not_evaluated_is_refused(runs: list[Path]) -> Non
     finally:
         for path, content in kept.items():
             path.write_bytes(content)
+
+
+def test_always_failed_is_not_of_weights_that_are_gone(runs: list[Path], tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(runs[0], tmp_path / "changed"))
+    file = changed / "checkpoints" / "best" / "checkpoint.safetensors"
+    tensors, state = checkpoint.read(file)
+    checkpoint.save(file, {name: value + value.new_ones(()) for name, value in tensors.items()}, state)
+    with pytest.raises(ValueError, match="changed has been trained on since it was evaluated: run `ducat evaluate"):
+        studies.always_failed([runs[1], changed])
 
 
 def test_studies_are_of_runs_evaluated_alike(runs: list[Path], tmp_path: Path) -> None:

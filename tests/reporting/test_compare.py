@@ -11,7 +11,7 @@ import pytest
 
 from ducat.cli import main
 from ducat.config import Config, DataConfig, DummyConfig, ThreatConfig, TrainConfig
-from ducat.reporting.compare import Comparison, Pair, Run, compare, folded, to_csv, to_latex, to_markdown, told
+from ducat.reporting.compare import Comparison, Pair, Run, compare, folded, reached, to_csv, to_latex, to_markdown, told
 from ducat.runs import RunFolder
 
 CONFIG = Config(name="run", data=DataConfig("digits"), threat=ThreatConfig(eps=0.2))
@@ -161,6 +161,21 @@ NOTES: list[tuple[Run, str]] = [
 def test_what_a_reader_must_know_is_noted(other: Run, note: str) -> None:
     assert not compare([run("a")]).notes
     assert note in compare([run("a"), other]).notes
+
+
+def test_evaluations_by_other_versions_are_noted() -> None:
+    first, second = (run(name, measured=evaluation(origin={"ducat": name})) for name in "ab")
+    note = "measured by different versions of ducat, whose attacks may differ: a / b"
+    assert note in compare([first, second]).notes
+    assert note not in compare([first, replace(first, name="c")]).notes
+    assert note not in compare([first, run("b")]).notes, "it is not known"
+
+
+@pytest.mark.parametrize("name", ["second-opinion", "second-round-recovered", "audit"])
+def test_an_attack_on_what_others_left_has_no_accuracy_of_its_own(name: str) -> None:
+    row = {"name": name, "knows_recovery": True, "accuracy": 0.89, "ci95": [0.8, 0.9], "seconds": 1.0}
+    assert reached(row, evaluation(clean=0.9)) == "broke 5 that others had left"
+    assert reached({**row, "name": "pgd-20-recovered"}, evaluation()) == "89.0 [80.0, 90.0]"
 
 
 def test_no_runs_and_a_run_twice_are_told() -> None:

@@ -16,7 +16,7 @@ from ducat.attacks.guides import Softened
 from ducat.attacks.objectives import find
 from ducat.attacks.pgd import pgd
 from ducat.dummy import RecoveredClassifier, recover
-from ducat.evaluation.result import AttackResult, Audit, Evaluation
+from ducat.evaluation.result import AttackResult, Audit, Evaluation, Opinion
 from ducat.evaluation.subject import Nature
 from ducat.seeding import generator
 from ducat.threat import ThreatModel
@@ -46,7 +46,7 @@ def measure_signs(
     withstood: Tensor,
     seed: int,
     queries: int = QUERIES,
-) -> Audit:
+) -> tuple[Audit, Tensor]:
     """Measure the signs.
 
     Args:
@@ -59,6 +59,9 @@ def measure_signs(
         withstood: which samples withstood every attack of the suite.
         seed: of the random starts.
         queries: of the random search; 0 leaves it out.
+
+    Returns:
+        The signs, and the images: for each sample one that the search or a guide broke it with, or the benign one.
     """
 
     def standing(images: Tensor) -> Tensor:
@@ -84,10 +87,12 @@ def measure_signs(
     far = {"linf": FAR, "l2": FAR * pixels**0.5, "l1": FAR * pixels}[threat.norm]
     ball = ThreatModel(threat.norm, max(far, threat.eps))
     distant = adaptive(deployed, x, y, ball, generator=noise("far"))
-    only_black_box = 0
+    only_black_box, broken = 0, x.clone()
     if queries and withstood_gradients.any():
         queried = external.square(deployed, x, y, threat, noise("square"), queries=queries)
-        only_black_box = int((withstood_gradients & ~standing(queried)).sum())
+        fooled = ~standing(queried)
+        broken[fooled] = queried[fooled].to(x)
+        only_black_box = int((withstood_gradients & fooled).sum())
     left = withstood & standing(x)
     found = int(left.sum())
     for guide in guides:
@@ -106,9 +111,11 @@ def measure_signs(
         )
         images = x.clone()
         images[rows] = led
-        left &= standing(images)
+        fooled = left & ~standing(images)
+        broken[fooled] = images[fooled]
+        left &= ~fooled
     start = threat.random_start(x, noise("gradients"))
-    return Audit(
+    signs = Audit(
         samples=len(x),
         vanishing={name: _vanishing(network, start, y, name) for name in EXAMINED},
         standing_after_steps={steps: int(standing(iterate(steps)).sum()) for steps in STEPS},
@@ -118,6 +125,7 @@ def measure_signs(
         only_black_box=only_black_box,
         only_guided=found - int(left.sum()),
     )
+    return signs, broken
 
 
 def _vanishing(network: nn.Module, x: Tensor, y: Tensor, objective: str) -> int:
@@ -136,9 +144,10 @@ def softened(views: Sequence[nn.Module], deployed: Callable[[nn.Module], nn.Modu
     return [deployed(Softened(view, smooth=True)) for view in views]
 
 
-def suspicious(audit: Audit, attacks: Sequence[AttackResult], nature: Nature) -> bool:
+def suspicious(audit: Audit, attacks: Sequence[AttackResult], nature: Nature, opinion: Opinion | None) -> bool:
     """Tell whether anything asks for a second round."""
-    return bool(nature.names or _signs(audit, None) or _shortfalls(attacks)) or not nature.gradient
+    doubted = opinion is not None and bool(opinion.broken)
+    return bool(doubted or nature.names or _signs(audit, None) or _shortfalls(attacks)) or not nature.gradient
 
 
 def clean(audit: Audit) -> bool:
@@ -160,17 +169,17 @@ def causes(evaluation: Evaluation) -> list[str]:
     if second is not None and second.through is None and not scrutiny.nature:
         signs = [sign for sign, _ in _signs(audit, evaluation.threat)] if audit is not None else []
         signs += ["AutoAttack beats our ensemble"] * bool(_shortfalls(evaluation.attacks))
-        found += signs or ["the network passes no gradient"]
+        found += signs or ["the network passes no gradient"] * (not _opinion(evaluation))
     return list(dict.fromkeys(found))
 
 
 def find_warnings(evaluation: Evaluation) -> list[str]:
     """Return what a reader must know before quoting the evaluation, each in a sentence with the numbers seen."""
     found = [_opinion(evaluation), _sink_gap(evaluation), *_nature(evaluation), _unrepeatable(evaluation)]
+    found += _shortfalls(evaluation.attacks)
     second = evaluation.scrutiny.second_round
     settled = second is not None and second.through is not None and not any(second.broken.values())
     if not settled:
-        found += _shortfalls(evaluation.attacks)
         if evaluation.audit is not None:
             found += [warning for _, warning in _signs(evaluation.audit, evaluation.threat)]
         found.append(_second_round(evaluation))

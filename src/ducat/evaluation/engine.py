@@ -33,6 +33,7 @@ from ducat.evaluation.subject import (
     differs,
     examine,
     images_and_labels,
+    spread,
     views,
 )
 from ducat.models.folded import fold_batch_norm
@@ -41,7 +42,8 @@ from ducat.threat import ThreatModel
 
 REPEATS = 20  # passes that judge an image of a random network
 LAST_REPEATS = 100  # the same for the image that is kept
-SECOND_ROUND, SECOND_OPINION = "second-round", "second-opinion"  # rows of the result
+SECOND_ROUND, SECOND_OPINION, AUDIT = "second-round", "second-opinion", "audit"  # rows of the result
+FOLLOWING = (SECOND_ROUND, SECOND_OPINION, AUDIT)  # these attack some of the samples that others left standing
 RUNS = 3  # at most: what attacks bring to light of a network may ask for another run
 
 
@@ -256,7 +258,7 @@ def _own(attacks: Sequence[Attack | RunAttack], subject: _Subject) -> list[Attac
 
 def _check_distinct(rows: Iterable[Attack]) -> None:
     """Refuse two rows of one name: the results of one would be taken for those of the other."""
-    later = [attack_name(strategy, knows) for strategy in (SECOND_ROUND, SECOND_OPINION) for knows in (False, True)]
+    later = [attack_name(strategy, knows) for strategy in FOLLOWING for knows in (False, True)]
     names = [row.name for row in rows] + later
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -560,7 +562,7 @@ def _conclude(
         benign, labels, images = job.to_device(spooled.take(x, rows), y[rows], found)
         right = torch.where(job.threat.allows(images, benign), job.judge(images, labels)[0], 1.0)
         share[rows] = torch.minimum(share[rows], right.cpu())
-        row = Attack(strategy, subject.how is not None, _never, black_box=strategy == SECOND_ROUND)
+        row = Attack(strategy, subject.how is not None, _never, black_box=strategy != SECOND_OPINION)
         attacks.append(job.result(row, share, seconds))
         closer = (share < least)[rows]
         adversarial[rows[closer]] = found[closer.to(found.device)].cpu()
@@ -572,7 +574,7 @@ def _conclude(
 
     if suite.audit and searched and standing.any():
         progress("second opinion")
-        rows = standing.nonzero().squeeze(1)[: second_opinion.SAMPLES]
+        rows = _some(standing, second_opinion.SAMPLES)
         given, labels = job.to_device(spooled.take(x, rows), y[rows])
         began = time.perf_counter()
         found = second_opinion.plain_pgd(
@@ -601,11 +603,17 @@ def _conclude(
                 second_round_seconds,
             )
 
-        rows = clean.nonzero().squeeze(1)[:AUDITED]
+        rows = _some(clean, AUDITED)
         few = job.to_device(spooled.take(x, rows), y[rows], by_gradients[rows], standing[rows])
         led = [guide for _, guide in guides(scene(rows))]
-        audit = measure_signs(subject.aware(job.attacked[0]), led, few[0], few[1], job.threat, few[2], few[3], job.seed)
-        if suspicious(audit, attacks, nature):
+        began = time.perf_counter()
+        audit, found = measure_signs(
+            subject.aware(job.attacked[0]), led, few[0], few[1], job.threat, few[2], few[3], job.seed
+        )
+        broke = standing[rows] & (found != few[0]).flatten(1).any(1).cpu()
+        if broke.any():
+            join(AUDIT, rows[broke], found[broke.to(found.device)], time.perf_counter() - began)
+        if suspicious(audit, attacks, nature, opinion):
             progress("second round")
             rows = (least > 0 if nature.random else standing).nonzero().squeeze(1)
             if len(rows):
@@ -649,6 +657,11 @@ def _conclude(
     )
     evaluation = replace(evaluation, causes=causes(evaluation))
     return replace(evaluation, warnings=find_warnings(evaluation))
+
+
+def _some(flags: Tensor, most: int) -> Tensor:
+    rows = flags.nonzero().squeeze(1)
+    return rows[spread(len(rows), most)]
 
 
 def _never(*_: Any) -> Tensor:

@@ -116,8 +116,8 @@ def strongest(contents: Sequence[Content], ball: tuple[str, float]) -> int:
        without these those at the largest eps of all.
     2. Of these, those that no other outdoes: by a suite at least as hard, on at least as many test images, and by more
        in one of the two. A suite of one's own is as hard as itself alone.
-    3. Of what is left, the one that claims least: with the lowest upper end of the 95 % interval of robust accuracy.
-       Of equal ones, the one that measured refusing too.
+    3. Of what is left, the one that claims least: an upper bound before a measurement, then the one with the lowest
+       upper end of the 95 % interval of robust accuracy. Of equal ones, the one that measured refusing too.
 
     Args:
         contents: contents of evaluation.json, at least one.
@@ -136,6 +136,7 @@ def strongest(contents: Sequence[Content], ball: tuple[str, float]) -> int:
     return min(
         left,
         key=lambda place: (
+            not contents[place].get("at_most"),
             contents[place]["robust_ci95"][1],
             contents[place]["robust"],
             not contents[place].get("rejection"),

@@ -649,7 +649,15 @@ def measure(
         for name in table
     ]
     half = torch.cat([part.half for part in parts]).cpu()
-    return Rejection(threat, y.cpu(), len(calibration[1]), held_out is not None, half, results)
+    apart = held_out is not None and not _share_an_image(held_out[0], x)
+    return Rejection(threat, y.cpu(), len(calibration[1]), apart, half, results)
+
+
+def _share_an_image(
+    first: Float[Tensor, "first channels height width"], second: Float[Tensor, "second channels height width"]
+) -> bool:
+    known = {image.cpu().numpy().tobytes() for image in first}
+    return any(image.cpu().numpy().tobytes() in known for image in second)
 
 
 def _placed(progress: Callable[[str], None], place: str, attack: str) -> None:

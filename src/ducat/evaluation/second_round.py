@@ -22,7 +22,7 @@ from ducat.attacks.surrogate import distil
 from ducat.dummy import RecoveredClassifier
 from ducat.evaluation.audit import clean, measure_signs
 from ducat.evaluation.result import SecondRound
-from ducat.evaluation.subject import Averaged, Measured
+from ducat.evaluation.subject import Averaged, Measured, spread
 from ducat.seeding import generator
 from ducat.threat import ThreatModel
 
@@ -33,6 +33,7 @@ QUERIES = 5000
 DECISIONS = 2000
 MAXIMISED = ("cross-entropy", "margin")
 Judge = Callable[[Tensor, Tensor], Tensor]
+Attack = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, labels and what was kept, to images
 
 
 @dataclass
@@ -109,7 +110,7 @@ def second_round(scene: Scene, settle: bool, progress: Callable[[str], None]) ->
     samples, kept = int(standing.sum()), scene.kept.clone()
     broken: dict[str, int] = {}
 
-    def attack(name: str, run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def attack(name: str, run: Attack) -> None:
         """Let `run(x, y, kept)` attack the standing samples, and note which of them the network gets wrong."""
         rows = standing.nonzero().squeeze(1)
         if not len(rows):
@@ -133,17 +134,17 @@ def second_round(scene: Scene, settle: bool, progress: Callable[[str], None]) ->
                 through = name
                 break
     shallow = sum(broken.values())
-    for name, guide in guides(scene) if samples else ():
-        if scene.late():  # an equal network settles the number only if nothing else broke more
-            return SecondRound(samples, broken, time.perf_counter() - scene.began, None, True), kept
-        attack(name, partial(_follow, guide, scene, noise(name)))
-    if through is not None and sum(broken.values()) == shallow:
-        return SecondRound(samples, broken, time.perf_counter() - scene.began, through, False), kept
-    for name, run in _searches(scene, noise) if samples else ():
+    rest: list[tuple[str, Attack]] = []
+    if samples:
+        rest = [(name, partial(_follow, guide, scene, noise(name))) for name, guide in guides(scene)]
+        rest += _searches(scene, noise)
+    for name, run in rest:
         if scene.late():
             break
         attack(name, run)
-    return SecondRound(samples, broken, time.perf_counter() - scene.began, None, scene.late()), kept
+    # An equal network settles the number only if nothing else broke more: what showed the sign may be a search.
+    settled = through if not scene.late() and sum(broken.values()) == shallow else None
+    return SecondRound(samples, broken, time.perf_counter() - scene.began, settled, scene.late()), kept
 
 
 def _equals(scene: Scene) -> Iterator[tuple[str, nn.Module]]:
@@ -156,7 +157,8 @@ def _equals(scene: Scene) -> Iterator[tuple[str, nn.Module]]:
         *((f"the logits of {name}", narrowed(part, scene.num_classes)) for name, part in parts),
     ]
     images = torch.cat([scene.x, scene.kept, scene.threat.random_start(scene.x, generator(scene.seed, "equal"))])
-    right = scene.judge(scene.x, scene.y).nonzero().squeeze(1)[:SIGNS]
+    right = scene.judge(scene.x, scene.y).nonzero().squeeze(1)
+    right = right[spread(len(right), SIGNS)]
     for name, choice in choices:
         if scene.late():
             return
@@ -164,7 +166,7 @@ def _equals(scene: Scene) -> Iterator[tuple[str, nn.Module]]:
             continue
         nothing = torch.zeros(len(right), dtype=torch.bool, device=scene.x.device)
         view = SilentDummies(choice)
-        signs = measure_signs(
+        signs, _ = measure_signs(
             view, [], scene.x[right], scene.y[right], scene.threat, nothing, nothing, scene.seed, queries=0
         )
         if clean(signs):
@@ -207,9 +209,7 @@ def _follow(guide: nn.Module, scene: Scene, noise: torch.Generator, x: Tensor, y
     return found
 
 
-def _searches(
-    scene: Scene, noise: Callable[[str], torch.Generator]
-) -> Iterator[tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]]:
+def _searches(scene: Scene, noise: Callable[[str], torch.Generator]) -> Iterator[tuple[str, Attack]]:
     """Yield what needs no gradient of the network."""
 
     def surrogate(x: Tensor, y: Tensor, kept: Tensor) -> Tensor:

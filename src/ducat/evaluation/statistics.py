@@ -27,6 +27,15 @@ def wilson(successes: int, samples: int) -> tuple[float, float]:
     return middle - reach if successes else 0.0, middle + reach if successes < samples else 1.0
 
 
+def clopper_pearson(successes: int, samples: int) -> tuple[float, float]:
+    """Return the exact 95 % interval of a share (Clopper & Pearson 1934), which leaves out 1/2 as `mcnemar` does."""
+    from scipy.special import betaincinv
+
+    low = float(betaincinv(successes, samples - successes + 1, 0.025)) if successes else 0.0
+    high = float(betaincinv(successes + 1, samples - successes, 0.975)) if successes < samples else 1.0
+    return low, high
+
+
 def mcnemar(first_only: int, second_only: int) -> float:
     """Return the two-sided p-value of McNemar's exact test (McNemar 1947).
 
@@ -64,9 +73,10 @@ def difference(first: Bool[Tensor, "first_seeds samples"], second: Bool[Tensor, 
 
     The variance of the difference has up to three parts: of the samples, as they differ in the difference of the seeds'
     means, and of the seeds of either method, as for Welch's test. The degrees of freedom are Satterthwaite's. A method
-    of one seed is taken to spread as the other does. With one seed each, only samples count, and the p-value is that of
-    McNemar's exact test. Part of the seeds' spread is counted among the samples too, so that the interval is rather too
-    wide than too narrow.
+    of one seed is taken to spread as the other does. With one seed each, only samples count, the p-value is that of
+    McNemar's exact test, and the interval reaches at least as far as the exact one of the samples on which the two
+    differ. Part of the seeds' spread is counted among the samples too, so that the interval is rather too wide than too
+    narrow.
 
     Args:
         first: which samples each network of the first method gets right.
@@ -94,14 +104,19 @@ def difference(first: Bool[Tensor, "first_seeds samples"], second: Bool[Tensor, 
         least = math.copysign(0.025 ** (1 / samples), mean)  # Clopper & Pearson's lower end
         return Difference(mean, (min(mean, least), max(mean, least)), mcnemar(0, samples), trainings)
     if not variance:
-        return Difference(mean, (mean, mean), 1.0 if not mean else 0.0, trainings)
+        reach = 1 - 0.025 ** (1 / samples)  # that they agree on all of few samples is no certainty either
+        return Difference(mean, (mean - reach, mean + reach), 1.0 if not mean else 0.0, trainings)
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
     reach = float(stdtrit(freedom, 0.975)) * variance**0.5
+    low, high = mean - reach, mean + reach
     if trainings:
         p_value = 2 * float(stdtr(freedom, -abs(mean) / variance**0.5))
     else:
-        p_value = mcnemar(int((first & ~second).sum()), int((second & ~first).sum()))
-    return Difference(mean, (max(-1.0, mean - reach), min(1.0, mean + reach)), p_value, trainings)
+        only = int((first & ~second).sum()), int((second & ~first).sum())
+        p_value = mcnemar(*only)
+        exact = [(2 * end - 1) * sum(only) / samples for end in clopper_pearson(only[1], sum(only))]
+        low, high = min(low, exact[0]), max(high, exact[1])
+    return Difference(mean, (max(-1.0, low), min(1.0, high)), p_value, trainings)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ducat.attacks.pgd import pgd
 from ducat.data import SPECS, load_corruptions, load_test
 from ducat.dummy import dummy_head, recover
+from ducat.evaluation import kept
 from ducat.evaluation.result import Evaluation
 from ducat.runs import RunFolder, Which, load
 from ducat.seeding import generator
@@ -386,13 +387,19 @@ def _evaluations(runs: Sequence[Path]) -> dict[str, Evaluation]:
     """Return the evaluations of several runs by name, all of the same samples in the same ball."""
     if len(runs) < 2:
         raise ValueError("give at least two evaluated runs: the study compares models")
-    evaluations = [Evaluation.load(RunFolder.open(run).path) for run in runs]
+    folders = [RunFolder.open(run) for run in runs]
+    evaluations = [Evaluation.load(folder.path) for folder in folders]
     settings = [(one.fingerprint, one.threat.norm, one.threat.eps, one.suite) for one in evaluations]
     for run, setting in zip(runs, settings, strict=True):
         if setting != settings[0]:
             raise ValueError(
                 f"{run} was not evaluated on the same samples in the same ball by the same suite as {runs[0]}: "
                 "evaluate both with the same --samples, --norm, --eps and --suite"
+            )
+    for folder, evaluation in zip(folders, evaluations, strict=True):
+        if not kept.is_current(folder, evaluation.to_dict()):
+            raise ValueError(
+                f"{folder.path} has been trained on since it was evaluated: run `ducat evaluate {folder.path}` again"
             )
     names = [run.name for run in runs]
     repeated = len(set(names)) < len(names)

@@ -230,6 +230,11 @@ class Nature:
         return [name for name, applies in kinds.items() if applies]
 
 
+def spread(count: int, most: int) -> Int[Tensor, " rows"]:
+    """Return at most `most` of `count` rows, evenly spread over all: data may be sorted by class."""
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
+
+
 def differs(first: Tensor, second: Tensor, coarse: bool = False) -> Tensor:
     """Tell which rows of logits differ by more than rounding does, relative to each row's spread."""
     same = (first.isfinite() == second.isfinite()).all(1)
@@ -261,10 +266,11 @@ def examine(
         known: what an earlier look has found; what was found stays found.
     """
     known = known or Nature()
-    x = x[:PROBED].to(network.device)
+    rows = spread(len(x), PROBED)
+    x = spooled.take(x, rows).to(network.device)
     disturbed = [threat.random_start(x, generator), threat.project(x + threat.eps * threat.direction(x - 0.5), x)]
     if found is not None:
-        moved = found[:PROBED].to(network.device)
+        moved = spooled.take(found, rows).to(network.device)
         disturbed.insert(0, moved)
     else:
         disturbed.append(_one_step(network, x, threat))

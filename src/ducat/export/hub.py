@@ -122,6 +122,7 @@ def accuracy(source: Deployed) -> list[str]:
             "**Not evaluated.** Nothing has been measured of this checkpoint, neither its clean accuracy nor its "
             f"robustness: run `ducat evaluate` with `--which {source.which}` on its run folder, and export again."
         ]
+    measured = source.evaluated.evaluation
     lines = [
         comparing.to_markdown(comparing.compare([source.evaluated])),
         "`blind` is the worst case over attacks that do not know that predictions are recovered, `robust` over all "
@@ -130,10 +131,8 @@ def accuracy(source: Deployed) -> list[str]:
         "| attack | knows recovery | accuracy (%) |",
         "| --- | --- | --- |",
         *(
-            f"| {attack['name']} | {'yes' if attack['knows_recovery'] else 'no'} | {100 * attack['accuracy']:.1f} |"
-            for attack in source.evaluated.evaluation["attacks"]
+            f"| {row['name']} | {'yes' if row['knows_recovery'] else 'no'} | {comparing.reached(row, measured)} |"
+            for row in measured["attacks"]
         ),
     ]
-    return lines + [
-        line for warning in source.evaluated.evaluation["warnings"] for line in ("", f"**Warning**: {warning}.")
-    ]
+    return lines + [line for warning in measured["warnings"] for line in ("", f"**Warning**: {warning}.")]

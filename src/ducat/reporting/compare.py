@@ -23,11 +23,10 @@ from ducat.config import Config
 from ducat.evaluation import behaviour
 from ducat.evaluation import kept as keeping
 from ducat.evaluation import statistics as statistics_of
-from ducat.evaluation.engine import SECOND_OPINION, SECOND_ROUND
+from ducat.evaluation.engine import FOLLOWING
 from ducat.evaluation.result import Evaluation
 from ducat.runs import RunFolder
 
-FOLLOWING = (SECOND_ROUND, SECOND_OPINION)
 QUANTITIES = ("clean", "blind", "robust", "sink gap")
 # Settings that change where a run is kept and watched, not what it is.
 IRRELEVANT = ("name", "data.root", "train.seed", "train.checkpoint_minutes", "train.keep", "train.tracker")
@@ -113,6 +112,10 @@ class Run:
             self.evaluation,
             *(one for one in self.kept if one != self.evaluation and keeping.is_current(folder, one)),
         ]
+
+    def is_current(self, evaluation: Mapping[str, Any]) -> bool:
+        """Tell whether one of its evaluations is of the weights that its checkpoint still has."""
+        return self.path is None or keeping.is_current(RunFolder(self.path), evaluation)
 
     def seen_by(self, evaluation: Mapping[str, Any]) -> "Run":
         """Return the run as another of its evaluations shows it."""
@@ -432,6 +435,18 @@ def _verdict(groups: Sequence[Group], pairs: Sequence[Pair]) -> str:
     return f"{head}: {'; '.join(parts)}. Intervals are of 95 %, p by Holm's method.{limits}{aside}"
 
 
+def reached(attack: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    """Tell what an attack left, in % with its 95 % interval; of one that follows others, what it broke besides.
+
+    The accuracy of the latter is no measure of anything: they attack some of the samples that were left standing.
+    """
+    if (attack.get("strategy") or attack["name"].removesuffix("-recovered")) in FOLLOWING:
+        broken = round((evaluation["clean"]["accuracy"] - attack["accuracy"]) * evaluation["samples"])
+        return f"broke {broken} that others had left"
+    low, high = attack["ci95"]
+    return f"{100 * attack['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
 def stops_early(evaluation: Mapping[str, Any]) -> str:
     """Say why a longer blind attack leaves more than a shorter one, where it does; empty where it does not."""
     blind = {row["name"]: row["accuracy"] for row in evaluation["attacks"] if not row["knows_recovery"]}
@@ -483,7 +498,14 @@ def _differences(runs: Sequence[Run]) -> list[str]:
     for what, key in trained.items():
         if len(kinds := _partition(runs, key)) > 1:
             notes.append(f"made with different {what}: {_listed(kinds)}")
+    by_version = _partition([run for run in runs if _version(run)], _version)
+    if len(by_version) > 1:
+        notes.append(f"measured by different versions of ducat, whose attacks may differ: {_listed(by_version)}")
     return notes
+
+
+def _version(run: Run) -> str | None:
+    return (run.evaluation.get("origin") or {}).get("ducat")
 
 
 def _seed_notes(sections: Sequence[Section]) -> list[str]:

@@ -74,10 +74,11 @@ def _figures(comparison: Comparison) -> dict[str, str]:
             figures[f"features-{number}"] = plots.inline(plots.features(seen["features"]), f"features-{number}")
         if seen.get("signal"):
             figures[f"signal-{number}"] = plots.inline(plots.reliability(seen["signal"]), f"signal-{number}")
-        if run.evaluation.get("rejection"):
+        refused = (run.evaluation.get("rejection") or {"signals": []})["signals"]
+        if any(row["right_refused"] for each in refused for row in each["rows"]):
             name = f"refusing-{number}"
             figures[name] = plots.inline(
-                plots.refusing(run.evaluation["rejection"]["signals"], at_most=run.evaluation.get("at_most", False)),
+                plots.refusing(refused, at_most=run.evaluation.get("at_most", False)),
                 name,
             )
     return figures
@@ -152,6 +153,8 @@ def reproduce(run: Run) -> list[str]:
         options = {name: value for name, value in chosen.items() if value is not None}
         words = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         return [shlex.join(["ducat", "evaluate", *words, *extra])]
+    if run.path is None and not run.manifest:  # a file, which does not say what was trained
+        return []
     name = f"{run.name if run.path is None else run.path.name}-again"
     if "initial" in run.manifest:
         # Its beginning is a file that only the command line of the time names.

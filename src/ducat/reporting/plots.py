@@ -210,7 +210,7 @@ def refusing(signals: Sequence[Mapping[str, Any]], title: str = "", *, at_most: 
     """Draw robust accuracy with rejection by the share of correctly classified benign images refused, a line a signal.
 
     Args:
-        signals: "signals" of the "rejection" of an evaluation.json.
+        signals: "signals" of the "rejection" of an evaluation.json, of images some of which are classified correctly.
         title: of the figure.
         at_most: whether all are upper bounds only.
     """
@@ -220,11 +220,7 @@ def refusing(signals: Sequence[Mapping[str, Any]], title: str = "", *, at_most: 
         colour, mark = COLOURS[index % len(COLOURS)], MARKS[index % len(MARKS)]
         places = [(100 * point["right_refused"], 100 * point["robust"]) for point in each["curve"]]
         axes.plot(*zip(*places, strict=True), color=colour, linewidth=1.2, zorder=1)
-        marked = [
-            (100 * row["right_refused"]["share"], 100 * row["robust"]["share"])
-            for row in each["rows"]
-            if row["right_refused"]
-        ]
+        marked = [(100 * row["right_refused"]["share"], 100 * row["robust"]["share"]) for row in each["rows"]]
         axes.plot(*zip(*marked, strict=True), mark, color=colour, markersize=6, label=each["signal"])
     axes.set_xlabel("correctly classified benign images refused (%)")
     axes.set_ylabel("robust with rejection, at most (%)" if at_most else "robust with rejection (%)")

@@ -204,12 +204,14 @@ def pack(
         measured: content of the evaluation that goes along; by default the one that speaks for the run.
 
     Raises:
-        ValueError: if the evaluation is of another checkpoint.
+        ValueError: if the evaluation is of another checkpoint, or of other weights.
     """
     tensors, state = checkpoint.read(run / "checkpoints" / which / "checkpoint.safetensors")
     evaluation = measured or json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     if evaluation.get("checkpoint") != which:
         raise ValueError(f"{run}: the checkpoint {which} is not the one that was evaluated")
+    if (evaluation.get("origin") or {}).get("weights") not in (None, checkpoint.digest(tensors)):
+        raise ValueError(f"{run}: the checkpoint {which} has been trained on since it was evaluated: evaluate it again")
     config = Config.from_yaml(run / "config.yaml", whole=True)
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     program, *arguments = manifest["command"]
