@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from benchmarks.size.settings import SETTINGS, Setting
 from ducat import checkpoint
-from ducat.evaluation.engine import SECOND_OPINION
-from ducat.evaluation.statistics import mcnemar
+from ducat.evaluation.engine import FOLLOWING
+from ducat.evaluation.statistics import holm, mcnemar
 from ducat.evaluation.studies import always_failed
 from ducat.reporting import plots
 from ducat.runs import RunFolder
@@ -62,9 +62,9 @@ class Measured:
 
 def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """Return evaluations of one suite as a table in Markdown, in %, with what each attack leaves by itself."""
-    # An attack that a network without dummy classes has once, another has twice. The second opinion attacks few images.
+    # An attack that a network without dummy classes has once, another has twice. What follows attacks few images.
     names = (attack["name"] for _, content in rows for attack in content["attacks"])
-    attacks = [name for name in dict.fromkeys(names) if not name.startswith(SECOND_OPINION)]
+    attacks = [name for name in dict.fromkeys(names) if name.removesuffix("-recovered") not in FOLLOWING]
     text = [
         f"| network | images | clean | blind | robust | sink gap | {' | '.join(attacks)} |",
         "| --- | ---: | ---: | ---: | --- | ---: |" + " ---: |" * len(attacks),
@@ -89,17 +89,18 @@ def paired(rows: Sequence[Measured]) -> str:
         for name, content in row.evaluations.items():
             if name != BY_SUM and (content["suite"], content["threat"]["norm"]) == ("light", "linf"):
                 right[row.title] = load_file(row.folder.evaluations_path / f"{name}.safetensors")
-    text = ["| network | against | clean | p | robust | p |", "| --- | --- | ---: | ---: | ---: | ---: |"]
-    for one, other in combinations(right, 2):
-        if seeds[one] != seeds[other]:
-            continue
-        cells = []
-        for kind in ("clean", "robust"):
-            more = int((right[other][kind] & ~right[one][kind]).sum())
-            fewer = int((right[one][kind] & ~right[other][kind]).sum())
-            cells += [f"{100 * (more - fewer) / len(right[one][kind]):+.1f}", f"{mcnemar(more, fewer):.2g}"]
-        text.append(f"| {other} | {one} | {' | '.join(cells)} |")
-    return "\n".join(text) + "\n" if len(text) > 2 else ""
+    pairs = [(one, other) for one, other in combinations(right, 2) if seeds[one] == seeds[other]]
+    if not pairs:
+        return ""
+    cells: list[list[str]] = [[other, one] for one, other in pairs]
+    for kind in ("clean", "robust"):
+        more = [int((right[other][kind] & ~right[one][kind]).sum()) for one, other in pairs]
+        fewer = [int((right[one][kind] & ~right[other][kind]).sum()) for one, other in pairs]
+        sure = holm([mcnemar(*counts) for counts in zip(more, fewer, strict=True)])
+        for line, gained, lost, p_value, (one, _) in zip(cells, more, fewer, sure, pairs, strict=True):
+            line += [f"{100 * (gained - lost) / len(right[one][kind]):+.1f}", f"{p_value:.2g}"]
+    head = "| network | against | clean | p | robust | p |\n| --- | --- | ---: | ---: | ---: | ---: |\n"
+    return head + "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def trained(rows: Sequence[Measured]) -> str:
@@ -132,7 +133,8 @@ def section(name: str, setting: Setting, rows: Sequence[Measured]) -> str:
     differences = paired(rows)
     if differences:
         title = "### Differences on the same images\n"
-        text += [title, "In points, suite `light`; p by McNemar's exact test.\n", differences]
+        test = "p by McNemar's exact test, by Holm's method for the number of pairs"
+        text += [title, f"In points, suite `light`; {test}.\n", differences]
     # The evaluation that speaks for a run is its strongest; not all rows may have it yet.
     first = [row for row in rows if row.seed == FIRST]
     counts = Counter(_measured_by(row.folder) for row in first)
