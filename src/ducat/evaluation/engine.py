@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn, mkldnn
 
 from ducat import losses
 from ducat.attacks.adaptive import SilentDummies, is_recovered, with_dummy_classes
@@ -657,16 +658,53 @@ def _never(*_: Any) -> Tensor:
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """Compute in whole float32, also on a GPU that would shorten it, also inside of autocast and of inference mode."""
-    matmul = torch.backends.cuda.matmul.allow_tf32
+    """Compute in whole float32, also where the user lets it be shortened, in autocast and in inference mode."""
     with (
         torch.inference_mode(False),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
-        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
+        _whole_float32(),
     ):
-        torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = matmul
+        yield
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Switch TF32 and bfloat16 off in matrix products and convolutions.
+
+    PyTorch has two interfaces for it, and refuses to read the older one where the newer one (`fp32_precision`, from
+    2.9) says something else. So both are set, each to the same, and put back.
+    """
+    newer = [(part, part.fp32_precision) for part in _shortened()]
+    matmul, convolutions = _readable(torch.get_float32_matmul_precision), _readable(lambda: cudnn.allow_tf32)
+    try:
+        if matmul is not None:
+            torch.set_float32_matmul_precision("highest")
+        if convolutions is not None:
+            cudnn.allow_tf32 = False
+        for part, _ in newer:
+            part.fp32_precision = "ieee"
+        yield
+    finally:
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if convolutions is not None:
+            cudnn.allow_tf32 = convolutions
+        for part, precision in newer:
+            part.fp32_precision = "none"  # that of all parts together, which the user may have set instead
+            if part.fp32_precision != precision:
+                part.fp32_precision = precision
+
+
+def _shortened() -> list[Any]:
+    """Return the parts of PyTorch that have a precision of float32 of their own, as far as this version has them."""
+    names = ((torch.backends.cuda, ("matmul",)), (cudnn, ("conv", "rnn")), (mkldnn, ("matmul", "conv", "rnn")))
+    parts = [getattr(backend, name, None) for backend, some in names for name in some]
+    return [part for part in parts if hasattr(part, "fp32_precision")]
+
+
+def _readable(setting: Callable[[], Any]) -> Any:
+    try:
+        return setting()
+    except RuntimeError:  # the newer interface was used
+        return None
