@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ducat
+from ducat.attacks import external
 from ducat.attacks.objectives import OBJECTIVES
 from ducat.attacks.pgd import attackable
+from ducat.attacks.queries import decisions
 
 THREATS = [
     ducat.ThreatModel("linf", 0.1, steps=4),
@@ -162,6 +164,58 @@ def test_parameters_get_no_gradient_work(network: nn.Module, images: torch.Tenso
     with attackable(network):
         assert not any(parameter.requires_grad for parameter in network.parameters())
         assert network(images).grad_fn is None, "a forward pass still records a graph for the parameters"
+
+
+def every_attack(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what each attack that gradients lead finds."""
+    linf, l2 = THREATS[:2]
+
+    def noise() -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    return {
+        **{
+            str(variant): ducat.attacks.pgd(model, x, y, linf, "kl", generator=noise(), **variant)
+            for variant in VARIANTS
+        },
+        "given start": ducat.attacks.pgd(model, x, y, linf, start=x, keep="last"),
+        "adaptive": ducat.attacks.adaptive(ducat.RecoveredClassifier(model), x, y, linf, "standard", noise()),
+        "training": ducat.objective("trades", "recovery-aware", True).attack(model, x, y, linf, noise()),
+        "autoattack": external.autoattack(model, x, y, linf, noise()),
+        "square": external.square(model, x, y, linf, noise(), queries=5),
+        "ddn": external.ddn(model, x, y, l2, noise(), steps=5),
+        "decisions": decisions(model, x, y, linf, noise(), queries=20),
+    }
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_changes_no_attack(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor, made_inside: bool
+) -> None:
+    with torch.no_grad():
+        expected = every_attack(network, images, labels)
+    with torch.inference_mode():
+        x, y = (images.clone(), labels.clone()) if made_inside else (images, labels)
+        found = every_attack(network, x, y)
+    for name, adversarial in expected.items():
+        assert torch.equal(found[name], adversarial), name
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_attackable_leaves_it_to_the_caller_whether_gradients_are_recorded(network: nn.Module) -> None:
+    with torch.no_grad(), attackable(network):
+        assert not torch.is_grad_enabled()
+    with attackable(network):
+        assert torch.is_grad_enabled()
+
+
+def test_a_network_made_in_inference_mode_is_refused(images: torch.Tensor, labels: torch.Tensor) -> None:
+    with torch.inference_mode():
+        made = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 4))
+    with pytest.raises(ValueError, match=r"made or moved inside of torch.inference_mode\(\).*make it outside"):
+        ducat.attacks.pgd(made, images, labels, THREATS[0])
+    with pytest.raises(ValueError, match=r"made or moved inside of torch.inference_mode\(\).*make it outside"):
+        ducat.evaluate(made, images, labels, THREATS[0], "quick", num_classes=4)
 
 
 @pytest.mark.parametrize(("keep", "passes"), [("best", 5), ("last", 4)])

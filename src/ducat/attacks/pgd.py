@@ -1,5 +1,6 @@
 """The one engine of gradient ascent in a ball, from FGSM in training to a step-halving attack in evaluation."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -25,20 +26,36 @@ FIRST_CHECKPOINT, SHRINK, SHORTEST = 0.22, 0.03, 0.06
 def attackable(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode without parameter gradients, and undo both at the end.
 
-    Each module gets back the mode that it had, also where a part of the model was in another mode than the rest.
+    Each module gets back the mode that it had, also where a part of the model was in another mode than the rest. Inside
+    of `torch.inference_mode()` nothing would pass a gradient, so it is left meanwhile.
+
+    Raises:
+        ValueError: if the model was made inside of `torch.inference_mode()`.
     """
+    if any(tensor.is_inference() for tensor in itertools.chain(model.parameters(), model.buffers())):
+        raise ValueError(
+            "the network was made or moved inside of torch.inference_mode(), so that no gradient can pass it: make it "
+            "outside"
+        )
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    recording = torch.is_grad_enabled()  # leaving inference mode switches it on
     try:
         model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
-        yield
+        with torch.inference_mode(False), torch.set_grad_enabled(recording):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """Return a tensor that gradients may be computed with: a copy of one that was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def pgd(
@@ -102,10 +119,11 @@ def pgd(
         raise ValueError(f"{len(x)} images but {len(y)} labels")
     goal = find(objective)
     with attackable(model):
+        x, y, start = recordable(x), recordable(y), None if start is None else recordable(start)
         reference = None
         if goal.reference is not None:
             with torch.no_grad():
-                reference = goal.reference(model(x).to(x.dtype), y)
+                reference = recordable(goal.reference(model(x).to(x.dtype), y))
         if keep == "last":
             start = threat.random_start(x, generator) if start is None else start
             step_sizes = [threat.step_size] * threat.steps if step_sizes is None else step_sizes
