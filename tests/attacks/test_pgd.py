@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -158,6 +159,18 @@ def test_modes_and_gradients_of_every_module_come_back_even_after_an_error(
     assert [parameter.requires_grad for parameter in network.parameters()] == [False] + [True] * 5
     assert all(parameter.grad is None for parameter in network.parameters())
     assert torch.equal(network[1].running_mean, statistics)
+
+
+@pytest.mark.parametrize("leads", [False, True], ids=["another", "itself"])
+def test_a_judge_is_asked_in_evaluation_mode_and_left_as_it_was(
+    network: nn.Sequential, images: torch.Tensor, labels: torch.Tensor, leads: bool
+) -> None:
+    judge = copy.deepcopy(network).train()
+    state = copy.deepcopy(judge.state_dict())
+    ducat.attacks.pgd(judge if leads else network, images, labels, THREATS[0], judge=judge)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in judge.state_dict().items())
+    assert all(module.training for module in judge.modules())
+    assert all(parameter.requires_grad for parameter in judge.parameters())
 
 
 def test_parameters_get_no_gradient_work(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:

@@ -97,7 +97,7 @@ def pgd(
             iterate, when its progress stalls, as Auto-PGD does (Croce & Hein 2020, arXiv 2003.01690);
             `threat.step_size` is then not used.
         judge: another model of as many classes whose prediction decides what counts as fooled, while `model` leads; it
-            is asked at every step.
+            is asked at every step, in evaluation mode too.
         step_sizes: length of each step, in the units of eps, instead of `threat.steps` steps of `threat.step_size`;
             with keep="last" only.
 
@@ -118,7 +118,7 @@ def pgd(
     if len(x) != len(y):
         raise ValueError(f"{len(x)} images but {len(y)} labels")
     goal = find(objective)
-    with attackable(model):
+    with attackable(model if judge is None else nn.ModuleList([model, judge])):
         x, y, start = recordable(x), recordable(y), None if start is None else recordable(start)
         reference = None
         if goal.reference is not None:
