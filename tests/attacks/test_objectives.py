@@ -88,6 +88,22 @@ def test_weighted_pair_pushes_both_members_by_their_share() -> None:
     assert z.grad[0, [1, 2, 4, 5]].sum().item() == pytest.approx(1)
 
 
+def test_a_class_at_minus_infinity_never_fires_and_what_is_no_number_fools() -> None:
+    z = torch.tensor([[2.0, 1.0, -torch.inf], [1.0, 2.0, -torch.inf], [2.0, 1.0, torch.nan], [1.0, 2.0, torch.inf]])
+    y = torch.zeros(4, dtype=torch.long)
+    assert OBJECTIVES["cross-entropy"].fooled(z, y).tolist() == [False, True, True, True]
+    assert OBJECTIVES["targeted-cross-entropy"].fooled(z, y).tolist() == [True, False, False, False]
+    assert OBJECTIVES["recovered-cross-entropy"].fooled(torch.cat([z, z], 1), y).tolist() == [False, True, True, True]
+
+
+def test_weighted_pair_of_a_dummy_class_at_minus_infinity_is_the_margin() -> None:
+    z = torch.tensor([[1.0, 0.0, -torch.inf, -torch.inf]], requires_grad=True)
+    value = weighted_pair(z, torch.tensor([0]))
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    assert value.item() == -1
+    assert gradient.tolist() == [[-1, 1, 0, 0]]
+
+
 def test_runner_up_ranks_wrong_recovered_classes() -> None:
     z = torch.tensor([[9.0, 0.0, 3.0, 0.0, 5.0, 1.0]])
     y = torch.tensor([0])

@@ -231,6 +231,39 @@ def test_a_network_made_in_inference_mode_is_refused(images: torch.Tensor, label
         ducat.evaluate(made, images, labels, THREATS[0], "quick", num_classes=4)
 
 
+class Masked(nn.Module):
+    """A network in which class 3 of four, and its dummy class, never fire."""
+
+    def __init__(self, network: nn.Module, low: float) -> None:
+        super().__init__()
+        self.network, self.low = network, low
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(8)
+        mask[[3, 7]] = self.low
+        return self.network(x) + mask
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name[:-1] != "targeted-pair-"])
+@pytest.mark.parametrize("variant", [{}, {"keep": "first", "restarts": 2}, {"adaptive_steps": True}], ids=str)
+def test_classes_masked_by_minus_infinity_are_as_those_masked_by_a_low_number(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor, objective: str, variant: dict
+) -> None:
+    infinite, low = (
+        ducat.attacks.pgd(
+            Masked(network, value),
+            images,
+            labels % 3,
+            THREATS[0],
+            objective,
+            generator=torch.Generator().manual_seed(0),
+            **variant,
+        )
+        for value in (-torch.inf, -1e4)
+    )
+    assert torch.equal(infinite, low)
+
+
 @pytest.mark.parametrize(("keep", "passes"), [("best", 5), ("last", 4)])
 def test_the_number_of_passes(
     network: nn.Module, images: torch.Tensor, labels: torch.Tensor, keep: str, passes: int

@@ -133,6 +133,14 @@ def test_outputs_that_are_not_finite_are_found_on_every_image(templates: Templat
         evaluate(Net(model, forward), x, y)
 
 
+def test_classes_masked_by_minus_infinity_are_to_be_masked_by_a_low_number(templates: Templates) -> None:
+    model, x, y = templates
+    with pytest.raises(ValueError, match="first on benign image 0: some classes are at minus infinity.*-1e4 instead"):
+        evaluate(nn.Sequential(model, nn.ConstantPad1d((0, 2), -torch.inf)), x, y, num_classes=6)
+    low = evaluate(nn.Sequential(model, nn.ConstantPad1d((0, 2), -1e4)), x, y, num_classes=6)
+    assert torch.equal(low.robust, evaluate(model, x, y).robust)
+
+
 def test_outputs_that_are_not_finite_under_attack_count_as_wrong(templates: Templates) -> None:
     model, x, y = templates
 

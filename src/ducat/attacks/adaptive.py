@@ -100,8 +100,9 @@ class SilentDummies(nn.Module):
 
 def with_silent_dummies(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch outputs"]:
     """Return C logits with those of C dummy classes that never fire."""
-    # Half of the lowest number: its exponential is 0, and differences with it stay finite.
-    return torch.cat([logits, torch.full_like(logits, torch.finfo(logits.dtype).min / 2)], dim=1)
+    # Half of the lowest number: its exponential is 0, and differences with it stay finite, in float32 too.
+    lowest = max(torch.finfo(logits.dtype).min, torch.finfo(torch.float32).min) / 2
+    return torch.cat([logits, torch.full_like(logits, lowest)], dim=1)
 
 
 def is_recovered(model: nn.Module) -> bool:

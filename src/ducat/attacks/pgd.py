@@ -123,7 +123,7 @@ def pgd(
         reference = None
         if goal.reference is not None:
             with torch.no_grad():
-                reference = recordable(goal.reference(model(x).to(x.dtype), y))
+                reference = recordable(goal.reference(_read(model(x), x.dtype), y))
         if keep == "last":
             start = threat.random_start(x, generator) if start is None else start
             step_sizes = [threat.step_size] * threat.steps if step_sizes is None else step_sizes
@@ -155,17 +155,29 @@ def pgd(
     return best
 
 
+def _read(outputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return logits in the precision of the images, with a very low number for minus infinity.
+
+    A class at minus infinity never fires, and is none of the attack's business; but 0 times it, and its difference with
+    itself, are no numbers.
+    """
+    logits = outputs.to(dtype)
+    return torch.where(logits.isneginf(), torch.finfo(dtype).min / 2, logits)
+
+
 def _gradient(
     model: nn.Module, adversarial: Tensor, y: Tensor, goal: Goal, reference: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits, objective and gradient of the input."""
     with torch.enable_grad():
         adversarial = adversarial.detach().requires_grad_()
-        logits = model(adversarial).to(adversarial.dtype)
+        logits = _read(model(adversarial), adversarial.dtype)
         value = goal.value(logits, y, reference)
-        if not value.requires_grad:  # the model passes no gradient
-            return logits, value, torch.zeros_like(adversarial)
-        (gradient,) = torch.autograd.grad(value.sum(), adversarial)
+        gradient = None
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value.sum(), adversarial, allow_unused=True)
+    if gradient is None:  # the model passes none
+        gradient = torch.zeros_like(adversarial)
     return logits.detach(), value.detach(), gradient.nan_to_num()
 
 
@@ -268,11 +280,11 @@ def _best_iterate(
             logits, value, gradient = _gradient(model, search.now, search.y, goal, search.reference)
         else:
             with torch.no_grad():
-                logits = model(search.now).to(x.dtype)
+                logits = _read(model(search.now), x.dtype)
                 value, gradient = goal.value(logits, search.y, search.reference), search.best_gradient
         if judge is not None:
             with torch.no_grad():
-                logits = judge(search.now).to(x.dtype)
+                logits = _read(judge(search.now), x.dtype)
         hit = goal.fooled(logits, search.y)
         better = (hit & ~search.fooled) | ((hit == search.fooled) & (value > search.best_value))
         search.rises += value > search.value

@@ -190,17 +190,24 @@ def classifier(model: Network, x: Float[Tensor, "samples channels height width"]
                         f"{type(first).__name__}: {str(first).strip().splitlines()[0] if str(first).strip() else ''}"
                     ) from first
             for number, part in enumerate(spooled.chunks(x, size)):
-                finite = found(part.to(found.device)).isfinite().all(1)
+                logits = found(part.to(found.device))
+                finite = logits.isfinite().all(1)
                 if not finite.all():
-                    row = number * size + int((~finite).nonzero()[0])
+                    place = int((~finite).nonzero()[0])
                     raise ValueError(
-                        f"the model's outputs are not finite, first on benign image {row}: such a network makes no "
-                        "prediction there, and no accuracy of it can be measured"
+                        f"the model's outputs are not finite, first on benign image {number * size + place}: "
+                        + _not_finite(logits[place])
                     )
     finally:
         for module in training:
             module.training = True
     return found
+
+
+def _not_finite(logits: Float[Tensor, " outputs"]) -> str:
+    if bool((logits.isfinite() | logits.isneginf()).all()) and not bool(logits.isneginf().all()):
+        return "some classes are at minus infinity, so that margins are no numbers; mask classes by -1e4 instead"
+    return "such a network makes no prediction there, and no accuracy of it can be measured"
 
 
 @dataclass(frozen=True)
