@@ -231,6 +231,36 @@ def test_a_network_made_in_inference_mode_is_refused(images: torch.Tensor, label
         ducat.evaluate(made, images, labels, THREATS[0], "quick", num_classes=4)
 
 
+@pytest.mark.parametrize("images_in", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", [{}, {"keep": "last"}, {"adaptive_steps": True}], ids=str)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_network_that_is_sure_is_attacked_in_float16_as_well(
+    templates: tuple[nn.Sequential, torch.Tensor, torch.Tensor], images_in: torch.dtype, variant: dict, norm: str
+) -> None:
+    """The linear model's probability of a wrong class is 1e-9 at most, below what float16 can hold."""
+    model, x, y = templates
+    x = x.to(images_in).float()
+    y = model(x).argmax(1)
+    lead = model(x).topk(2).values
+    sure = (lead[:, 0] - lead[:, 1]).amin()
+    with torch.no_grad():
+        model[1].weight.mul_(22 / sure)
+        model[1].bias.mul_(22 / sure)
+    assert (1 - model(x).double().softmax(1).amax(1)).max() < 1e-9
+    threat = ducat.ThreatModel(norm, {"linf": 0.02, "l2": 0.2}[norm], steps=20)
+
+    def reached(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        found = ducat.attacks.pgd(network, images, y, threat, generator=torch.Generator().manual_seed(0), **variant)
+        return ducat.losses.margin(model(found.float()), y)
+
+    class Half(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return half(images.half())
+
+    half = copy.deepcopy(model).half()
+    torch.testing.assert_close(reached(Half(), x.to(images_in)), reached(model, x), rtol=0.05, atol=0.5)
+
+
 class Masked(nn.Module):
     """A network in which class 3 of four, and its dummy class, never fire."""
 

@@ -168,17 +168,26 @@ def _read(outputs: Tensor, dtype: torch.dtype) -> Tensor:
 def _gradient(
     model: nn.Module, adversarial: Tensor, y: Tensor, goal: Goal, reference: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits, objective and gradient of the input."""
+    """Return logits, objective and gradient of the input; of a network that ends in float16, each image's direction."""
     with torch.enable_grad():
         adversarial = adversarial.detach().requires_grad_()
-        logits = _read(model(adversarial), adversarial.dtype)
+        outputs, dtype = model(adversarial), adversarial.dtype
+        if outputs.dtype == torch.float16 and outputs.requires_grad:
+            outputs, dtype = outputs.float(), torch.float32
+            outputs.register_hook(_enlarged)
+        logits = _read(outputs, dtype)
         value = goal.value(logits, y, reference)
         gradient = None
         if value.requires_grad:
             (gradient,) = torch.autograd.grad(value.sum(), adversarial, allow_unused=True)
     if gradient is None:  # the model passes none
         gradient = torch.zeros_like(adversarial)
-    return logits.detach(), value.detach(), gradient.nan_to_num()
+    return logits.detach().to(adversarial.dtype), value.detach().to(adversarial.dtype), gradient.nan_to_num()
+
+
+def _enlarged(slopes: Tensor) -> Tensor:
+    """Divide each row by its largest entry: those of an image that the network is sure of would be 0 in float16."""
+    return slopes / slopes.abs().amax(1, keepdim=True).clamp_min(torch.finfo(slopes.dtype).tiny)
 
 
 def _last_iterate(
