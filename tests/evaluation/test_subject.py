@@ -70,6 +70,29 @@ def test_functions_and_fixed_batch_sizes_are_taken(templates: Templates) -> None
     assert torch.equal(evaluate(fixed, x, y).robust, expected)
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_function_that_detaches_its_images_is_taken(templates: Templates, trainable: bool) -> None:
+    model, x, y = templates
+    model.requires_grad_(trainable)
+    hidden = [torch.ones(4, requires_grad=trainable)]
+    found = evaluate(lambda images: model(images.detach()) * hidden[0], x, y)
+    assert found.clean.float().mean() > 0.9
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_network_that_refuses_small_batches_by_a_value_error_gets_full_ones(templates: Templates) -> None:
+    model, x, y = templates
+
+    def whole(images: torch.Tensor) -> torch.Tensor:
+        if len(images) != 40:
+            raise ValueError("Expected more than 1 value per channel when training")
+        return model(images)
+
+    assert torch.equal(evaluate(whole, x, y).robust, evaluate(model, x, y).robust)
+    with pytest.raises(ValueError, match=r"the network returns shape \(1, 1, 8, 8\): logits have shape"):
+        evaluate(lambda images: images, x, y)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_attacked_like_float32(templates: Templates, dtype: torch.dtype) -> None:
     model, x, y = templates
@@ -135,7 +158,7 @@ def test_outputs_that_are_not_finite_are_found_on_every_image(templates: Templat
 
 def test_classes_masked_by_minus_infinity_are_to_be_masked_by_a_low_number(templates: Templates) -> None:
     model, x, y = templates
-    with pytest.raises(ValueError, match="first on benign image 0: some classes are at minus infinity.*-1e4 instead"):
+    with pytest.raises(ValueError, match=r"first on benign image 0: some classes are at minus infinity.*-1e4 instead"):
         evaluate(nn.Sequential(model, nn.ConstantPad1d((0, 2), -torch.inf)), x, y, num_classes=6)
     low = evaluate(nn.Sequential(model, nn.ConstantPad1d((0, 2), -1e4)), x, y, num_classes=6)
     assert torch.equal(low.robust, evaluate(model, x, y).robust)

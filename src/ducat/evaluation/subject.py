@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ducat.data import spooled
-from ducat.models.outputs import logits_of
+from ducat.models.outputs import NoLogitsError, logits_of
 from ducat.threat import ThreatModel
 
 OVERSHOOT = 1e-6  # of [0, 1]: what interpolation in float32 leaves
@@ -122,8 +122,9 @@ class Measured(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self._batches(x) if self.batch_size else self._pass(x)
-        if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
-            logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)  # attacks then see a gradient of zero
+        if x.requires_grad and torch.is_grad_enabled():
+            # Attacks see a gradient of zero where there is none: weights may need one though the images get none.
+            logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)
         return logits
 
     def _batches(self, x: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ def classifier(model: Network, x: Float[Tensor, "samples channels height width"]
             try:
                 for few in {1, min(2, len(x))}:
                     found(x[:few].to(found.device))
-            except ValueError:
+            except NoLogitsError:
                 raise
             except Exception as first:
                 found.batch_size = size
