@@ -1,5 +1,6 @@
 """What people bring, and what kind of function it is."""
 
+import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ducat
-from ducat.evaluation.subject import State, classifier, examine, images_and_labels
+from ducat.evaluation.subject import Function, State, classifier, examine, images_and_labels
 
 pytestmark = pytest.mark.slow
 
@@ -260,6 +261,49 @@ def test_state_is_put_back_wherever_it_is(templates: Templates) -> None:
     assert memory.array.tolist() == [0, 0, 0]
     assert not hasattr(net, "new")
     assert net.up() == 1
+
+
+counting = Net(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), moves)
+
+
+def through_another_function(images: torch.Tensor) -> torch.Tensor:
+    return counting(images)
+
+
+def test_state_of_a_network_that_a_function_names_as_a_global_is_put_back(templates: Templates) -> None:
+    for function in (lambda images: counting(images), lambda images: through_another_function(images)):
+        state = State(Function(function))
+        function(templates[1])
+        assert state.changed()
+        state.restore()
+        assert float(counting.shift) == 0
+
+
+class Interrupted(Exception):  # noqa: N818 - as KeyboardInterrupt
+    pass
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_network_is_left_as_it_was(templates: Templates, interrupted: bool) -> None:
+    model, x, y = templates
+    net = Net(model, lambda net, images: net.inside(images) + 0 * moves(net, images))
+    hidden = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 4)).train()
+    statistics = [buffer.clone() for buffer in hidden.buffers()]
+
+    def progress(attack: str) -> None:
+        if interrupted:
+            raise Interrupted
+
+    for one, others in ((net, [hidden_in(hidden)]), (hidden_in(hidden), [net])):
+        with pytest.raises(Interrupted) if interrupted else contextlib.nullcontext():
+            evaluate(one, x, y, surrogates=others, progress=progress)
+        assert float(net.shift) == 0
+        assert all(torch.equal(now, kept) for now, kept in zip(hidden.buffers(), statistics, strict=True))
+
+
+def hidden_in(network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function of images whose network no one puts in evaluation mode."""
+    return lambda images: network(images)
 
 
 def test_a_network_that_counts_its_queries_is_judged_by_a_fresh_one(templates: Templates) -> None:

@@ -33,6 +33,7 @@ from ducat.evaluation.subject import (
     classifier,
     differs,
     examine,
+    given_back,
     images_and_labels,
     views,
 )
@@ -72,7 +73,7 @@ def evaluate(
     Predictions are always recovered ones. Every attack starts from all samples whose benign image is classified
     correctly, so that each attack's accuracy is its own. A sample is robust if it withstands every attack, and if its
     saved image does not fool the network when it is looked at once more, in float32. `docs/evaluation.md` tells what
-    happens before, between and after the attacks.
+    happens before, between and after the attacks. The network is left as it was.
 
     Args:
         model: maps images in [0, 1] to 2C logits (a network with dummy classes) or to C logits, on any device; a module
@@ -116,7 +117,7 @@ def evaluate(
             held_out = images_and_labels(*held_out, num_classes)
         subject = _Subject.of(model, x, num_classes, batch_size, replacements)
         others = [classifier(other, x, batch_size) for other in surrogates]
-        with attackable(subject.network), attackable(nn.ModuleList(others)):
+        with given_back(subject.network, *others), attackable(subject.network), attackable(nn.ModuleList(others)):
             common: Callable[[Any], Any] = agreed if parts is not None else lambda value: value
             nature = common(examine(subject.network, x, None, threat, generator(seed, "evaluate", "nature")))
             fold = True

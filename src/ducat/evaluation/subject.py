@@ -8,6 +8,7 @@ meet.
 import collections
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
@@ -148,6 +149,16 @@ class Measured(nn.Module):
         logits = logits_of(output)
         self.coarse |= logits.dtype not in CHANGED
         return logits.float()
+
+
+@contextmanager
+def given_back(*networks: Measured) -> Iterator[None]:
+    """Leave what networks hold as it was before their first pass here, whatever happens."""
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.origin.restore(numbers=True)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -399,8 +410,9 @@ def _internal(name: str) -> bool:
 class State:
     """What a network holds besides its parameters, as it was when this was made.
 
-    Buffers, and what plain attributes, containers, objects and closures of its modules hold. Sources of random numbers
-    are left to run on. What is kept elsewhere (a global, a file) is not seen.
+    Buffers, and what plain attributes, containers, objects and closures of its modules hold, also of modules that a
+    function names as globals. Sources of random numbers are left to run on. What is kept elsewhere (any other global, a
+    file) is not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -423,8 +435,13 @@ class State:
         )
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put everything back."""
+    def restore(self, *, numbers: bool = False) -> None:
+        """Put everything back.
+
+        Args:
+            numbers: also look at the numbers of tensors that say that they are unchanged: batch norm writes its
+                running statistics without a note. What it computes meanwhile does not depend on them.
+        """
         for holder, kept in self._holders:
             for name in [name for name in holder if name not in kept and not _internal(name)]:
                 del holder[name]
@@ -436,7 +453,7 @@ class State:
         for cell, value in self._cells:
             cell.cell_contents = value
         for index, (tensor, copy, version) in enumerate(self._tensors):
-            if tensor._version != version:
+            if tensor._version != version or (numbers and not _same_numbers(tensor, copy)):
                 tensor.copy_(copy)
                 self._tensors[index] = tensor, copy, tensor._version
         for array, numbers in self._arrays:
@@ -471,6 +488,9 @@ class State:
                     continue
                 self._cells.append((cell, value))
                 inside.append(value)
+            # Networks, and functions of the same file that may use some: other globals are not only the network's.
+            named = [thing.__globals__.get(name) for name in thing.__code__.co_names]
+            inside += [one for one in named if isinstance(one, nn.Module) or _beside(one, thing)]
         elif isinstance(getattr(thing, "__dict__", None), dict):
             holder = vars(thing)
             kept = {name: value for name, value in holder.items() if not _internal(name)}
@@ -482,8 +502,18 @@ class State:
             self._look(one, depth - 1)
 
 
+def _beside(thing: Any, function: FunctionType) -> bool:
+    return isinstance(thing, FunctionType) and thing.__globals__ is function.__globals__
+
+
 def _identities(holder: dict[str, Any]) -> dict[str, int]:
     return {name: id(value) for name, value in holder.items() if not _internal(name)}
+
+
+def _same_numbers(now: Tensor, kept: Tensor) -> bool:
+    if not now.is_floating_point() or now.layout != torch.strided:
+        return True
+    return torch.equal(now.nan_to_num(), kept.nan_to_num())
 
 
 def _same_items(now: Any, kept: Any) -> bool:
