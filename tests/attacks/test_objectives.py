@@ -122,6 +122,12 @@ def test_dlr_matches_its_formula() -> None:
     assert dlr(z, torch.tensor([2])).item() == pytest.approx((4 - 3) / (4 - 2))
 
 
+@pytest.mark.parametrize(("name", "outputs"), [("dlr", 2), ("recovered-dlr", 4)])
+def test_dlr_of_two_classes_is_refused(name: str, outputs: int) -> None:
+    with pytest.raises(ValueError, match=r"dlr needs at least 3 outputs, .*not 2: use 'margin'"):
+        value(name, torch.zeros(1, outputs), torch.tensor([0]))
+
+
 def test_every_blind_inner_objective_of_a_method_has_a_recovery_aware_twin() -> None:
     from ducat.methods import METHODS
 

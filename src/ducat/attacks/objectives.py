@@ -59,8 +59,11 @@ class Goal:
 def dlr(logits: Logits, y: Labels) -> PerSample:
     """Difference of logits ratio, invariant to shift and scale of the logits (Croce & Hein 2020, arXiv 2003.01690).
 
-    Needs at least 3 outputs.
+    Raises:
+        ValueError: if there are fewer than 3 outputs.
     """
+    if logits.shape[1] < 3:
+        raise ValueError(f"dlr needs at least 3 outputs, recovered where they are, not {logits.shape[1]}: use 'margin'")
     ordered = logits.sort(dim=1, descending=True).values
     return losses.margin(logits, y) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
 
