@@ -278,7 +278,11 @@ def _check_state(optimizer: torch.optim.Optimizer, replaced: Mapping[Tensor, Ten
     kept = [(name, value, old) for old in replaced for name, value in optimizer.state.get(old, {}).items()]
     other = [name for name, value, old in kept if _of_another_shape(value, old)]
     if hasattr(optimizer, "_params") or other:
-        what = f"its state {', '.join(other)} has another shape than the head" if other else "it keeps its own list of parameters"
+        what = (
+            f"its state {', '.join(other)} has another shape than the head"
+            if other
+            else "it keeps its own list of parameters"
+        )
         raise ValueError(
             f"{type(optimizer).__name__} cannot go on with a doubled head ({what}): make it after add_dummy_classes"
         )

@@ -1,5 +1,6 @@
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ducat
 from ducat.attacks import external
 from ducat.attacks.objectives import OBJECTIVES
-from ducat.attacks.pgd import attackable
+from ducat.attacks.pgd import attackable, check_kinds
 from ducat.attacks.queries import decisions
 
 THREATS = [
@@ -407,3 +409,46 @@ def test_labels_must_match_the_images(network: nn.Module, images: torch.Tensor, 
     # The type checker of the tests speaks first, with a TypeError.
     with pytest.raises((ValueError, TypeError), match=r"12 images but 3 labels|batch=12"):
         ducat.attacks.pgd(network, images, labels[:3], THREATS[0])
+
+
+@pytest.mark.parametrize("attack", [ducat.attacks.pgd, ducat.attacks.adaptive])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (255 * x, y), r"the images run from .* they must be in \[0, 1\]"),
+        (lambda x, y: (x - 0.5, y), r"the images run from .* they must be in \[0, 1\]"),
+        (lambda x, y: (x * torch.nan, y), "the images run from nan"),
+        (lambda x, y: (x, y.int()), r"the labels are torch.int32: .* as y.long\(\) does"),
+        (lambda x, y: (x, y - 1), "the labels begin at -1"),
+    ],
+)
+def test_images_and_labels_of_another_kind_are_named(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor, attack: Any, change: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        attack(network, *change(images, labels), THREATS[0])
+
+
+def test_images_of_whole_numbers_are_named(images: torch.Tensor, labels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"the images are torch.uint8: .* as x.float\(\) / 255 does"):
+        check_kinds((images * 255).byte(), labels)
+
+
+def test_labels_beyond_the_classes_are_named(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="the labels run up to 6, but the network has 4 classes"):
+        ducat.attacks.adaptive(ducat.RecoveredClassifier(network), images, labels + 3, THREATS[0], "quick")
+
+
+def test_the_attack_of_training_looks_at_no_number(network: nn.Module) -> None:
+    """On a GPU it would wait for it in every step."""
+    x, y = torch.rand(2, 3, 6, 6), torch.zeros(2, dtype=torch.long)
+    forbidden: list[str] = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            forbidden.extend(name for name in ("_local_scalar_dense", "nonzero") if name in str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watched():
+        ducat.attacks.pgd(network, x, y, THREATS[0], "kl", keep="last")
+    assert forbidden == []

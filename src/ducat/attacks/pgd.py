@@ -16,6 +16,7 @@ from ducat.threat import ThreatModel
 Batch = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
 KEEP = ("best", "first", "last")
+OVERSHOOT = 1e-6  # of [0, 1]: what interpolation in float32 leaves
 
 MOMENTUM = 0.75  # these three: Croce & Hein 2020, section 3 (arXiv 2003.01690)
 PROGRESS = 0.75
@@ -51,6 +52,27 @@ def attackable(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def check_kinds(x: Tensor, y: Tensor) -> None:
+    """Raise ValueError if images or labels have not the type that an attack works with. It looks at no number."""
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} images but {len(y)} labels")
+    if not x.is_floating_point():
+        raise ValueError(f"the images are {x.dtype}: give floating point numbers in [0, 1], as x.float() / 255 does")
+    if y.dtype != torch.long:
+        raise ValueError(f"the labels are {y.dtype}: give class numbers as torch.int64, as y.long() does")
+
+
+def check_ranges(x: Tensor, y: Tensor) -> None:
+    """Raise ValueError if images are outside [0, 1] or labels below 0; it waits for the device."""
+    if not len(x):
+        return
+    low, high, least = torch.stack([x.amin().double(), x.amax().double(), y.amin().double()]).tolist()
+    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):
+        raise ValueError(f"the images run from {low:g} to {high:g}: they must be in [0, 1]; normalise inside the model")
+    if least < 0:
+        raise ValueError(f"the labels begin at {least:g}: they must be class numbers, from 0 on")
 
 
 def recordable(tensor: Tensor) -> Tensor:
@@ -105,7 +127,8 @@ def pgd(
         Images inside the ball and inside [0, 1], of x's shape and dtype.
 
     Raises:
-        ValueError: if an argument is out of its range, or labels and images differ in number.
+        ValueError: if an argument is out of its range, or labels and images differ in number, or are of another kind
+            than this says. The range of the images is looked at unless keep="last".
     """
     if restarts < 1:
         raise ValueError(f"restarts={restarts} must be at least 1")
@@ -115,8 +138,9 @@ def pgd(
         raise ValueError("keep='last' looks at no iterate: it takes neither restarts nor adaptive_steps")
     if keep != "last" and step_sizes is not None:
         raise ValueError(f"step_sizes are for keep='last', not for keep={keep!r}")
-    if len(x) != len(y):
-        raise ValueError(f"{len(x)} images but {len(y)} labels")
+    check_kinds(x, y)
+    if keep != "last":  # training does not wait for the device
+        check_ranges(x, y)
     goal = find(objective)
     with attackable(model if judge is None else nn.ModuleList([model, judge])):
         x, y, start = recordable(x), recordable(y), None if start is None else recordable(start)
