@@ -158,7 +158,7 @@ def given_back(*networks: Measured) -> Iterator[None]:
         yield
     finally:
         for network in networks:
-            network.origin.restore(numbers=True)
+            network.origin.restore(unnoted=True)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -435,11 +435,11 @@ class State:
         )
 
     @torch.no_grad()
-    def restore(self, *, numbers: bool = False) -> None:
+    def restore(self, *, unnoted: bool = False) -> None:
         """Put everything back.
 
         Args:
-            numbers: also look at the numbers of tensors that say that they are unchanged: batch norm writes its
+            unnoted: also look at the numbers of tensors that say that they are unchanged: batch norm writes its
                 running statistics without a note. What it computes meanwhile does not depend on them.
         """
         for holder, kept in self._holders:
@@ -453,7 +453,7 @@ class State:
         for cell, value in self._cells:
             cell.cell_contents = value
         for index, (tensor, copy, version) in enumerate(self._tensors):
-            if tensor._version != version or (numbers and not _same_numbers(tensor, copy)):
+            if tensor._version != version or (unnoted and not _same_numbers(tensor, copy)):
                 tensor.copy_(copy)
                 self._tensors[index] = tensor, copy, tensor._version
         for array, numbers in self._arrays:
