@@ -407,6 +407,34 @@ def test_an_optimizer_made_before_is_refused_or_handed_over(make: Any) -> None:
     assert all(optimizer.state[model.fc.weight][name].shape == (8, 12) for name in names)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(torch.optim.LBFGS, lr=0.1), "LBFGS cannot go on .*keeps its own list.*make it after"),
+        (torch.optim.Adafactor, "Adafactor cannot go on .*row_var, col_var has another shape.*make it after"),
+    ],
+    ids=["lbfgs", "adafactor"],
+)
+def test_an_optimizer_whose_state_cannot_be_doubled_is_refused(make: Any, message: str) -> None:
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = model(torch.ones(2, 1, 6, 6)).square().sum()
+        value.backward()
+        return value
+
+    model = Base()
+    optimizer = make(model.parameters())
+    optimizer.step(loss)
+    parameters = list(model.parameters())
+    with pytest.raises(ValueError, match=message):
+        ducat.add_dummy_classes(model, optimizer=optimizer)
+    assert dummy_head(model) is None
+    assert all(now is kept for now, kept in zip(model.parameters(), parameters, strict=True))
+    before = model.fc.weight.clone()
+    optimizer.step(loss)
+    assert not torch.equal(model.fc.weight, before), "the optimiser still trains the network"
+
+
 def test_add_dummy_classes_says_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match=r"no images were found that this Sequential turns into logits"):
         ducat.add_dummy_classes(nn.Sequential(nn.Conv2d(1, 1, 1)))

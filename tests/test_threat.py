@@ -37,6 +37,15 @@ def test_starts_and_projections_stay_in_the_ball_and_the_bounds(
         assert threat.allows(moved, x).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_starts_in_other_precisions_are_numbers(norm: str, dtype: torch.dtype) -> None:
+    x = torch.full((8, 3, 32, 32), 0.5, dtype=dtype)
+    start = ducat.ThreatModel(norm).random_start(x, torch.Generator().manual_seed(0))
+    assert start.isfinite().all()
+    assert start.dtype == dtype
+
+
 @given(shapes, threats)
 def test_a_projection_leaves_what_is_inside(shape: tuple[int, ...], threat: ducat.ThreatModel) -> None:
     x = torch.full(shape, 0.5)

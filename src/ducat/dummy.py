@@ -187,7 +187,8 @@ def add_dummy_classes(
 
     Raises:
         ValueError: if no such layer is found, or doubling it does not double the logits, or the model already has
-            dummy classes, or `init` is unknown. The model is then as it was.
+            dummy classes, or `init` is unknown, or the optimiser's state cannot be doubled. The model is then as it
+            was.
     """
     if init not in INITIALISATIONS:
         raise ValueError(f"init {init!r} is unknown: choose from {', '.join(INITIALISATIONS)}")
@@ -202,6 +203,8 @@ def add_dummy_classes(
         for layer in layers.values():
             replaced.update(_double(layer, before.shape[1], undo))
         _check_doubled(model, images, before, ", ".join(layers))
+        if optimizer is not None:
+            _check_state(optimizer, replaced)
         if init == "random":
             for layer in layers.values():
                 _draw_dummy_rows(layer, before.shape[1], generator)
@@ -268,6 +271,25 @@ def _check_doubled(model: nn.Module, images: Tensor, before: Tensor, names: str)
 
 def _doubled(tensor: Tensor) -> Tensor:
     return tensor.repeat(2, *[1] * (tensor.ndim - 1))
+
+
+def _check_state(optimizer: torch.optim.Optimizer, replaced: Mapping[Tensor, Tensor]) -> None:
+    """Raise ValueError if what an optimiser keeps of the head cannot be doubled row by row."""
+    kept = [(name, value, old) for old in replaced for name, value in optimizer.state.get(old, {}).items()]
+    other = [name for name, value, old in kept if _of_another_shape(value, old)]
+    if hasattr(optimizer, "_params") or other:
+        what = (
+            f"its state {', '.join(other)} has another shape than the head"
+            if other
+            else "it keeps its own list of parameters"
+        )
+        raise ValueError(
+            f"{type(optimizer).__name__} cannot go on with a doubled head ({what}): make it after add_dummy_classes"
+        )
+
+
+def _of_another_shape(value: object, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape
 
 
 def _hand_over(optimizer: torch.optim.Optimizer, replaced: Mapping[Tensor, Tensor]) -> None:

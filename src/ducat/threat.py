@@ -114,6 +114,7 @@ class ThreatModel:
             if self.norm == "l1":
                 # Exponential lengths with random signs, over their sum, are uniform on the sphere of l1.
                 uniform = torch.rand(x.shape, generator=generator, device=device).to(x)
+                uniform = uniform.clamp_max(1 - torch.finfo(x.dtype).eps / 2)  # float16 rounds some of them to 1
                 delta = -torch.log1p(-uniform) * delta.sign()
             shape = (len(x), *[1] * (x.ndim - 1))
             length = torch.rand(shape, generator=generator, device=device).to(x) ** (1 / max(1, x[:1].numel()))

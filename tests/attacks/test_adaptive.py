@@ -114,6 +114,45 @@ def test_silent_dummies_change_neither_outputs_nor_gradients(dtype: torch.dtype,
     assert torch.allclose(gradient, z.float().softmax(1).to(dtype))
 
 
+@pytest.mark.parametrize(
+    ("images_in", "logits_in"),
+    [(torch.float32, torch.float64), (torch.float16, torch.float32), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+@pytest.mark.parametrize("recovered", [False, True])
+def test_logits_may_be_wider_than_the_images(
+    templates: tuple[nn.Sequential, torch.Tensor, torch.Tensor],
+    images_in: torch.dtype,
+    logits_in: torch.dtype,
+    recovered: bool,
+) -> None:
+    model, x, y = templates
+    x, threat = x.to(images_in), ducat.ThreatModel(eps=0.09)
+
+    class Wide(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            logits = model(images.float()).to(logits_in)
+            return torch.cat([logits, logits - 1], 1) if recovered else logits
+
+    network = ducat.RecoveredClassifier(Wide(), "logsumexp") if recovered else Wide()
+    expected = model(attack(model, x.float(), y, threat)).argmax(1) == y
+    found = model(attack(network, x, y, threat).float()).argmax(1) == y
+    assert 0.2 < expected.float().mean() < 0.8
+    assert abs(found.float().mean() - expected.float().mean()) < 0.03
+
+
+@pytest.mark.parametrize("budget", ["quick", "standard"])
+def test_a_network_that_masks_classes_by_minus_infinity_is_attacked(
+    templates: tuple[nn.Sequential, torch.Tensor, torch.Tensor], budget: str
+) -> None:
+    model, x, y = templates
+    masked = nn.Sequential(model, nn.ConstantPad1d((0, 2), -torch.inf))
+    threat = ducat.ThreatModel(eps=0.09)
+    plain, found = (attack(network, x, y, threat, budget=budget) for network in (model, masked))
+    assert (model(plain).argmax(1) != y).any()
+    assert torch.equal(masked(found).argmax(1) == y, model(plain).argmax(1) == y)
+
+
 class Classes(nn.Module):
     """Brightness decides among four classes; it records the brightness of the images in every pass."""
 

@@ -88,6 +88,22 @@ def test_weighted_pair_pushes_both_members_by_their_share() -> None:
     assert z.grad[0, [1, 2, 4, 5]].sum().item() == pytest.approx(1)
 
 
+def test_a_class_at_minus_infinity_never_fires_and_what_is_no_number_fools() -> None:
+    z = torch.tensor([[2.0, 1.0, -torch.inf], [1.0, 2.0, -torch.inf], [2.0, 1.0, torch.nan], [1.0, 2.0, torch.inf]])
+    y = torch.zeros(4, dtype=torch.long)
+    assert OBJECTIVES["cross-entropy"].fooled(z, y).tolist() == [False, True, True, True]
+    assert OBJECTIVES["targeted-cross-entropy"].fooled(z, y).tolist() == [True, False, False, False]
+    assert OBJECTIVES["recovered-cross-entropy"].fooled(torch.cat([z, z], 1), y).tolist() == [False, True, True, True]
+
+
+def test_weighted_pair_of_a_dummy_class_at_minus_infinity_is_the_margin() -> None:
+    z = torch.tensor([[1.0, 0.0, -torch.inf, -torch.inf]], requires_grad=True)
+    value = weighted_pair(z, torch.tensor([0]))
+    (gradient,) = torch.autograd.grad(value.sum(), z)
+    assert value.item() == -1
+    assert gradient.tolist() == [[-1, 1, 0, 0]]
+
+
 def test_runner_up_ranks_wrong_recovered_classes() -> None:
     z = torch.tensor([[9.0, 0.0, 3.0, 0.0, 5.0, 1.0]])
     y = torch.tensor([0])
@@ -104,6 +120,12 @@ def test_dlr_matches_its_formula() -> None:
     z = torch.tensor([[4.0, 1.0, 3.0, 2.0]])
     assert dlr(z, torch.tensor([0])).item() == pytest.approx((3 - 4) / (4 - 2))
     assert dlr(z, torch.tensor([2])).item() == pytest.approx((4 - 3) / (4 - 2))
+
+
+@pytest.mark.parametrize(("name", "outputs"), [("dlr", 2), ("recovered-dlr", 4)])
+def test_dlr_of_two_classes_is_refused(name: str, outputs: int) -> None:
+    with pytest.raises(ValueError, match=r"dlr needs at least 3 outputs, .*not 2: use 'margin'"):
+        value(name, torch.zeros(1, outputs), torch.tensor([0]))
 
 
 def test_every_blind_inner_objective_of_a_method_has_a_recovery_aware_twin() -> None:

@@ -1,4 +1,6 @@
+import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -6,10 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ducat
+from ducat.attacks import external
 from ducat.attacks.objectives import OBJECTIVES
-from ducat.attacks.pgd import attackable
+from ducat.attacks.pgd import attackable, check_kinds
+from ducat.attacks.queries import decisions
 
 THREATS = [
     ducat.ThreatModel("linf", 0.1, steps=4),
@@ -158,10 +163,137 @@ def test_modes_and_gradients_of_every_module_come_back_even_after_an_error(
     assert torch.equal(network[1].running_mean, statistics)
 
 
+@pytest.mark.parametrize("leads", [False, True], ids=["another", "itself"])
+def test_a_judge_is_asked_in_evaluation_mode_and_left_as_it_was(
+    network: nn.Sequential, images: torch.Tensor, labels: torch.Tensor, leads: bool
+) -> None:
+    judge = copy.deepcopy(network).train()
+    state = copy.deepcopy(judge.state_dict())
+    ducat.attacks.pgd(judge if leads else network, images, labels, THREATS[0], judge=judge)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in judge.state_dict().items())
+    assert all(module.training for module in judge.modules())
+    assert all(parameter.requires_grad for parameter in judge.parameters())
+
+
 def test_parameters_get_no_gradient_work(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
     with attackable(network):
         assert not any(parameter.requires_grad for parameter in network.parameters())
         assert network(images).grad_fn is None, "a forward pass still records a graph for the parameters"
+
+
+def every_attack(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what each attack that gradients lead finds."""
+    linf, l2 = THREATS[:2]
+
+    def noise() -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    return {
+        **{
+            str(variant): ducat.attacks.pgd(model, x, y, linf, "kl", generator=noise(), **variant)
+            for variant in VARIANTS
+        },
+        "given start": ducat.attacks.pgd(model, x, y, linf, start=x, keep="last"),
+        "adaptive": ducat.attacks.adaptive(ducat.RecoveredClassifier(model), x, y, linf, "standard", noise()),
+        "training": ducat.objective("trades", "recovery-aware", True).attack(model, x, y, linf, noise()),
+        "autoattack": external.autoattack(model, x, y, linf, noise()),
+        "square": external.square(model, x, y, linf, noise(), queries=5),
+        "ddn": external.ddn(model, x, y, l2, noise(), steps=5),
+        "decisions": decisions(model, x, y, linf, noise(), queries=20),
+    }
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inference_mode_changes_no_attack(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor, made_inside: bool
+) -> None:
+    with torch.no_grad():
+        expected = every_attack(network, images, labels)
+    with torch.inference_mode():
+        x, y = (images.clone(), labels.clone()) if made_inside else (images, labels)
+        found = every_attack(network, x, y)
+    for name, adversarial in expected.items():
+        assert torch.equal(found[name], adversarial), name
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_attackable_leaves_it_to_the_caller_whether_gradients_are_recorded(network: nn.Module) -> None:
+    with torch.no_grad(), attackable(network):
+        assert not torch.is_grad_enabled()
+    with attackable(network):
+        assert torch.is_grad_enabled()
+
+
+def test_a_network_made_in_inference_mode_is_refused(images: torch.Tensor, labels: torch.Tensor) -> None:
+    with torch.inference_mode():
+        made = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 4))
+    with pytest.raises(ValueError, match=r"made or moved inside of torch.inference_mode\(\).*make it outside"):
+        ducat.attacks.pgd(made, images, labels, THREATS[0])
+    with pytest.raises(ValueError, match=r"made or moved inside of torch.inference_mode\(\).*make it outside"):
+        ducat.evaluate(made, images, labels, THREATS[0], "quick", num_classes=4)
+
+
+@pytest.mark.parametrize("images_in", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("variant", [{}, {"keep": "last"}, {"adaptive_steps": True}], ids=str)
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_network_that_is_sure_is_attacked_in_float16_as_well(
+    templates: tuple[nn.Sequential, torch.Tensor, torch.Tensor], images_in: torch.dtype, variant: dict, norm: str
+) -> None:
+    """The linear model's probability of a wrong class is 1e-9 at most, below what float16 can hold."""
+    model, x, y = templates
+    x = x.to(images_in).float()
+    y = model(x).argmax(1)
+    lead = model(x).topk(2).values
+    sure = (lead[:, 0] - lead[:, 1]).amin()
+    with torch.no_grad():
+        model[1].weight.mul_(22 / sure)
+        model[1].bias.mul_(22 / sure)
+    assert (1 - model(x).double().softmax(1).amax(1)).max() < 1e-9
+    threat = ducat.ThreatModel(norm, {"linf": 0.02, "l2": 0.2}[norm], steps=20)
+
+    def reached(network: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        found = ducat.attacks.pgd(network, images, y, threat, generator=torch.Generator().manual_seed(0), **variant)
+        return ducat.losses.margin(model(found.float()), y)
+
+    class Half(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return half(images.half())
+
+    half = copy.deepcopy(model).half()
+    torch.testing.assert_close(reached(Half(), x.to(images_in)), reached(model, x), rtol=0.05, atol=0.5)
+
+
+class Masked(nn.Module):
+    """A network in which class 3 of four, and its dummy class, never fire."""
+
+    def __init__(self, network: nn.Module, low: float) -> None:
+        super().__init__()
+        self.network, self.low = network, low
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(8)
+        mask[[3, 7]] = self.low
+        return self.network(x) + mask
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name[:-1] != "targeted-pair-"])
+@pytest.mark.parametrize("variant", [{}, {"keep": "first", "restarts": 2}, {"adaptive_steps": True}], ids=str)
+def test_classes_masked_by_minus_infinity_are_as_those_masked_by_a_low_number(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor, objective: str, variant: dict
+) -> None:
+    infinite, low = (
+        ducat.attacks.pgd(
+            Masked(network, value),
+            images,
+            labels % 3,
+            THREATS[0],
+            objective,
+            generator=torch.Generator().manual_seed(0),
+            **variant,
+        )
+        for value in (-torch.inf, -1e4)
+    )
+    assert torch.equal(infinite, low)
 
 
 @pytest.mark.parametrize(("keep", "passes"), [("best", 5), ("last", 4)])
@@ -277,3 +409,46 @@ def test_labels_must_match_the_images(network: nn.Module, images: torch.Tensor, 
     # The type checker of the tests speaks first, with a TypeError.
     with pytest.raises((ValueError, TypeError), match=r"12 images but 3 labels|batch=12"):
         ducat.attacks.pgd(network, images, labels[:3], THREATS[0])
+
+
+@pytest.mark.parametrize("attack", [ducat.attacks.pgd, ducat.attacks.adaptive])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (255 * x, y), r"the images run from .* they must be in \[0, 1\]"),
+        (lambda x, y: (x - 0.5, y), r"the images run from .* they must be in \[0, 1\]"),
+        (lambda x, y: (x * torch.nan, y), "the images run from nan"),
+        (lambda x, y: (x, y.int()), r"the labels are torch.int32: .* as y.long\(\) does"),
+        (lambda x, y: (x, y - 1), "the labels begin at -1"),
+    ],
+)
+def test_images_and_labels_of_another_kind_are_named(
+    network: nn.Module, images: torch.Tensor, labels: torch.Tensor, attack: Any, change: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        attack(network, *change(images, labels), THREATS[0])
+
+
+def test_images_of_whole_numbers_are_named(images: torch.Tensor, labels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"the images are torch.uint8: .* as x.float\(\) / 255 does"):
+        check_kinds((images * 255).byte(), labels)
+
+
+def test_labels_beyond_the_classes_are_named(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="the labels run up to 6, but the network has 4 classes"):
+        ducat.attacks.adaptive(ducat.RecoveredClassifier(network), images, labels + 3, THREATS[0], "quick")
+
+
+def test_the_attack_of_training_looks_at_no_number(network: nn.Module) -> None:
+    """On a GPU it would wait for it in every step."""
+    x, y = torch.rand(2, 3, 6, 6), torch.zeros(2, dtype=torch.long)
+    forbidden: list[str] = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            forbidden.extend(name for name in ("_local_scalar_dense", "nonzero") if name in str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watched():
+        ducat.attacks.pgd(network, x, y, THREATS[0], "kl", keep="last")
+    assert forbidden == []

@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -740,3 +741,82 @@ def test_a_folded_copy_that_goes_astray_on_adversarial_images_is_given_up(
     assert not found.scrutiny.folded
     monkeypatch.undo()
     assert torch.equal(found.robust, evaluate(templates).robust)
+
+
+@pytest.fixture
+def precisions() -> Iterator[Callable[[], list[Any]]]:
+    """Return a look at what PyTorch is told of the precision of float32, which is as ever after the test."""
+    backends = torch.backends
+
+    def settings() -> list[Any]:
+        parts = (backends, backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+        found: list[Any] = [part.fp32_precision for part in parts]
+        for older in (torch.get_float32_matmul_precision, lambda: backends.cudnn.allow_tf32):
+            try:
+                found.append(older())
+            except RuntimeError:
+                found.append("refused")
+        return found
+
+    before = settings()
+    yield settings
+    torch.set_float32_matmul_precision("highest")
+    backends.cudnn.allow_tf32 = True
+    for part in (backends, backends.cudnn, backends.mkldnn, backends.cuda.matmul, backends.mkldnn.matmul):
+        part.fp32_precision = "none"
+    backends.cudnn.conv.fp32_precision = before[2]
+    assert settings() == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="PyTorch before 2.9 has the older switches")
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [
+        ("", "tf32"),
+        ("", "ieee"),
+        ("cuda.matmul", "tf32"),
+        ("cudnn", "tf32"),
+        ("cudnn.conv", "ieee"),
+        ("mkldnn", "bf16"),
+    ],
+)
+def test_precision_that_the_user_shortened_by_the_newer_switch_is_whole_and_comes_back(
+    templates: Templates, precisions: Callable[[], list[Any]], backend: str, precision: str
+) -> None:
+    expected = evaluate(templates)
+    part = attrgetter(backend)(torch.backends) if backend else torch.backends
+    part.fp32_precision = precision
+    before = precisions()
+    assert torch.equal(evaluate(templates).adversarial, expected.adversarial)
+    assert precisions() == before
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_products_are_whole_float32_whatever_the_user_set(
+    templates: Templates, precisions: Callable[[], list[Any]], precision: str
+) -> None:
+    wide = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    seen: list[str] = []
+
+    def model(images: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return images.flatten(1) @ wide
+
+    torch.set_float32_matmul_precision(precision)
+    before = precisions()
+    evaluate((model, *templates[1:]))
+    assert set(seen) == {"highest"}
+    assert precisions() == before
+
+
+def test_the_users_choice_of_algorithms_is_kept(templates: Templates, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = templates
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    seen: list[bool] = []
+
+    def watched(images: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.deterministic)
+        return model(images)
+
+    evaluate((watched, x, y))
+    assert all(seen)

@@ -1,5 +1,6 @@
 """What people bring, and what kind of function it is."""
 
+import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ducat
-from ducat.evaluation.subject import State, classifier, examine, images_and_labels
+from ducat.evaluation.subject import Function, State, classifier, examine, images_and_labels
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +69,29 @@ def test_functions_and_fixed_batch_sizes_are_taken(templates: Templates) -> None
     assert torch.equal(evaluate(lambda images: model(images), x, y).robust, expected)
     fixed = Net(model, lambda net, images: net.inside(images.view(40, 1, 8, 8)))
     assert torch.equal(evaluate(fixed, x, y).robust, expected)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_function_that_detaches_its_images_is_taken(templates: Templates, trainable: bool) -> None:
+    model, x, y = templates
+    model.requires_grad_(trainable)
+    hidden = [torch.ones(4, requires_grad=trainable)]
+    found = evaluate(lambda images: model(images.detach()) * hidden[0], x, y)
+    assert found.clean.float().mean() > 0.9
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_network_that_refuses_small_batches_by_a_value_error_gets_full_ones(templates: Templates) -> None:
+    model, x, y = templates
+
+    def whole(images: torch.Tensor) -> torch.Tensor:
+        if len(images) != 40:
+            raise ValueError("Expected more than 1 value per channel when training")
+        return model(images)
+
+    assert torch.equal(evaluate(whole, x, y).robust, evaluate(model, x, y).robust)
+    with pytest.raises(ValueError, match=r"the network returns shape \(1, 1, 8, 8\): logits have shape"):
+        evaluate(lambda images: images, x, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -131,6 +155,14 @@ def test_outputs_that_are_not_finite_are_found_on_every_image(templates: Templat
 
     with pytest.raises(ValueError, match="not finite, first on benign image 33"):
         evaluate(Net(model, forward), x, y)
+
+
+def test_classes_masked_by_minus_infinity_are_to_be_masked_by_a_low_number(templates: Templates) -> None:
+    model, x, y = templates
+    with pytest.raises(ValueError, match=r"first on benign image 0: some classes are at minus infinity.*-1e4 instead"):
+        evaluate(nn.Sequential(model, nn.ConstantPad1d((0, 2), -torch.inf)), x, y, num_classes=6)
+    low = evaluate(nn.Sequential(model, nn.ConstantPad1d((0, 2), -1e4)), x, y, num_classes=6)
+    assert torch.equal(low.robust, evaluate(model, x, y).robust)
 
 
 def test_outputs_that_are_not_finite_under_attack_count_as_wrong(templates: Templates) -> None:
@@ -229,6 +261,49 @@ def test_state_is_put_back_wherever_it_is(templates: Templates) -> None:
     assert memory.array.tolist() == [0, 0, 0]
     assert not hasattr(net, "new")
     assert net.up() == 1
+
+
+counting = Net(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), moves)
+
+
+def through_another_function(images: torch.Tensor) -> torch.Tensor:
+    return counting(images)
+
+
+def test_state_of_a_network_that_a_function_names_as_a_global_is_put_back(templates: Templates) -> None:
+    for function in (lambda images: counting(images), lambda images: through_another_function(images)):
+        state = State(Function(function))
+        function(templates[1])
+        assert state.changed()
+        state.restore()
+        assert float(counting.shift) == 0
+
+
+class Interrupted(Exception):  # noqa: N818 - as KeyboardInterrupt
+    pass
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_network_is_left_as_it_was(templates: Templates, interrupted: bool) -> None:
+    model, x, y = templates
+    net = Net(model, lambda net, images: net.inside(images) + 0 * moves(net, images))
+    hidden = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 4)).train()
+    statistics = [buffer.clone() for buffer in hidden.buffers()]
+
+    def progress(attack: str) -> None:
+        if interrupted:
+            raise Interrupted
+
+    for one, others in ((net, [hidden_in(hidden)]), (hidden_in(hidden), [net])):
+        with pytest.raises(Interrupted) if interrupted else contextlib.nullcontext():
+            evaluate(one, x, y, surrogates=others, progress=progress)
+        assert float(net.shift) == 0
+        assert all(torch.equal(now, kept) for now, kept in zip(hidden.buffers(), statistics, strict=True))
+
+
+def hidden_in(network: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function of images whose network no one puts in evaluation mode."""
+    return lambda images: network(images)
 
 
 def test_a_network_that_counts_its_queries_is_judged_by_a_fresh_one(templates: Templates) -> None:

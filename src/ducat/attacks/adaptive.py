@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ducat.attacks.objectives import Goal, find, targeted_pair
-from ducat.attacks.pgd import attackable, pgd
+from ducat.attacks.pgd import attackable, check_kinds, check_ranges, pgd
 from ducat.dummy import RecoveredClassifier, dummy_head, recover
 from ducat.models.heads import forward, images_for, returns_tensor
 from ducat.models.outputs import as_classifier, logits_of
@@ -100,8 +100,9 @@ class SilentDummies(nn.Module):
 
 def with_silent_dummies(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch outputs"]:
     """Return C logits with those of C dummy classes that never fire."""
-    # Half of the lowest number: its exponential is 0, and differences with it stay finite.
-    return torch.cat([logits, torch.full_like(logits, torch.finfo(logits.dtype).min / 2)], dim=1)
+    # Half of the lowest number: its exponential is 0, and differences with it stay finite, in float32 too.
+    lowest = max(torch.finfo(logits.dtype).min, torch.finfo(torch.float32).min) / 2
+    return torch.cat([logits, torch.full_like(logits, lowest)], dim=1)
 
 
 def is_recovered(model: nn.Module) -> bool:
@@ -172,10 +173,12 @@ def adaptive(
         benign image itself if that is wrong already); for the others, the image that came closest to it.
 
     Raises:
-        ValueError: if the budget is unknown.
+        ValueError: if the budget is unknown, or images or labels are of another kind than this says.
     """
     if isinstance(budget, str) and budget not in BUDGETS:
         raise ValueError(f"budget {budget!r} is unknown: choose from {', '.join(BUDGETS)}")
+    check_kinds(x, y)
+    check_ranges(x, y)
     if not len(x):
         return x.clone()
     rounds = BUDGETS[budget] if isinstance(budget, str) else budget
@@ -311,5 +314,8 @@ class _Nearest:
         """Return the score of each class; minus infinity for the label's own."""
         with attackable(self.network), torch.no_grad():
             logits = self.network(x).to(x.dtype)
+            classes = logits.shape[1] // 2
+            if len(y) and int(y.max()) >= classes:
+                raise ValueError(f"the labels run up to {int(y.max())}, but the network has {classes} classes")
             score = self.score(logits, y).nan_to_num(-torch.inf, torch.inf, -torch.inf)
             return score.scatter(1, y[:, None], -torch.inf)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ducat.attacks.pgd import attackable
+from ducat.attacks.pgd import attackable, recordable
 from ducat.threat import ThreatModel
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def autoattack(
     if not len(x):
         return x.clone()
     with _guarded(model, generator) as seed:
+        x, y = recordable(x), recordable(y)
         attack = _autoattack(model, x, threat, seed)
         with torch.no_grad():
             classes = model(x[:1]).shape[1]
@@ -89,6 +90,7 @@ def square(
     if not len(x):
         return x.clone()
     with _guarded(model, generator) as seed:
+        x, y = recordable(x), recordable(y)
         attack = _autoattack(model, x, threat, seed).square
         attack.n_queries = queries
         found = attack.perturb(x.float().contiguous(), y)
@@ -172,8 +174,11 @@ def _closest(
     if not len(x):
         return x.clone()
     with _guarded(model, generator):
+        x, y = recordable(x), recordable(y)
         classifier = PyTorchModel(model, bounds=(0, 1), device=x.device)
-        found = threat.project(attack.run(classifier, x, Misclassification(y)), x)
+        with torch.enable_grad():
+            found = attack.run(classifier, x, Misclassification(y))
+        found = threat.project(found, x)
         with torch.no_grad():
             fooled = model(found).argmax(1) != y
     return torch.where(fooled.view(-1, *[1] * (x.ndim - 1)), found, x)

@@ -45,19 +45,25 @@ class Goal:
     recovered: "Goal | None" = None
 
     def fooled(self, logits: Logits, y: Labels) -> Bool[Tensor, " batch"]:
-        """Tell which samples this attacker believes to be misclassified; when `targeted`, classified as y."""
+        """Tell which samples this attacker believes to be misclassified; when `targeted`, classified as y.
+
+        Logits that are NaN or plus infinity are no prediction; minus infinity is a class that never fires.
+        """
         if self.success is not None:
             return self.success(logits, y)
         prediction = (recover(logits) if self.knows_recovery else logits).argmax(1)
-        finite = logits.isfinite().all(1)  # what is not finite is no prediction
-        return finite & (prediction == y) if self.targeted else ~finite | (prediction != y)
+        broken = (logits.isnan() | logits.isposinf()).any(1)
+        return ~broken & (prediction == y) if self.targeted else broken | (prediction != y)
 
 
 def dlr(logits: Logits, y: Labels) -> PerSample:
     """Difference of logits ratio, invariant to shift and scale of the logits (Croce & Hein 2020, arXiv 2003.01690).
 
-    Needs at least 3 outputs.
+    Raises:
+        ValueError: if there are fewer than 3 outputs.
     """
+    if logits.shape[1] < 3:
+        raise ValueError(f"dlr needs at least 3 outputs, recovered where they are, not {logits.shape[1]}: use 'margin'")
     ordered = logits.sort(dim=1, descending=True).values
     return losses.margin(logits, y) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
 
@@ -73,7 +79,7 @@ def weighted_pair(logits: Logits, y: Labels) -> PerSample:
     pair = torch.stack([half.gather(1, y[:, None]).squeeze(1) for half in (real, dummy)])
     weight = pair.detach().softmax(dim=0)
     others = recover(logits).scatter(1, y[:, None], -torch.inf).amax(1)
-    return others - (weight * pair).sum(0)
+    return others - torch.where(weight > 0, weight * pair, 0).sum(0)  # 0 times minus infinity is no number
 
 
 def runner_up(rank: int) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,5 +1,6 @@
 """The one engine of gradient ascent in a ball, from FGSM in training to a step-halving attack in evaluation."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ from ducat.threat import ThreatModel
 Batch = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
 KEEP = ("best", "first", "last")
+OVERSHOOT = 1e-6  # of [0, 1]: what interpolation in float32 leaves
 
 MOMENTUM = 0.75  # these three: Croce & Hein 2020, section 3 (arXiv 2003.01690)
 PROGRESS = 0.75
@@ -25,20 +27,57 @@ FIRST_CHECKPOINT, SHRINK, SHORTEST = 0.22, 0.03, 0.06
 def attackable(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode without parameter gradients, and undo both at the end.
 
-    Each module gets back the mode that it had, also where a part of the model was in another mode than the rest.
+    Each module gets back the mode that it had, also where a part of the model was in another mode than the rest. Inside
+    of `torch.inference_mode()` nothing would pass a gradient, so it is left meanwhile.
+
+    Raises:
+        ValueError: if the model was made inside of `torch.inference_mode()`.
     """
+    if any(tensor.is_inference() for tensor in itertools.chain(model.parameters(), model.buffers())):
+        raise ValueError(
+            "the network was made or moved inside of torch.inference_mode(), so that no gradient can pass it: make it "
+            "outside"
+        )
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    recording = torch.is_grad_enabled()  # leaving inference mode switches it on
     try:
         model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
-        yield
+        with torch.inference_mode(False), torch.set_grad_enabled(recording):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def check_kinds(x: Tensor, y: Tensor) -> None:
+    """Raise ValueError if images or labels have not the type that an attack works with. It looks at no number."""
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} images but {len(y)} labels")
+    if not x.is_floating_point():
+        raise ValueError(f"the images are {x.dtype}: give floating point numbers in [0, 1], as x.float() / 255 does")
+    if y.dtype != torch.long:
+        raise ValueError(f"the labels are {y.dtype}: give class numbers as torch.int64, as y.long() does")
+
+
+def check_ranges(x: Tensor, y: Tensor) -> None:
+    """Raise ValueError if images are outside [0, 1] or labels below 0; it waits for the device."""
+    if not len(x):
+        return
+    low, high, least = torch.stack([x.amin().double(), x.amax().double(), y.amin().double()]).tolist()
+    if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):
+        raise ValueError(f"the images run from {low:g} to {high:g}: they must be in [0, 1]; normalise inside the model")
+    if least < 0:
+        raise ValueError(f"the labels begin at {least:g}: they must be class numbers, from 0 on")
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """Return a tensor that gradients may be computed with: a copy of one that was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def pgd(
@@ -80,7 +119,7 @@ def pgd(
             iterate, when its progress stalls, as Auto-PGD does (Croce & Hein 2020, arXiv 2003.01690);
             `threat.step_size` is then not used.
         judge: another model of as many classes whose prediction decides what counts as fooled, while `model` leads; it
-            is asked at every step.
+            is asked at every step, in evaluation mode too.
         step_sizes: length of each step, in the units of eps, instead of `threat.steps` steps of `threat.step_size`;
             with keep="last" only.
 
@@ -88,7 +127,8 @@ def pgd(
         Images inside the ball and inside [0, 1], of x's shape and dtype.
 
     Raises:
-        ValueError: if an argument is out of its range, or labels and images differ in number.
+        ValueError: if an argument is out of its range, or labels and images differ in number, or are of another kind
+            than this says. The range of the images is looked at unless keep="last".
     """
     if restarts < 1:
         raise ValueError(f"restarts={restarts} must be at least 1")
@@ -98,14 +138,16 @@ def pgd(
         raise ValueError("keep='last' looks at no iterate: it takes neither restarts nor adaptive_steps")
     if keep != "last" and step_sizes is not None:
         raise ValueError(f"step_sizes are for keep='last', not for keep={keep!r}")
-    if len(x) != len(y):
-        raise ValueError(f"{len(x)} images but {len(y)} labels")
+    check_kinds(x, y)
+    if keep != "last":  # training does not wait for the device
+        check_ranges(x, y)
     goal = find(objective)
-    with attackable(model):
+    with attackable(model if judge is None else nn.ModuleList([model, judge])):
+        x, y, start = recordable(x), recordable(y), None if start is None else recordable(start)
         reference = None
         if goal.reference is not None:
             with torch.no_grad():
-                reference = goal.reference(model(x).to(x.dtype), y)
+                reference = recordable(goal.reference(_read(model(x), x.dtype), y))
         if keep == "last":
             start = threat.random_start(x, generator) if start is None else start
             step_sizes = [threat.step_size] * threat.steps if step_sizes is None else step_sizes
@@ -137,18 +179,39 @@ def pgd(
     return best
 
 
+def _read(outputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return logits in the precision of the images, with a very low number for minus infinity.
+
+    A class at minus infinity never fires, and is none of the attack's business; but 0 times it, and its difference with
+    itself, are no numbers.
+    """
+    logits = outputs.to(dtype)
+    return torch.where(logits.isneginf(), torch.finfo(dtype).min / 2, logits)
+
+
 def _gradient(
     model: nn.Module, adversarial: Tensor, y: Tensor, goal: Goal, reference: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits, objective and gradient of the input."""
+    """Return logits, objective and gradient of the input; of a network that ends in float16, each image's direction."""
     with torch.enable_grad():
         adversarial = adversarial.detach().requires_grad_()
-        logits = model(adversarial).to(adversarial.dtype)
+        outputs, dtype = model(adversarial), adversarial.dtype
+        if outputs.dtype == torch.float16 and outputs.requires_grad:
+            outputs, dtype = outputs.float(), torch.float32
+            outputs.register_hook(_enlarged)
+        logits = _read(outputs, dtype)
         value = goal.value(logits, y, reference)
-        if not value.requires_grad:  # the model passes no gradient
-            return logits, value, torch.zeros_like(adversarial)
-        (gradient,) = torch.autograd.grad(value.sum(), adversarial)
-    return logits.detach(), value.detach(), gradient.nan_to_num()
+        gradient = None
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value.sum(), adversarial, allow_unused=True)
+    if gradient is None:  # the model passes none
+        gradient = torch.zeros_like(adversarial)
+    return logits.detach().to(adversarial.dtype), value.detach().to(adversarial.dtype), gradient.nan_to_num()
+
+
+def _enlarged(slopes: Tensor) -> Tensor:
+    """Divide each row by its largest entry: those of an image that the network is sure of would be 0 in float16."""
+    return slopes / slopes.abs().amax(1, keepdim=True).clamp_min(torch.finfo(slopes.dtype).tiny)
 
 
 def _last_iterate(
@@ -250,11 +313,11 @@ def _best_iterate(
             logits, value, gradient = _gradient(model, search.now, search.y, goal, search.reference)
         else:
             with torch.no_grad():
-                logits = model(search.now).to(x.dtype)
+                logits = _read(model(search.now), x.dtype)
                 value, gradient = goal.value(logits, search.y, search.reference), search.best_gradient
         if judge is not None:
             with torch.no_grad():
-                logits = judge(search.now).to(x.dtype)
+                logits = _read(judge(search.now), x.dtype)
         hit = goal.fooled(logits, search.y)
         better = (hit & ~search.fooled) | ((hit == search.fooled) & (value > search.best_value))
         search.rises += value > search.value

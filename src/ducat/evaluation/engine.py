@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn, mkldnn
 
 from ducat import losses
 from ducat.attacks.adaptive import SilentDummies, is_recovered, with_dummy_classes
@@ -32,6 +33,7 @@ from ducat.evaluation.subject import (
     classifier,
     differs,
     examine,
+    given_back,
     images_and_labels,
     spread,
     views,
@@ -73,7 +75,7 @@ def evaluate(
     Predictions are always recovered ones. Every attack starts from all samples whose benign image is classified
     correctly, so that each attack's accuracy is its own. A sample is robust if it withstands every attack, and if its
     saved image does not fool the network when it is looked at once more, in float32. `docs/evaluation.md` tells what
-    happens before, between and after the attacks.
+    happens before, between and after the attacks. The network is left as it was.
 
     Args:
         model: maps images in [0, 1] to 2C logits (a network with dummy classes) or to C logits, on any device; a module
@@ -117,7 +119,7 @@ def evaluate(
             held_out = images_and_labels(*held_out, num_classes)
         subject = _Subject.of(model, x, num_classes, batch_size, replacements)
         others = [classifier(other, x, batch_size) for other in surrogates]
-        with attackable(subject.network), attackable(nn.ModuleList(others)):
+        with given_back(subject.network, *others), attackable(subject.network), attackable(nn.ModuleList(others)):
             common: Callable[[Any], Any] = agreed if parts is not None else lambda value: value
             nature = common(examine(subject.network, x, None, threat, generator(seed, "evaluate", "nature")))
             fold = True
@@ -670,16 +672,53 @@ def _never(*_: Any) -> Tensor:
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """Compute in whole float32, also on a GPU that would shorten it, also inside of autocast and of inference mode."""
-    matmul = torch.backends.cuda.matmul.allow_tf32
+    """Compute in whole float32, also where the user lets it be shortened, in autocast and in inference mode."""
     with (
         torch.inference_mode(False),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
-        torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False),
+        _whole_float32(),
     ):
-        torch.backends.cuda.matmul.allow_tf32 = False
-        try:
-            yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = matmul
+        yield
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Switch TF32 and bfloat16 off in matrix products and convolutions.
+
+    PyTorch has two interfaces for it, and refuses to read the older one where the newer one (`fp32_precision`, from
+    2.9) says something else. So both are set, each to the same, and put back.
+    """
+    newer = [(part, part.fp32_precision) for part in _shortened()]
+    matmul, convolutions = _readable(torch.get_float32_matmul_precision), _readable(lambda: cudnn.allow_tf32)
+    try:
+        if matmul is not None:
+            torch.set_float32_matmul_precision("highest")
+        if convolutions is not None:
+            cudnn.allow_tf32 = False
+        for part, _ in newer:
+            part.fp32_precision = "ieee"
+        yield
+    finally:
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if convolutions is not None:
+            cudnn.allow_tf32 = convolutions
+        for part, precision in newer:
+            part.fp32_precision = "none"  # that of all parts together, which the user may have set instead
+            if part.fp32_precision != precision:
+                part.fp32_precision = precision
+
+
+def _shortened() -> list[Any]:
+    """Return the parts of PyTorch that have a precision of float32 of their own, as far as this version has them."""
+    names = ((torch.backends.cuda, ("matmul",)), (cudnn, ("conv", "rnn")), (mkldnn, ("matmul", "conv", "rnn")))
+    parts = [getattr(backend, name, None) for backend, some in names for name in some]
+    return [part for part in parts if hasattr(part, "fp32_precision")]
+
+
+def _readable(setting: Callable[[], Any]) -> Any:
+    try:
+        return setting()
+    except RuntimeError:  # the newer interface was used
+        return None

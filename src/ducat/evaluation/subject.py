@@ -8,6 +8,7 @@ meet.
 import collections
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
@@ -19,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ducat.data import spooled
-from ducat.models.outputs import logits_of
+from ducat.models.outputs import NoLogitsError, logits_of
 from ducat.threat import ThreatModel
 
 OVERSHOOT = 1e-6  # of [0, 1]: what interpolation in float32 leaves
@@ -122,8 +123,9 @@ class Measured(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self._batches(x) if self.batch_size else self._pass(x)
-        if x.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
-            logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)  # attacks then see a gradient of zero
+        if x.requires_grad and torch.is_grad_enabled():
+            # Attacks see a gradient of zero where there is none: weights may need one though the images get none.
+            logits = logits + 0 * x.flatten(1).sum(1, keepdim=True)
         return logits
 
     def _batches(self, x: Tensor) -> Tensor:
@@ -147,6 +149,16 @@ class Measured(nn.Module):
         logits = logits_of(output)
         self.coarse |= logits.dtype not in CHANGED
         return logits.float()
+
+
+@contextmanager
+def given_back(*networks: Measured) -> Iterator[None]:
+    """Leave what networks hold as it was before their first pass here, whatever happens."""
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.origin.restore(unnoted=True)
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -178,7 +190,7 @@ def classifier(model: Network, x: Float[Tensor, "samples channels height width"]
             try:
                 for few in {1, min(2, len(x))}:
                     found(x[:few].to(found.device))
-            except ValueError:
+            except NoLogitsError:
                 raise
             except Exception as first:
                 found.batch_size = size
@@ -190,17 +202,24 @@ def classifier(model: Network, x: Float[Tensor, "samples channels height width"]
                         f"{type(first).__name__}: {str(first).strip().splitlines()[0] if str(first).strip() else ''}"
                     ) from first
             for number, part in enumerate(spooled.chunks(x, size)):
-                finite = found(part.to(found.device)).isfinite().all(1)
+                logits = found(part.to(found.device))
+                finite = logits.isfinite().all(1)
                 if not finite.all():
-                    row = number * size + int((~finite).nonzero()[0])
+                    place = int((~finite).nonzero()[0])
                     raise ValueError(
-                        f"the model's outputs are not finite, first on benign image {row}: such a network makes no "
-                        "prediction there, and no accuracy of it can be measured"
+                        f"the model's outputs are not finite, first on benign image {number * size + place}: "
+                        + _not_finite(logits[place])
                     )
     finally:
         for module in training:
             module.training = True
     return found
+
+
+def _not_finite(logits: Float[Tensor, " outputs"]) -> str:
+    if bool((logits.isfinite() | logits.isneginf()).all()) and not bool(logits.isneginf().all()):
+        return "some classes are at minus infinity, so that margins are no numbers; mask classes by -1e4 instead"
+    return "such a network makes no prediction there, and no accuracy of it can be measured"
 
 
 @dataclass(frozen=True)
@@ -397,8 +416,9 @@ def _internal(name: str) -> bool:
 class State:
     """What a network holds besides its parameters, as it was when this was made.
 
-    Buffers, and what plain attributes, containers, objects and closures of its modules hold. Sources of random numbers
-    are left to run on. What is kept elsewhere (a global, a file) is not seen.
+    Buffers, and what plain attributes, containers, objects and closures of its modules hold, also of modules that a
+    function names as globals. Sources of random numbers are left to run on. What is kept elsewhere (any other global, a
+    file) is not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -421,8 +441,13 @@ class State:
         )
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put everything back."""
+    def restore(self, *, unnoted: bool = False) -> None:
+        """Put everything back.
+
+        Args:
+            unnoted: also look at the numbers of tensors that say that they are unchanged: batch norm writes its
+                running statistics without a note. What it computes meanwhile does not depend on them.
+        """
         for holder, kept in self._holders:
             for name in [name for name in holder if name not in kept and not _internal(name)]:
                 del holder[name]
@@ -434,7 +459,7 @@ class State:
         for cell, value in self._cells:
             cell.cell_contents = value
         for index, (tensor, copy, version) in enumerate(self._tensors):
-            if tensor._version != version:
+            if tensor._version != version or (unnoted and not _same_numbers(tensor, copy)):
                 tensor.copy_(copy)
                 self._tensors[index] = tensor, copy, tensor._version
         for array, numbers in self._arrays:
@@ -469,6 +494,9 @@ class State:
                     continue
                 self._cells.append((cell, value))
                 inside.append(value)
+            # Networks, and functions of the same file that may use some: other globals are not only the network's.
+            named = [thing.__globals__.get(name) for name in thing.__code__.co_names]
+            inside += [one for one in named if isinstance(one, nn.Module) or _beside(one, thing)]
         elif isinstance(getattr(thing, "__dict__", None), dict):
             holder = vars(thing)
             kept = {name: value for name, value in holder.items() if not _internal(name)}
@@ -480,8 +508,18 @@ class State:
             self._look(one, depth - 1)
 
 
+def _beside(thing: Any, function: FunctionType) -> bool:
+    return isinstance(thing, FunctionType) and thing.__globals__ is function.__globals__
+
+
 def _identities(holder: dict[str, Any]) -> dict[str, int]:
     return {name: id(value) for name, value in holder.items() if not _internal(name)}
+
+
+def _same_numbers(now: Tensor, kept: Tensor) -> bool:
+    if not now.is_floating_point() or now.layout != torch.strided:
+        return True
+    return torch.equal(now.nan_to_num(), kept.nan_to_num())
 
 
 def _same_items(now: Any, kept: Any) -> bool:
