@@ -46,7 +46,7 @@ def load(
         train = stratified_subset(train, samples)
     if isinstance(train, Lazy) and train.pixels.decodes:
         # Which images these are follows from all there are and these numbers.
-        exact = f"{dataset.fingerprint} {samples}" + ("" if held_out is None else f" {held_out}")
+        exact = f"{dataset.fingerprint} {samples}" + ("" if held_out is None else f" {float(held_out)}")
         measured = f"sha256:{hashlib.sha256(exact.encode()).hexdigest()}"
     else:
         measured = fingerprint(named_tensors(train, validation, dataset.test))
