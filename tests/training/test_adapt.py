@@ -1,6 +1,7 @@
 import hashlib
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from ducat.models import build
 from ducat.runs import RunFolder
 from ducat.training import adapt as training_adapt
 from ducat.training.adapt import settings
+from ducat.training.initial import Initial
 from tests import support
 from tests.support import Watcher, unvalidated
 
@@ -174,6 +176,18 @@ def test_a_run_of_ours_brings_its_settings_and_its_network_along(tmp_path: Path)
         assert [row["dummy_classes"] for row in folder.metrics] == ["recovery-aware"]
         assert folder.manifest["initial"]["file"] == str(trained.checkpoint_path("best"))
     assert (tmp_path / "base-adapted-recovery-aware").is_dir()
+
+
+def test_every_checkpoint_of_a_run_brings_its_settings_and_what_it_has_learnt(tmp_path: Path) -> None:
+    base = replace(TINY, name="base", data=DataConfig("digits"), dummy=DummyConfig("off"), method=MethodConfig("mart"))
+    run = train(replace(base, train=replace(base.train, epochs=2, keep=2)), tmp_path)
+    written = [run.checkpoint_path(which) for which in ("last", "epoch-1", "epoch-2")]
+    for file in (*written, run.checkpoint_path("last").with_name("previous.safetensors")):
+        assert settings(file).method.name == "mart", file
+        initial = replace(Initial.of(nn.Identity()), source={"file": str(file)})
+        assert initial.learnt(ducat.data.load("digits", held_out=300)) > 0
+    copied = shutil.copy(written[0], tmp_path / "elsewhere.safetensors")
+    assert settings(copied).method.name == "pgd-at"
 
 
 @pytest.mark.slow

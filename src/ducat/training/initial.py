@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ducat import weights
+from ducat import checkpoint, weights
 from ducat.architecture import GIVEN, GIVEN_NETWORK, OURS, Architecture
 from ducat.config import Config
 from ducat.data import Dataset
@@ -147,8 +147,10 @@ def run_of(source: object) -> RunFolder | None:
     if source is None:
         return None
     source = Path(str(source))
-    folder = RunFolder(source if source.is_dir() else source.resolve().parent.parent.parent)
-    ours = source.is_dir() or source.resolve() in (folder.checkpoint_path("best"), folder.checkpoint_path("last"))
+    file = source.resolve()
+    folder = RunFolder(source if source.is_dir() else file.parent.parent.parent)
+    written = folder.checkpoint_path(file.parent.name)
+    ours = source.is_dir() or file in (written, checkpoint.previous_of(written))
     return folder if ours and folder.config_path.is_file() else None
 
 
