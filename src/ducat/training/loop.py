@@ -217,7 +217,7 @@ def resume(
     loop = _Loop(config, dataset, folder.path, listener or _Silent(), architecture, network, objective, validate)
     loop.restore(tensors, state)
     with loop.threads():
-        return loop.run(read=read)
+        return loop.run(read=read, damaged=notice is not None)
 
 
 def _dataset(config: Config, given: datasets.Dataset | None) -> datasets.Dataset:
@@ -358,11 +358,12 @@ class _Loop:
             checkpoint.set_random_state(checkpoint.part(f"random.{rank}", tensors), state["random"][rank])
         self.meter = Meter(self.accelerator.device, earlier=state["spent"])
 
-    def run(self, read: tuple[int, int] | None = None) -> RunFolder:
+    def run(self, read: tuple[int, int] | None = None, damaged: bool = False) -> RunFolder:
         """Train to the end.
 
         Args:
             read: for a run that is continued, what `_written` said before its checkpoint was read.
+            damaged: whether that checkpoint could not be used, so that the one before it was.
         """
         main, settings = self.accelerator.is_main_process, self.config.train
         tracker: tracking.Tracker | None = None
@@ -374,6 +375,9 @@ class _Loop:
                 )
             if main:  # reads what may be damaged, before anything is written
                 self.folder.clean(from_epoch=self.position.epoch)
+            if main and damaged:
+                # Else the next one would move it to where the whole one is, and a kill in between leave neither.
+                self.folder.checkpoint_path("last").unlink(missing_ok=True)
             try:
                 if main:
                     if self.resumed:
