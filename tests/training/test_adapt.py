@@ -381,3 +381,16 @@ def test_a_publishers_own_validation_images_are_not_learnt(tmp_path: Path, monke
     adapted = adapt(base.path, replace(TINY, data=DataConfig("mine")), tmp_path, told)
     assert "validation_learnt" not in adapted.manifest["initial"]
     assert not [text for text in told.warnings if "validation images" in text]
+def test_the_beginnings_of_a_run_are_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = replace(TINY, name="first", dummy=DummyConfig("off"), data=DataConfig("digits", samples=64, held_out=10))
+    held_out = replace(plain.data, held_out=600)
+    train(plain, "runs")
+    train(replace(plain, name="second", data=held_out, model=ModelConfig("small", weights="runs/first")), "runs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model = ModelConfig("small", weights=str(tmp_path / "runs" / "second"))
+    last = train(replace(plain, name="third", data=held_out, model=model), "runs")
+    assert last.manifest["initial"]["validation_learnt"] > 0
+
+

@@ -155,7 +155,8 @@ def run_of(source: object) -> RunFolder | None:
 
 
 def source_of(file: Path) -> dict[str, str]:
-    """Return what a manifest says of a file that weights are from."""
+    """Return what a manifest says of a file that weights are from; the place is one from any folder."""
+    file = file.resolve()
     with open(file, "rb") as opened:
         return {"file": str(file), "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
