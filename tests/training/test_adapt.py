@@ -203,6 +203,14 @@ def test_the_command_begins_with_the_settings_of_the_run(tmp_path: Path) -> None
     assert (made.threat.eps, made.threat.step_size) == (0.06, 0.015)
 
 
+@pytest.mark.parametrize("name", ["natural", "mixed"])
+def test_a_run_of_a_method_without_dummy_classes_is_adapted_with_one_that_has_them(name: str, tmp_path: Path) -> None:
+    trained = replace(TINY, name="base", dummy=DummyConfig("off"), method=MethodConfig(name, label_smoothing=0.1))
+    with RunFolder.making(tmp_path / "run") as folder:
+        folder.write_config(trained.resolve(SPEC))
+    assert settings(tmp_path / "run").method == MethodConfig("pgd-at")
+
+
 def test_settings_of_a_run_with_epochs_that_the_tail_has_not(tmp_path: Path) -> None:
     trained = replace(
         TINY,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ducat import weights, zoo
+from ducat import methods, weights, zoo
 from ducat.architecture import Architecture
-from ducat.config import Config, DummyConfig
+from ducat.config import Config, DummyConfig, MethodConfig
 from ducat.data.loading import find_spec
 from ducat.runs import RunFolder
 from ducat.training.initial import Initial, run_of, source_of
@@ -24,8 +24,9 @@ from ducat.weights import Weights
 def settings(source: Path | str) -> Config:
     """Return the settings that `ducat adapt` begins with.
 
-    They are those of the run that the checkpoint is from, or else the defaults; dummy classes are recovery-aware, and
-    the training is the tail of the paper's recipe: 25 epochs at a learning rate of 0.001.
+    They are those of the run that the checkpoint is from, or else the defaults; the method is the default one where
+    the run's has no place for dummy classes. These are recovery-aware, and the training is the tail of the paper's
+    recipe: 25 epochs at a learning rate of 0.001.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
@@ -48,7 +49,8 @@ def settings(source: Path | str) -> Config:
         awp_start_epoch=0.0,
     )
     dummy = DummyConfig("recovery-aware", start_epoch=0.0)
-    return replace(config, name=None, dummy=dummy, train=tail)
+    method = MethodConfig() if methods.find(config.method.name).no_dummy_classes else config.method
+    return replace(config, name=None, method=method, dummy=dummy, train=tail)
 
 
 def adapt(
