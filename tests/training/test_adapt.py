@@ -354,6 +354,17 @@ def test_weights_with_dummy_classes_are_not_trained_as_plain_ones(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("kind", "copied"), [("recovery-aware", True), ("published", False)])
+def test_trained_weights_begin_with_their_own_prediction(kind: Any, copied: bool) -> None:
+    model = ModelConfig("small", weights="zoo:digits-pgd-at")
+    config = replace(TINY, model=model, dummy=DummyConfig(kind, start_epoch=0)).resolve(SPEC)
+    dataset = ducat.data.load("digits")
+    _, network = Initial.of_settings(config).build(config.architecture(dataset))
+    head = dummy_head(network)
+    assert head is not None
+    assert torch.equal(head.weight[:10], head.weight[10:]) is copied
+
+
 def test_validation_images_that_the_weights_have_learnt_are_told(tmp_path: Path) -> None:
     base = train(replace(TINY, name="base", dummy=DummyConfig("off"), data=replace(TINY.data, held_out=0)), tmp_path)
     told = Watcher()
@@ -373,6 +384,19 @@ def test_validation_images_that_the_weights_have_learnt_are_told(tmp_path: Path)
     assert "validation_learnt" not in found.manifest["initial"]
 
 
+def test_the_beginnings_of_a_run_are_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = replace(TINY, name="first", dummy=DummyConfig("off"), data=DataConfig("digits", samples=64, held_out=10))
+    held_out = replace(plain.data, held_out=600)
+    train(plain, "runs")
+    train(replace(plain, name="second", data=held_out, model=ModelConfig("small", weights="runs/first")), "runs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model = ModelConfig("small", weights=str(tmp_path / "runs" / "second"))
+    last = train(replace(plain, name="third", data=held_out, model=model), "runs")
+    assert last.manifest["initial"]["validation_learnt"] > 0
+
+
 def test_a_publishers_own_validation_images_are_not_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are numbered from 0 by themselves, as the training images are."""
     x = (255 * torch.rand(3, 60, 1, 8, 8)).byte().numpy()
@@ -389,16 +413,3 @@ def test_a_publishers_own_validation_images_are_not_learnt(tmp_path: Path, monke
     adapted = adapt(base.path, replace(TINY, data=DataConfig("mine")), tmp_path, told)
     assert "validation_learnt" not in adapted.manifest["initial"]
     assert not [text for text in told.warnings if "validation images" in text]
-def test_the_beginnings_of_a_run_are_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    plain = replace(TINY, name="first", dummy=DummyConfig("off"), data=DataConfig("digits", samples=64, held_out=10))
-    held_out = replace(plain.data, held_out=600)
-    train(plain, "runs")
-    train(replace(plain, name="second", data=held_out, model=ModelConfig("small", weights="runs/first")), "runs")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    model = ModelConfig("small", weights=str(tmp_path / "runs" / "second"))
-    last = train(replace(plain, name="third", data=held_out, model=model), "runs")
-    assert last.manifest["initial"]["validation_learnt"] > 0
-
-

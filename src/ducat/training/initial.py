@@ -60,6 +60,8 @@ class Initial:
         if is_function(config.model.name):
             allow_code(config.model.name)
         asked = config.model.weights
+        # What is trained already keeps its recovered prediction; the published way begins with random rows.
+        dummies = "copy" if config.dummy.kind == "recovery-aware" else "random"
         if asked in (None, "pretrained"):
             pretrained = asked == "pretrained"
 
@@ -67,7 +69,10 @@ class Initial:
                 architecture = config.described(architecture)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(config.train.seed)
-                    return architecture, architecture.build(pretrained=pretrained, init=config.model.init)
+                    if not (pretrained and architecture.dummy_classes):
+                        return architecture, architecture.build(pretrained=pretrained, init=config.model.init)
+                    plain = replace(architecture, dummy_classes=False)
+                    return plain.doubled(plain.build(pretrained=True), dummies)
 
             return cls(build, {"weights": f"{config.model.name}, pretrained"} if pretrained else {})
         assert asked is not None
@@ -89,7 +94,7 @@ class Initial:
                         "ones: choose dummy.kind published or recovery-aware, or weights without dummy classes"
                     )
                 if architecture.dummy_classes and not ours.dummy_classes:
-                    return ours.doubled(model)
+                    return ours.doubled(model, dummies)
                 return ours, model
 
         return cls(load, source_of(found.file))
