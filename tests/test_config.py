@@ -1,6 +1,9 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
+import numpy as np
 import pytest
 
 from ducat.config import (
@@ -162,3 +165,11 @@ def test_start_epochs_are_numbers_or_fractions() -> None:
     assert replace(base, dummy=DummyConfig("published", start_epoch=105)).start_epoch == 105
     assert replace(base, dummy=DummyConfig("published", start_epoch=0.5)).start_epoch == 65
     assert replace(base, dummy=DummyConfig("published", start_epoch=0)).start_epoch == 0
+
+
+def test_numpys_numbers_are_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which takes a plain int alone
+    config = Config(train=TrainConfig(seed=np.int64(3), learning_rate=np.float32(0.5)))
+    assert json.dumps([config.train.seed, config.train.learning_rate]) == "[3, 0.5]"
+    with pytest.raises(ValueError, match=r"train\.epochs=0 must be at least 1"):
+        TrainConfig(epochs=np.int64(0))

@@ -355,6 +355,9 @@ class Config:
             part = getattr(self, section.name)
             for setting in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
                 value = getattr(part, setting.name)
+                if isinstance(value, np.generic):  # from searches over settings
+                    value = value.item()
+                    object.__setattr__(part, setting.name, value)
                 if isinstance(value, int) and abs(value) >= 2**63:
                     raise ValueError(f"{section.name}.{setting.name}={value} does not fit: numbers end below 2^63")
         if self.dummy.kind != "off":
