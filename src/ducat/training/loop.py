@@ -253,6 +253,7 @@ class _Loop:
         if config.data.extra is not None:
             self.extra = Extra.open(config.data.extra, dataset.spec.shape, len(dataset.classes))
         self.batches = self._made_batches(dataset)
+        self._check_shares(example)
         self.position, self.resumed = _Position(), False
         self.received: list[int] = []
         self.meter = Meter(self.accelerator.device)
@@ -260,12 +261,6 @@ class _Loop:
 
     def _made_batches(self, dataset: datasets.Dataset) -> datasets.Batches | Mixed:
         settings, data, accelerator, spec = self.config.train, self.config.data, self.accelerator, dataset.spec
-        left = 0 if settings.drop_last else len(dataset.train) % settings.batch_size
-        if self.extra is None and 0 < left < accelerator.num_processes:
-            raise ValueError(
-                f"the last batch of an epoch has {left} images for {accelerator.num_processes} processes: choose "
-                f"train.drop_last=true or another train.batch_size than {settings.batch_size}"
-            )
         if data.crop_padding is not None:
             spec = replace(spec, crop_padding=data.crop_padding)
 
@@ -290,6 +285,28 @@ class _Loop:
         if not 0 < rows < settings.batch_size:
             raise ValueError(f"data.extra_share={data.extra_share} leaves no real or no generated image in a batch")
         return Mixed(made(settings.batch_size - rows), self.extra, rows, len(made(settings.batch_size)))
+
+    def _check_shares(self, example: Tensor) -> None:
+        """Raise ValueError if the processes cannot share the validation images, or an epoch's last batch."""
+        held_out, processes = len(self.dataset.validation), self.accelerator.num_processes
+        if self.validate is None and 0 < held_out < processes:
+            raise ValueError(
+                f"{processes} processes cannot share {held_out} validation images: hold out more (data.held_out), or "
+                "train in fewer processes"
+            )
+        drawn, real = (self.batches.rows, self.batches.real) if isinstance(self.batches, Mixed) else (0, self.batches)
+        left = min(real.batch_size, len(real.images) - (len(self.batches) - 1) * real.batch_size)
+        remedy = f"choose train.drop_last=true or another train.batch_size than {self.config.train.batch_size}"
+        if left % processes:
+            raise ValueError(
+                f"the last batch of an epoch has {left} images, which {processes} processes cannot share evenly: "
+                f"{remedy}"
+            )
+        if left + drawn == processes and self.step.fails_on(example[:1]):
+            raise ValueError(
+                "the last batch of an epoch has one image in each process, where batch norm needs two values of a "
+                f"channel: {remedy}"
+            )
 
     def threads(self) -> contextlib.AbstractContextManager[int]:
         """Compute with as many threads as the settings say, or a batch is worth."""
