@@ -385,6 +385,25 @@ class Config:
         )
         return dataclasses.replace(resolved, name=self.name or resolved.run_name)
 
+    def check_read(self, spec: DataSpec) -> None:
+        """Raise ValueError if a setting was chosen that nothing reads beside the others.
+
+        Runs of earlier versions may hold such settings, so it is asked before a run begins.
+        """
+        row, method = self.row, f"method.name={self.method.name}"
+        begins = row.gaussian_start and not methods.ATTACKS[self.method.attack].single_step
+        # The setting, what it may be where it is not read, whether it is, and what makes it so.
+        table: tuple[tuple[str, Collection[Any], bool, str], ...] = (
+            ("method.weight", (None,), row.reads_weight, method),
+            ("method.clip_start", (True,), begins, f"{method} and method.attack={self.method.attack}"),
+            ("train.batch_norm", ("auto", "joint"), row.reads_benign, method),
+            ("data.crop_padding", (None, spec.crop_padding), not spec.resized_crop, f"data.name={self.data.name}"),
+        )
+        settings = self.flat()
+        for name, harmless, read, why in table:
+            if not read and settings[name] not in harmless:
+                raise ValueError(f"{name}={settings[name]} has no effect with {why}: leave it out")
+
     def unresolved(self, spec: DataSpec | None) -> Config:
         """Return the config with what `resolve` has written out left to it again, so that it follows other changes.
 

@@ -85,6 +85,8 @@ class Initial:
                 raise ValueError(
                     f"model.weights: {found.file} holds a {found.architecture.name}: choose that model.name"
                 )
+            else:
+                _check_own(config, architecture, found.architecture, found.file)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.train.seed)
                 ours, model = found.network(replace(architecture, dummy_classes=False), new_head=True)
@@ -115,6 +117,19 @@ class Initial:
             return described, given(model, described)
 
         return cls(build, {"file": GIVEN_NETWORK})
+
+
+def _check_own(config: Config, asked: Architecture, ours: Architecture, file: Path) -> None:
+    """Raise ValueError if settings ask for another network than a checkpoint of ours brings along."""
+    normalised = [[tuple(network.mean), tuple(network.std)] for network in (ours, asked)]
+    differ = {
+        "model.width": config.model.width not in (None, ours.width),
+        "model.normalization": config.model.normalization != "auto" and normalised[0] != normalised[1],
+    }
+    for name, differs in differ.items():
+        if differs:
+            value = config.flat()[name]
+            raise ValueError(f"{name}={value} is not that of the network in model.weights: leave it out ({file})")
 
 
 def _is_as_built(model: nn.Module, built: nn.Module, shape: tuple[int, int, int]) -> bool:

@@ -137,7 +137,11 @@ def train(
         FloatingPointError: if the loss stops being finite; the last checkpoint is from before.
         Interrupted: if SIGINT or SIGTERM came; the run has been saved and can be resumed.
     """
+    for name in ("samples", "held_out") if data is not None else ():
+        if getattr(config.data, name) is not None:
+            raise ValueError(f"data.{name} has no effect on data that are given: leave it out, and give others")
     dataset = _dataset(config, data)
+    config.check_read(dataset.spec)
     config = config.resolve(dataset.spec)
     assert config.name is not None
     manifest: dict[str, Any] = {}
