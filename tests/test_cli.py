@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 
 import ducat
+from ducat import sweep
 from ducat.cli import main
 from ducat.cli.commands import COMMANDS
 from ducat.cli.overview import OTHERS, SUMMARIES
+from ducat.config import Config
+from ducat.data import SPECS
 from ducat.runs import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -192,6 +195,27 @@ def test_adapt_leaves_a_run_with_dummy_classes(capsys: pytest.CaptureFixture[str
     adapted = RunFolder.open(Path("runs/base-adapted-recovery-aware"))
     assert adapted.config.data.samples == 64, "the settings of the run were not taken over"
     assert isinstance(ducat.load(adapted.path, "last"), ducat.RecoveredClassifier)
+
+
+@pytest.mark.slow
+def test_options_after_the_config_of_a_run_change_what_was_derived_from_them() -> None:
+    assert main(["train", *TINY, "--data.augmentation", "strong", "--train.epochs", "1"]) == 0
+    config = ["--config", "runs/digits-small-pgd-at-s0/config.yaml"]
+    assert main(["train", *config, "--method.name", "trades", "--threat.eps", "0.03"]) == 0
+    made = RunFolder.open("runs/digits-small-trades-s0").config
+    assert (made.method.weight, made.threat.eps, made.threat.step_size) == (6.0, 0.03, 0.0075)
+    assert (made.data.augmentation, made.data.samples, made.threat.steps) == ("strong", 64, 2)
+
+    words = [*config, "--grid", "method.name=pgd-at,mart"]
+    arguments = COMMANDS["sweep"].parser(words).read(words)
+    base = Config(**{name: arguments[name] for name in Config.__dataclass_fields__})
+    resolved = [made.resolve(SPECS["digits"]) for made in sweep.configs(base, sweep.read_grid(arguments.grid))]
+    assert [made.method.weight for made in resolved] == [None, 6.0]
+
+    # In a file of one's own every value is a choice.
+    Path("own.yaml").write_text("data: {name: digits}\nthreat: {eps: 0.2, step_size: 0.05}\n")
+    words = ["--config", "own.yaml", "--threat.eps", "0.1"]
+    assert COMMANDS["train"].parser(words).read(words).threat.step_size == 0.05
 
 
 def test_nothing_is_overwritten(capsys: pytest.CaptureFixture[str]) -> None:

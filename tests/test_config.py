@@ -1,6 +1,9 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import jaxtyping
+import numpy as np
 import pytest
 
 from ducat.config import (
@@ -53,6 +56,44 @@ def test_what_depends_on_the_data_comes_from_the_data() -> None:
     # The L-inf budget of the data set means nothing in another norm.
     l2 = Config(data=DataConfig("digits"), threat=ThreatConfig("l2")).resolve(SPECS["digits"])
     assert l2.threat.eps == 128 / 255
+
+
+@pytest.mark.parametrize("name", ["natural", "pgd-at"])
+def test_a_weight_that_a_method_does_not_read_is_no_other_methods(name: str, tmp_path: Path) -> None:
+    resolved = Config(data=DataConfig("digits"), method=MethodConfig(name)).resolve(SPECS["digits"])
+    # Runs of earlier versions have a zero.
+    old = tmp_path / "config.yaml"
+    old.write_text(resolved.to_yaml().replace("weight: null", "weight: 0.0"))
+    for config in (resolved, Config.from_yaml(old, whole=True)):
+        trades = replace(config, method=replace(config.method, name="trades")).resolve(SPECS["digits"])
+        assert (config.method.weight, trades.method.weight) == (None, 6.0)
+
+
+def test_what_was_written_out_follows_again_and_what_was_chosen_stays() -> None:
+    for made in (
+        Config(data=DataConfig("digits")),
+        Config(data=DataConfig("cifar10"), method=MethodConfig("consistency"), threat=ThreatConfig("l2", eps=0.4)),
+        Config("mine", DataConfig("digits", augmentation="strong"), threat=ThreatConfig(step_size=0.01)),
+        Config(data=DataConfig("digits", crop_padding=1), method=MethodConfig("trades", weight=3)),
+        Config(model=ModelConfig("wrn-28-10"), data=DataConfig("cifar10", samples=100)),
+    ):
+        spec = SPECS[made.data.name]
+        assert made.resolve(spec).unresolved(spec).resolve(spec) == made.resolve(spec)
+        assert made.resolve(spec).unresolved(spec) == made
+
+    colour = Config(data=DataConfig("cifar10")).resolve(SPECS["cifar10"]).unresolved(SPECS["cifar10"])
+    changed = replace(colour, method=MethodConfig("consistency"), threat=replace(colour.threat, eps=4 / 255))
+    changed = changed.resolve(SPECS["cifar10"])
+    assert (changed.data.augmentation, changed.method.weight) == ("strong", 1.0)
+    assert changed.threat.step_size == 1 / 255
+    assert changed.name == "cifar10-resnet18-consistency-s0"
+
+
+def test_without_the_data_what_is_usual_for_them_stays() -> None:
+    trades = Config(data=DataConfig("folder:gone"), method=MethodConfig("trades")).resolve(SPECS["cifar10"])
+    left = trades.unresolved(None)
+    assert (left.method.weight, left.threat.step_size, left.name) == (None, None, None)
+    assert (left.data, left.model, left.threat.eps) == (trades.data, trades.model, 8 / 255)
 
 
 @pytest.mark.parametrize(
@@ -124,3 +165,11 @@ def test_start_epochs_are_numbers_or_fractions() -> None:
     assert replace(base, dummy=DummyConfig("published", start_epoch=105)).start_epoch == 105
     assert replace(base, dummy=DummyConfig("published", start_epoch=0.5)).start_epoch == 65
     assert replace(base, dummy=DummyConfig("published", start_epoch=0)).start_epoch == 0
+
+
+def test_numpys_numbers_are_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which takes a plain int alone
+    config = Config(train=TrainConfig(seed=np.int64(3), learning_rate=np.float32(0.5)))
+    assert json.dumps([config.train.seed, config.train.learning_rate]) == "[3, 0.5]"
+    with pytest.raises(ValueError, match=r"train\.epochs=0 must be at least 1"):
+        TrainConfig(epochs=np.int64(0))

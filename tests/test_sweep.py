@@ -74,6 +74,12 @@ def run(folder: Path, grid: dict[str, list[str]] | None = None) -> sweep.Swept:
         )
 
 
+def test_a_setting_that_a_combination_does_not_read_is_named_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"method\.weight=3\.0 has no effect with method\.name=pgd-at"):
+        run(tmp_path / "sweep", {"method.name": ["trades", "pgd-at"], "method.weight": ["3"]})
+    assert not (tmp_path / "sweep").exists()
+
+
 @pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str | None] = []

@@ -45,6 +45,13 @@ CHOICES = {
 OPEN_CHOICES = ("data.name", "model.name", "data", "model", "which")
 
 
+# What `resolve` writes out where it is left at this; without the data only the last three can be told from a choice.
+DERIVED: dict[str, Any] = {
+    **{"data.augmentation": "auto", "data.crop_padding": None, "model.name": None, "threat.eps": None},
+    **{"method.weight": None, "threat.step_size": None, "name": None},
+}
+WITHOUT_DATA = ("method.weight", "threat.step_size", "name")
+
 LONGEST_NAME = 200
 """Bytes of a run's name: file systems take 255, and files of the run have longer names."""
 WIDEST = 4096  # channels of a first stage: one convolution of so many is 0.6 GB
@@ -163,9 +170,13 @@ class MethodConfig:
     not."""
 
     def __post_init__(self) -> None:
-        methods.find(self.name).check_weight(self.weight)
+        row = methods.find(self.name)
+        row.check_weight(self.weight)
+        if self.weight == 0 and not row.reads_weight:
+            # Runs of earlier versions have written it so, and it is nobody's choice for another method.
+            object.__setattr__(self, "weight", None)
         _among("method.cross_entropy", self.cross_entropy, ("auto", "benign", "adversarial"))
-        if self.cross_entropy != "auto" and not methods.find(self.name).reads_benign:
+        if self.cross_entropy != "auto" and not row.reads_benign:
             raise ValueError(
                 f"method.cross_entropy={self.cross_entropy} does not fit method.name={self.name}: leave it at auto, or "
                 "choose trades or mart"
@@ -344,6 +355,9 @@ class Config:
             part = getattr(self, section.name)
             for setting in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
                 value = getattr(part, setting.name)
+                if isinstance(value, np.generic):  # from searches over settings
+                    value = value.item()
+                    object.__setattr__(part, setting.name, value)
                 if isinstance(value, int) and abs(value) >= 2**63:
                     raise ValueError(f"{section.name}.{setting.name}={value} does not fit: numbers end below 2^63")
         if self.dummy.kind != "off":
@@ -354,7 +368,9 @@ class Config:
         """Return the config with every default that depends on the data set written out."""
         threat = self.threat.build(spec)
         method = methods.find(self.method.name)
-        weight = method.weight if self.method.weight is None else self.method.weight
+        weight = self.method.weight
+        if weight is None and method.reads_weight:
+            weight = method.weight
         augmentation = self.data.augmentation
         if augmentation == "auto":
             # AutoAugment's policy was found on photographs; grey drawings are not what it fits.
@@ -368,6 +384,41 @@ class Config:
             threat=ThreatConfig(self.threat.norm, threat.eps, threat.step_size, threat.steps),
         )
         return dataclasses.replace(resolved, name=self.name or resolved.run_name)
+
+    def check_read(self, spec: DataSpec) -> None:
+        """Raise ValueError if a setting was chosen that nothing reads beside the others.
+
+        Runs of earlier versions may hold such settings, so it is asked before a run begins.
+        """
+        row, method = self.row, f"method.name={self.method.name}"
+        begins = row.gaussian_start and not methods.ATTACKS[self.method.attack].single_step
+        # The setting, what it may be where it is not read, whether it is, and what makes it so.
+        table: tuple[tuple[str, Collection[Any], bool, str], ...] = (
+            ("method.weight", (None,), row.reads_weight, method),
+            ("method.clip_start", (True,), begins, f"{method} and method.attack={self.method.attack}"),
+            ("train.batch_norm", ("auto", "joint"), row.reads_benign, method),
+            ("data.crop_padding", (None, spec.crop_padding), not spec.resized_crop, f"data.name={self.data.name}"),
+        )
+        settings = self.flat()
+        for name, harmless, read, why in table:
+            if not read and settings[name] not in harmless:
+                raise ValueError(f"{name}={settings[name]} has no effect with {why}: leave it out")
+
+    def unresolved(self, spec: DataSpec | None) -> Config:
+        """Return the config with what `resolve` has written out left to it again, so that it follows other changes.
+
+        A value that was chosen stays; one that was chosen and is what would be written out cannot be told from that.
+
+        Args:
+            spec: of the data; None where that is not known, and what depends on it stays.
+        """
+        some = SPECS["digits"] if spec is None else spec
+        config, resolved = self, self.resolve(some)
+        for name, left in DERIVED.items() if spec is not None else [(name, DERIVED[name]) for name in WITHOUT_DATA]:
+            changed = _changed(config, name, left)
+            if changed.resolve(some) == resolved:
+                config = changed
+        return config
 
     def architecture(self, dataset: Dataset) -> Architecture:
         """Return the network that a resolved config asks for on its data, without what only the network can say."""
@@ -524,6 +575,12 @@ def _check_whole(values: Any) -> None:
                 raise ValueError(f"{name} is missing")
             if found.get(key, 0) is None and (name == "threat.eps" or type(None) not in get_args(hint)):
                 raise ValueError(f"{name} is null")
+
+
+def _changed(config: Config, name: str, value: Any) -> Config:
+    section, _, setting = name.rpartition(".")
+    part = {section: dataclasses.replace(getattr(config, section), **{setting: value})} if section else {setting: value}
+    return dataclasses.replace(config, **part)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

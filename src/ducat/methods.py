@@ -106,6 +106,11 @@ class Method:
     augmentation: Literal["base", "strong"] = "base"
     no_dummy_classes: str = ""
 
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the loss has a place for a weight."""
+        return self.regulariser is not None or self.target == "both"
+
     def check_weight(self, weight: float | int | None) -> None:
         """Raise ValueError if a weight is out of range."""
         low, high = self.weights

@@ -11,6 +11,7 @@ import yaml
 
 from ducat import checkpoint, records, training
 from ducat.config import Config, config_parser
+from ducat.data.loading import find_spec
 from ducat.evaluation import behaviour
 from ducat.evaluation.runs import evaluate_run
 from ducat.progress import Live
@@ -111,6 +112,10 @@ def sweep(
         Interrupted: if SIGINT or SIGTERM came; call it again to go on.
     """
     every = configs(base, grid)
+    for config in every:
+        spec = find_spec(config.data.name, config.data.root)
+        if spec is not None and not (folder / str(config.name)).is_dir():
+            config.check_read(spec)
     settings = {"config": base.flat(), "grid": dict(grid), "suite": suite, "samples": samples, "which": which}
     noted = folder / "sweep.json"
     if noted.is_file():

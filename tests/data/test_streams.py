@@ -171,6 +171,9 @@ def test_fingerprints_tell_streams_apart(shards: Path, image_folder: Path, cache
     assert data.verify(name).fingerprint == status.fingerprint == data.load(name).fingerprint
     assert data.load(name, samples=20).fingerprint != data.load(name, samples=21).fingerprint != status.fingerprint
     assert data.list_datasets()[-1].name == name
+    # A run's config.yaml has the number as 20.0.
+    held_out = [data.load(name, held_out=number).fingerprint for number in (20, 20.0, 21)]
+    assert held_out[0] == held_out[1] != held_out[2]
     moved = shutil.copytree(shards, shards.with_name("moved"))
     assert data.prepare(f"wds:{moved}").fingerprint == status.fingerprint
     path = shards / "insects-train-001.tar"

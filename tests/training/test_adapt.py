@@ -1,6 +1,7 @@
 import hashlib
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from ducat.models import build
 from ducat.runs import RunFolder
 from ducat.training import adapt as training_adapt
 from ducat.training.adapt import settings
+from ducat.training.initial import Initial
 from tests import support
 from tests.support import Watcher, unvalidated
 
@@ -176,6 +178,18 @@ def test_a_run_of_ours_brings_its_settings_and_its_network_along(tmp_path: Path)
     assert (tmp_path / "base-adapted-recovery-aware").is_dir()
 
 
+def test_every_checkpoint_of_a_run_brings_its_settings_and_what_it_has_learnt(tmp_path: Path) -> None:
+    base = replace(TINY, name="base", data=DataConfig("digits"), dummy=DummyConfig("off"), method=MethodConfig("mart"))
+    run = train(replace(base, train=replace(base.train, epochs=2, keep=2)), tmp_path)
+    written = [run.checkpoint_path(which) for which in ("last", "epoch-1", "epoch-2")]
+    for file in (*written, run.checkpoint_path("last").with_name("previous.safetensors")):
+        assert settings(file).method.name == "mart", file
+        initial = replace(Initial.of(nn.Identity()), source={"file": str(file)})
+        assert initial.learnt(ducat.data.load("digits", held_out=300)) > 0
+    copied = shutil.copy(written[0], tmp_path / "elsewhere.safetensors")
+    assert settings(copied).method.name == "pgd-at"
+
+
 @pytest.mark.slow
 def test_the_command_begins_with_the_settings_of_the_run(tmp_path: Path) -> None:
     trained = replace(TINY, name="base", dummy=DummyConfig("off"), threat=ThreatConfig(eps=0.07, steps=1))
@@ -187,6 +201,14 @@ def test_the_command_begins_with_the_settings_of_the_run(tmp_path: Path) -> None
     # What the run derived from its method and its eps is derived again.
     assert (made.method.name, made.method.weight) == ("trades", 6.0)
     assert (made.threat.eps, made.threat.step_size) == (0.06, 0.015)
+
+
+@pytest.mark.parametrize("name", ["natural", "mixed"])
+def test_a_run_of_a_method_without_dummy_classes_is_adapted_with_one_that_has_them(name: str, tmp_path: Path) -> None:
+    trained = replace(TINY, name="base", dummy=DummyConfig("off"), method=MethodConfig(name, label_smoothing=0.1))
+    with RunFolder.making(tmp_path / "run") as folder:
+        folder.write_config(trained.resolve(SPEC))
+    assert settings(tmp_path / "run").method == MethodConfig("pgd-at")
 
 
 def test_settings_of_a_run_with_epochs_that_the_tail_has_not(tmp_path: Path) -> None:
@@ -332,6 +354,17 @@ def test_weights_with_dummy_classes_are_not_trained_as_plain_ones(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("kind", "copied"), [("recovery-aware", True), ("published", False)])
+def test_trained_weights_begin_with_their_own_prediction(kind: Any, copied: bool) -> None:
+    model = ModelConfig("small", weights="zoo:digits-pgd-at")
+    config = replace(TINY, model=model, dummy=DummyConfig(kind, start_epoch=0)).resolve(SPEC)
+    dataset = ducat.data.load("digits")
+    _, network = Initial.of_settings(config).build(config.architecture(dataset))
+    head = dummy_head(network)
+    assert head is not None
+    assert torch.equal(head.weight[:10], head.weight[10:]) is copied
+
+
 def test_validation_images_that_the_weights_have_learnt_are_told(tmp_path: Path) -> None:
     base = train(replace(TINY, name="base", dummy=DummyConfig("off"), data=replace(TINY.data, held_out=0)), tmp_path)
     told = Watcher()
@@ -349,6 +382,19 @@ def test_validation_images_that_the_weights_have_learnt_are_told(tmp_path: Path)
     honest = train(replace(TINY, name="honest", dummy=DummyConfig("off")), tmp_path)
     found = adapt(honest.path, replace(TINY, name="fine"), tmp_path)
     assert "validation_learnt" not in found.manifest["initial"]
+
+
+def test_the_beginnings_of_a_run_are_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = replace(TINY, name="first", dummy=DummyConfig("off"), data=DataConfig("digits", samples=64, held_out=10))
+    held_out = replace(plain.data, held_out=600)
+    train(plain, "runs")
+    train(replace(plain, name="second", data=held_out, model=ModelConfig("small", weights="runs/first")), "runs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model = ModelConfig("small", weights=str(tmp_path / "runs" / "second"))
+    last = train(replace(plain, name="third", data=held_out, model=model), "runs")
+    assert last.manifest["initial"]["validation_learnt"] > 0
 
 
 def test_a_publishers_own_validation_images_are_not_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,11 @@ import torch
 
 import ducat
 from ducat import checkpoint, methods
-from ducat.config import Config, DataConfig, DummyConfig, ThreatConfig, TrainConfig
+from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.dummy import DummyLinear, RecoveredClassifier, dummy_head
 from ducat.runs import RunFolder
 from ducat.training import train
-from tests.support import TINY, Watcher
+from tests.support import TINY, Watcher, unvalidated
 
 pytestmark = pytest.mark.slow
 
@@ -131,10 +131,52 @@ def test_test_images_are_never_looked_at(tmp_path: Path) -> None:
     dataset = ducat.data.load("digits", samples=64)
     ruined = replace(dataset, test=replace(dataset.test, images=torch.zeros_like(dataset.test.images)))
     first = train(TINY, tmp_path / "first")
-    second = train(TINY, tmp_path / "second", data=ruined)
+    second = train(replace(TINY, data=DataConfig("digits")), tmp_path / "second", data=ruined)
     assert [(row["loss"], row["robust"]) for row in first.metrics] == [
         (row["loss"], row["robust"]) for row in second.metrics
     ]
+
+
+@pytest.mark.parametrize("chosen", [{"samples": 64}, {"held_out": 0}])
+def test_what_is_chosen_from_given_data_is_refused(chosen: dict[str, int], tmp_path: Path) -> None:
+    config = replace(TINY, data=DataConfig("digits", **chosen))
+    with pytest.raises(ValueError, match=rf"data\.{next(iter(chosen))} has no effect on data that are given"):
+        train(config, tmp_path, data=ducat.data.load("digits", samples=64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": MethodConfig(weight=3)}, r"method\.weight=3 has no effect with method\.name=pgd-at: leave it out"),
+        (
+            {"method": MethodConfig("consistency", clip_start=False)},
+            r"clip_start=False has no effect with .*consistency",
+        ),
+        ({"method": MethodConfig("mart", clip_start=False, attack="n-fgsm")}, "has no effect with .*attack=n-fgsm"),
+        ({"train": replace(TINY.train, batch_norm="separate")}, r"train\.batch_norm=separate has no effect with"),
+    ],
+)
+def test_what_nothing_reads_is_refused_before_a_run_begins(change: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(replace(TINY, **change), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_padding_of_crops_that_are_resized_is_refused() -> None:
+    config = Config(data=DataConfig("imagenet", crop_padding=4))
+    with pytest.raises(ValueError, match=r"data\.crop_padding=4 has no effect with data\.name=imagenet"):
+        config.check_read(ducat.data.SPECS["imagenet"])
+    replace(config, data=DataConfig("imagenet", crop_padding=0)).check_read(ducat.data.SPECS["imagenet"])
+
+
+@pytest.mark.parametrize("asked", [{"width": 4}, {"normalization": "none"}])
+def test_settings_of_a_network_that_our_checkpoint_contradicts_are_refused(asked: dict, tmp_path: Path) -> None:
+    model = ModelConfig("small", weights="zoo:digits-pgd-at")
+    with pytest.raises(
+        ValueError, match=rf"model\.{next(iter(asked))}=.*is not that of the network in model.weights: leave it out"
+    ):
+        train(replace(TINY, model=replace(model, **asked)), tmp_path)
+    train(replace(TINY, model=replace(model, normalization="data")), tmp_path, validate=unvalidated)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(

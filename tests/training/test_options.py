@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
 import ducat
 from ducat import weights
-from ducat.config import Config, DummyConfig, MethodConfig
+from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ModelConfig
 from ducat.training import Step, resume, train
 from tests.support import TINY, Watcher, unvalidated
 
@@ -143,3 +144,33 @@ def test_a_run_goes_on_bit_by_bit(tmp_path: Path, options: dict[str, Any]) -> No
 def test_what_does_not_fit_is_said(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(**options)
+
+
+def test_a_last_batch_of_one_image_that_batch_norm_cannot_take_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    config = replace(TINY, data=DataConfig("digits", samples=65), train=replace(TINY.train, epochs=1, drop_last=False))
+    deep = replace(config, model=ModelConfig("resnet18", width=4))  # its last maps are of one pixel
+    with pytest.raises(ValueError, match=r"needs two values of a channel: choose train\.drop_last=true or another"):
+        train(deep, tmp_path, validate=unvalidated)
+    assert not list(tmp_path.iterdir())
+    two = replace(deep, name="two views", method=MethodConfig("consistency"))
+    for fine in (two, replace(config, name="wide maps")):
+        assert train(fine, tmp_path, validate=unvalidated).manifest["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MIXED_PRECISION", "bf16"), ("GRADIENT_ACCUMULATION_STEPS", "4"), ("DYNAMO_BACKEND", "EAGER")]
+)
+def test_the_environment_of_a_launcher_changes_no_setting(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plain = train(replace(TINY, name="plain"), tmp_path, validate=unvalidated)
+    AcceleratorState._reset_state(reset_partial_state=True)  # the environment is read once in a process
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    launched = train(replace(TINY, name="launched"), tmp_path, validate=unvalidated)
+    assert [row["loss"] for row in launched.metrics] == [row["loss"] for row in plain.metrics]
+
+
+def test_the_device_of_an_earlier_run_in_the_process_is_not_the_next_ones() -> None:
+    for device, only_cpu in (("cpu", True), ("auto", False), ("cpu", True)):
+        Step(settings(device=device), plain_network(), batch()[0][:2])
+        assert PartialState._shared_state["_cpu"] is only_cpu

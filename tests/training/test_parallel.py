@@ -1,5 +1,7 @@
 """Several processes that train one network do what one process does on the same global batch."""
 
+import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ducat import checkpoint
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ModelConfig, ThreatConfig, TrainConfig
@@ -185,10 +188,42 @@ def test_processes_draw_the_rows_that_one_process_draws(draw: Any, views: int) -
         return torch.Generator().manual_seed(0)
 
     everyones = draw((views * 12, 1, 5, 5), generator=noise()).unflatten(0, (views, 12))
-    for rank in range(3):
+    for rank, form in itertools.product(range(3), (lambda *shape: (shape,), lambda *shape: shape)):
         with LocalRows(rank, 3, views):
-            mine = draw((views * 4, 1, 5, 5), generator=noise()).unflatten(0, (views, 4))
+            mine = draw(*form(views * 4, 1, 5, 5), generator=noise()).unflatten(0, (views, 4))
         assert torch.equal(mine, everyones[:, 4 * rank : 4 * rank + 4])
+
+
+def _told(rank: int, world_size: int, meeting: Path, root: Path) -> None:
+    join(rank, world_size, meeting)
+    told: list[str] = []
+    for config in (
+        variant("uneven", data=DataConfig("digits", samples=195), train={"drop_last": False}),
+        variant("unvalidated", data=DataConfig("digits", samples=195, held_out=1)),
+    ):
+        with pytest.raises(ValueError, match="processes cannot share") as raised:
+            train(config, root)
+        told.append(str(raised.value))
+    vectors = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    watcher = Watcher()
+    train(variant("vectors", dummy=DummyConfig(), train={"epochs": 1}), root, watcher, model=vectors)
+    (root / f"told-{rank}.json").write_text(json.dumps([*told, *watcher.warnings]))
+
+
+def test_what_processes_cannot_share_is_said(tmp_path: Path) -> None:
+    processes = [PROCESSES.Process(target=_told, args=(rank, 2, tmp_path / "meeting", tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+    told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in range(2)]
+    assert told[0] == told[1]
+    uneven, unvalidated, apart = told[0]
+    assert uneven.startswith("the last batch of an epoch has 3 images, which 2 processes cannot share evenly: choose")
+    assert unvalidated.startswith("2 processes cannot share 1 validation images: hold out more (data.held_out)")
+    assert apart.startswith("2, a BatchNorm1d, takes batch statistics over each process's own images")
+    assert not {"uneven", "unvalidated"} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path: Path) -> None:

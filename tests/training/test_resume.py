@@ -20,7 +20,8 @@ from ducat.cli import main
 from ducat.config import Config, DataConfig, DummyConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.runs import RunFolder
 from ducat.training import Interrupted, resume, train
-from tests.support import Watcher
+from tests import support
+from tests.support import Watcher, unvalidated
 
 pytestmark = pytest.mark.slow
 
@@ -351,6 +352,19 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, 
     assert code == 0, output
     assert "took the checkpoint before it" in output
     assert_same(path, unbroken)
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_whole_one(tmp_path: Path) -> None:
+    config = replace(support.TINY, train=replace(support.TINY.train, tracker="none"))
+    with pytest.raises(Interrupted):
+        train(config, tmp_path, Watcher(signal_after=3, signum=signal.SIGTERM), validate=unvalidated)
+    last = RunFolder(tmp_path / "run").checkpoint_path("last")
+    last.write_bytes(last.read_bytes()[:500])
+    whole = checkpoint.read(checkpoint.previous_of(last))[1]
+    with pytest.raises(Interrupted):
+        resume(tmp_path / "run", Watcher(signal_after=3, signum=signal.SIGTERM), validate=unvalidated)
+    assert checkpoint.read(checkpoint.previous_of(last))[1] == whole
+    assert checkpoint.read(last)[1]["position"]["step"] == 1
 
 
 @pytest.fixture(scope="module")

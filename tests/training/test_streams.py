@@ -13,10 +13,11 @@ from PIL import Image
 
 from ducat import checkpoint, data
 from ducat.cli import main
-from ducat.config import Config, DataConfig, DummyConfig, ModelConfig, ThreatConfig, TrainConfig
+from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.data.encoded import Encoded
 from ducat.runs import RunFolder
 from ducat.training import Interrupted, resume, train
+from ducat.training.adapt import settings
 from tests.support import Watcher, unvalidated
 from tests.training.test_parallel import PROCESSES, join, together
 
@@ -73,6 +74,16 @@ def test_a_stream_trains_as_the_prepared_file_and_goes_on_in_the_middle_of_an_ep
     with pytest.raises(Interrupted):
         train(replace(config("streamed", root), name="stopped"), root / "runs", Watcher(signal_after=6))
     assert_equal(resume(root / "runs" / "stopped"), decoded)
+
+
+def test_adapting_a_stream_with_another_method_augments_as_that_method_does(root: Path) -> None:
+    for name in ("streamed", f"folder:{root}/insects"):
+        chosen = replace(config("streamed", root), name=None, dummy=DummyConfig("off"))
+        chosen = replace(chosen, data=replace(chosen.data, name=name, workers=0))
+        run = train(chosen, root / "runs", validate=unvalidated)
+        begun = replace(settings(run.path), method=MethodConfig("consistency"))
+        assert run.config.data.augmentation == "base"
+        assert begun.resolve(run.dataset().spec).data.augmentation == "strong"
 
 
 def test_a_run_on_another_stream_is_not_resumed(root: Path) -> None:

@@ -20,7 +20,8 @@ from ducat import demo as demo_room
 from ducat.attacks.suites import SUITES
 from ducat.cli.overview import BAD_INPUT, check, complain
 from ducat.cli.parser import Parser, told
-from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, config_parser
+from ducat.config import DERIVED, Config, DataConfig, ModelConfig, ThreatConfig, config_parser
+from ducat.data.loading import find_spec
 from ducat.evaluation import kept
 from ducat.evaluation.audit import FAILURE
 from ducat.evaluation.rejection import SIGNALS
@@ -97,10 +98,25 @@ def _train_parser(arguments: Sequence[str]) -> Parser:
     return parser
 
 
+class _File(ActionConfigFile):
+    """`--config`: what a run's config.yaml has written out of defaults follows the options that come after it."""
+
+    def __call__(self, parser: Any, given: Any, value: Any, option: str | None = None) -> None:
+        super().__call__(parser, given, value, option)
+        try:
+            run = Config.from_yaml(str(given[self.dest][-1]), whole=True)
+        except (OSError, ValueError):  # somebody's own file, in which every value is a choice
+            return
+        settings = run.unresolved(find_spec(run.data.name, run.data.root)).flat()
+        for name, left in DERIVED.items():
+            if settings[name] == left:
+                given[name] = left
+
+
 def _settings_parser(prog: str, check: Callable[[Namespace], None] = lambda given: None) -> Parser:
     parser = Parser.of(prog, check)
     config_parser(parser)
-    parser.add_argument("--config", action=ActionConfigFile, metavar="FILE", help="YAML file of settings; see recipes/")
+    parser.add_argument("--config", action=_File, metavar="FILE", help="YAML file of settings; see recipes/")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that the run folder is made in")
     return parser
 

@@ -160,12 +160,17 @@ class Mixed:
     def epoch(
         self, epoch: int, start_step: int = 0
     ) -> Iterator[tuple[Float[Tensor, "*views batch channels height width"], Int64[Tensor, batch]]]:
-        """Yield this process's rows of each batch, the real ones first: images in [0, 1], and labels."""
+        """Yield this process's rows of each batch: images in [0, 1], and labels.
+
+        Real and drawn rows alternate, so that each process and each part of a batch has its share of both.
+        """
         batches = self.real.epoch(epoch, start_step)
         for step in range(start_step, self.steps):
             x, y = next(batches)
             others, labels = self._drawn(epoch, step)
-            yield torch.cat([x, others.to(x.device)], dim=-4), torch.cat([y, labels.to(y.device)])
+            order = _alternating(len(y), len(labels)).to(x.device)
+            images = torch.cat([x, others.to(x.device)], dim=-4).index_select(x.ndim - 4, order)
+            yield images, torch.cat([y, labels.to(y.device)])[order]
 
     def _drawn(self, epoch: int, step: int) -> tuple[Tensor, Tensor]:
         real = self.real
@@ -182,3 +187,10 @@ class Mixed:
             return images
         noise = generator(self.real.seed, "extra augmentation", epoch, step, view)
         return augment(images, noise, start, self.rows)
+
+
+def _alternating(first: int, second: int) -> Int64[Tensor, m]:
+    """Return the order in which rows 0..first and the `second` rows after them are spread evenly among each other."""
+    # Whole numbers: a process's rows of a batch have the order that they have in the whole one, ties included.
+    places = [(2 * torch.arange(count) + 1) * other for count, other in ((first, second), (second, first))]
+    return torch.cat(places).argsort(stable=True)

@@ -1,5 +1,6 @@
 """Prepared data sets, as the rest of the package takes them."""
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ from ducat.data import cache, spooled, streams
 from ducat.data.images import Dataset, Lazy, Source, fingerprint, hold_out, join, named_tensors, stratified_subset
 from ducat.data.prepare import prepare
 from ducat.data.readers import CORRUPTIONS, read_digits
-from ducat.data.specs import SPECS
+from ducat.data.specs import SPECS, DataSpec
 from ducat.data.stored import Stored
 
 PARTS = ("train", "validation", "test")
@@ -45,7 +46,7 @@ def load(
         train = stratified_subset(train, samples)
     if isinstance(train, Lazy) and train.pixels.decodes:
         # Which images these are follows from all there are and these numbers.
-        exact = f"{dataset.fingerprint} {samples}" + ("" if held_out is None else f" {held_out}")
+        exact = f"{dataset.fingerprint} {samples}" + ("" if held_out is None else f" {float(held_out)}")
         measured = f"sha256:{hashlib.sha256(exact.encode()).hexdigest()}"
     else:
         measured = fingerprint(named_tensors(train, validation, dataset.test))
@@ -61,6 +62,17 @@ def _held_out_anew(train: Source, validation: Source, held_out: float | int) -> 
     if not 0 <= count < len(together):
         raise ValueError(f"data.held_out={held_out:g} is outside [0, {len(together) - 1}], of the training images")
     return hold_out(together, round(count)) if round(count) else (together, together.subset(torch.arange(0)))
+
+
+def find_spec(name: str, root: Path | str | None = None) -> DataSpec | None:
+    """Return the settings that fit a data set, without its images; None of a stream or folder not prepared here."""
+    with contextlib.suppress(OSError, ValueError):
+        return SPECS[name] if name in SPECS else cache.read(_entry_name(name), root)[1].spec
+    return None
+
+
+def _entry_name(name: str) -> str:
+    return name if streams.parse(name) is None else streams.entry_name(name)
 
 
 def load_test(
@@ -135,8 +147,7 @@ def _load(name: str, root: Path | str | None, verify: bool = False) -> Dataset:
         )
     if streams.parse(name) is not None:
         prepare(name, root=root)
-        name = streams.entry_name(name)
-    tensors, header = cache.read(name, root, verify=verify)
+    tensors, header = cache.read(_entry_name(name), root, verify=verify)
     if header.stream is not None:
         header.stream.check()
         index = {key: tensor for key, tensor in tensors.items() if isinstance(tensor, Tensor)}

@@ -12,7 +12,8 @@ from torch import nn
 
 from ducat import methods, weights, zoo
 from ducat.architecture import Architecture
-from ducat.config import Config, DummyConfig
+from ducat.config import Config, DummyConfig, MethodConfig
+from ducat.data.loading import find_spec
 from ducat.runs import RunFolder
 from ducat.training.initial import Initial, run_of, source_of
 from ducat.training.loop import Listener, train
@@ -23,8 +24,9 @@ from ducat.weights import Weights
 def settings(source: Path | str) -> Config:
     """Return the settings that `ducat adapt` begins with.
 
-    They are those of the run that the checkpoint is from, or else the defaults; dummy classes are recovery-aware, and
-    the training is the tail of the paper's recipe: 25 epochs at a learning rate of 0.001.
+    They are those of the run that the checkpoint is from, or else the defaults; the method is the default one where
+    the run's has no place for dummy classes. These are recovery-aware, and the training is the tail of the paper's
+    recipe: 25 epochs at a learning rate of 0.001.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
@@ -34,6 +36,8 @@ def settings(source: Path | str) -> Config:
         raise FileNotFoundError(f"{source} does not exist: give a run folder, or a file of weights")
     run = run_of(source)
     config = run.config if run is not None else Config()
+    # A run's config has the defaults written out; here they follow again what they are derived from.
+    config = config.unresolved(find_spec(config.data.name, config.data.root))
     tail = replace(
         config.train,
         epochs=25,
@@ -44,14 +48,9 @@ def settings(source: Path | str) -> Config:
         averaging_start_epoch=0.0,
         awp_start_epoch=0.0,
     )
-    # A run's config has the defaults written out; here they follow again what they are derived from.
-    method, threat = config.method, config.threat
-    if method.weight == methods.find(method.name).weight:
-        method = replace(method, weight=None)
-    if threat.step_size == replace(threat, step_size=None).build(None).step_size:
-        threat = replace(threat, step_size=None)
     dummy = DummyConfig("recovery-aware", start_epoch=0.0)
-    return replace(config, name=None, method=method, dummy=dummy, threat=threat, train=tail)
+    method = MethodConfig() if methods.find(config.method.name).no_dummy_classes else config.method
+    return replace(config, name=None, method=method, dummy=dummy, train=tail)
 
 
 def adapt(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ducat import weights
+from ducat import checkpoint, weights
 from ducat.architecture import GIVEN, GIVEN_NETWORK, OURS, Architecture
 from ducat.config import Config
 from ducat.data import Dataset
@@ -60,6 +60,8 @@ class Initial:
         if is_function(config.model.name):
             allow_code(config.model.name)
         asked = config.model.weights
+        # What is trained already keeps its recovered prediction; the published way begins with random rows.
+        dummies = "copy" if config.dummy.kind == "recovery-aware" else "random"
         if asked in (None, "pretrained"):
             pretrained = asked == "pretrained"
 
@@ -67,7 +69,10 @@ class Initial:
                 architecture = config.described(architecture)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(config.train.seed)
-                    return architecture, architecture.build(pretrained=pretrained, init=config.model.init)
+                    if not (pretrained and architecture.dummy_classes):
+                        return architecture, architecture.build(pretrained=pretrained, init=config.model.init)
+                    plain = replace(architecture, dummy_classes=False)
+                    return plain.doubled(plain.build(pretrained=True), dummies)
 
             return cls(build, {"weights": f"{config.model.name}, pretrained"} if pretrained else {})
         assert asked is not None
@@ -80,6 +85,8 @@ class Initial:
                 raise ValueError(
                     f"model.weights: {found.file} holds a {found.architecture.name}: choose that model.name"
                 )
+            else:
+                _check_own(config, architecture, found.architecture, found.file)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.train.seed)
                 ours, model = found.network(replace(architecture, dummy_classes=False), new_head=True)
@@ -89,7 +96,7 @@ class Initial:
                         "ones: choose dummy.kind published or recovery-aware, or weights without dummy classes"
                     )
                 if architecture.dummy_classes and not ours.dummy_classes:
-                    return ours.doubled(model)
+                    return ours.doubled(model, dummies)
                 return ours, model
 
         return cls(load, source_of(found.file))
@@ -110,6 +117,19 @@ class Initial:
             return described, given(model, described)
 
         return cls(build, {"file": GIVEN_NETWORK})
+
+
+def _check_own(config: Config, asked: Architecture, ours: Architecture, file: Path) -> None:
+    """Raise ValueError if settings ask for another network than a checkpoint of ours brings along."""
+    normalised = [[tuple(network.mean), tuple(network.std)] for network in (ours, asked)]
+    differ = {
+        "model.width": config.model.width not in (None, ours.width),
+        "model.normalization": config.model.normalization != "auto" and normalised[0] != normalised[1],
+    }
+    for name, differs in differ.items():
+        if differs:
+            value = config.flat()[name]
+            raise ValueError(f"{name}={value} is not that of the network in model.weights: leave it out ({file})")
 
 
 def _is_as_built(model: nn.Module, built: nn.Module, shape: tuple[int, int, int]) -> bool:
@@ -147,13 +167,16 @@ def run_of(source: object) -> RunFolder | None:
     if source is None:
         return None
     source = Path(str(source))
-    folder = RunFolder(source if source.is_dir() else source.resolve().parent.parent.parent)
-    ours = source.is_dir() or source.resolve() in (folder.checkpoint_path("best"), folder.checkpoint_path("last"))
+    file = source.resolve()
+    folder = RunFolder(source if source.is_dir() else file.parent.parent.parent)
+    written = folder.checkpoint_path(file.parent.name)
+    ours = source.is_dir() or file in (written, checkpoint.previous_of(written))
     return folder if ours and folder.config_path.is_file() else None
 
 
 def source_of(file: Path) -> dict[str, str]:
-    """Return what a manifest says of a file that weights are from."""
+    """Return what a manifest says of a file that weights are from; the place is one from any folder."""
+    file = file.resolve()
     with open(file, "rb") as opened:
         return {"file": str(file), "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 

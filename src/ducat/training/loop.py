@@ -137,7 +137,11 @@ def train(
         FloatingPointError: if the loss stops being finite; the last checkpoint is from before.
         Interrupted: if SIGINT or SIGTERM came; the run has been saved and can be resumed.
     """
+    for name in ("samples", "held_out") if data is not None else ():
+        if getattr(config.data, name) is not None:
+            raise ValueError(f"data.{name} has no effect on data that are given: leave it out, and give others")
     dataset = _dataset(config, data)
+    config.check_read(dataset.spec)
     config = config.resolve(dataset.spec)
     assert config.name is not None
     manifest: dict[str, Any] = {}
@@ -217,7 +221,7 @@ def resume(
     loop = _Loop(config, dataset, folder.path, listener or _Silent(), architecture, network, objective, validate)
     loop.restore(tensors, state)
     with loop.threads():
-        return loop.run(read=read)
+        return loop.run(read=read, damaged=notice is not None)
 
 
 def _dataset(config: Config, given: datasets.Dataset | None) -> datasets.Dataset:
@@ -253,6 +257,7 @@ class _Loop:
         if config.data.extra is not None:
             self.extra = Extra.open(config.data.extra, dataset.spec.shape, len(dataset.classes))
         self.batches = self._made_batches(dataset)
+        self._check_shares(example)
         self.position, self.resumed = _Position(), False
         self.received: list[int] = []
         self.meter = Meter(self.accelerator.device)
@@ -260,12 +265,6 @@ class _Loop:
 
     def _made_batches(self, dataset: datasets.Dataset) -> datasets.Batches | Mixed:
         settings, data, accelerator, spec = self.config.train, self.config.data, self.accelerator, dataset.spec
-        left = 0 if settings.drop_last else len(dataset.train) % settings.batch_size
-        if self.extra is None and 0 < left < accelerator.num_processes:
-            raise ValueError(
-                f"the last batch of an epoch has {left} images for {accelerator.num_processes} processes: choose "
-                f"train.drop_last=true or another train.batch_size than {settings.batch_size}"
-            )
         if data.crop_padding is not None:
             spec = replace(spec, crop_padding=data.crop_padding)
 
@@ -290,6 +289,28 @@ class _Loop:
         if not 0 < rows < settings.batch_size:
             raise ValueError(f"data.extra_share={data.extra_share} leaves no real or no generated image in a batch")
         return Mixed(made(settings.batch_size - rows), self.extra, rows, len(made(settings.batch_size)))
+
+    def _check_shares(self, example: Tensor) -> None:
+        """Raise ValueError if the processes cannot share the validation images, or an epoch's last batch."""
+        held_out, processes = len(self.dataset.validation), self.accelerator.num_processes
+        if self.validate is None and 0 < held_out < processes:
+            raise ValueError(
+                f"{processes} processes cannot share {held_out} validation images: hold out more (data.held_out), or "
+                "train in fewer processes"
+            )
+        drawn, real = (self.batches.rows, self.batches.real) if isinstance(self.batches, Mixed) else (0, self.batches)
+        left = min(real.batch_size, len(real.images) - (len(self.batches) - 1) * real.batch_size)
+        remedy = f"choose train.drop_last=true or another train.batch_size than {self.config.train.batch_size}"
+        if left % processes:
+            raise ValueError(
+                f"the last batch of an epoch has {left} images, which {processes} processes cannot share evenly: "
+                f"{remedy}"
+            )
+        if left + drawn == processes and self.step.fails_on(example[:1]):
+            raise ValueError(
+                "the last batch of an epoch has one image in each process, where batch norm needs two values of a "
+                f"channel: {remedy}"
+            )
 
     def threads(self) -> contextlib.AbstractContextManager[int]:
         """Compute with as many threads as the settings say, or a batch is worth."""
@@ -358,11 +379,12 @@ class _Loop:
             checkpoint.set_random_state(checkpoint.part(f"random.{rank}", tensors), state["random"][rank])
         self.meter = Meter(self.accelerator.device, earlier=state["spent"])
 
-    def run(self, read: tuple[int, int] | None = None) -> RunFolder:
+    def run(self, read: tuple[int, int] | None = None, damaged: bool = False) -> RunFolder:
         """Train to the end.
 
         Args:
             read: for a run that is continued, what `_written` said before its checkpoint was read.
+            damaged: whether that checkpoint could not be used, so that the one before it was.
         """
         main, settings = self.accelerator.is_main_process, self.config.train
         tracker: tracking.Tracker | None = None
@@ -374,6 +396,9 @@ class _Loop:
                 )
             if main:  # reads what may be damaged, before anything is written
                 self.folder.clean(from_epoch=self.position.epoch)
+            if main and damaged:
+                # Else the next one would move it to where the whole one is, and a kill in between leave neither.
+                self.folder.checkpoint_path("last").unlink(missing_ok=True)
             try:
                 if main:
                     if self.resumed:

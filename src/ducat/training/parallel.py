@@ -15,6 +15,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 PIXELS = (0, 2, 3)  # all dimensions of activations but the channels
@@ -66,20 +67,30 @@ class LocalRows(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func not in (torch.rand, torch.randn):
+        if func not in (torch.rand, torch.randn) or not args:
             return func(*args, **(kwargs or {}))
-        (shape,) = args
+        shape = args if isinstance(args[0], int) else args[0]
         rows = shape[0] // self.views
         everyones = func((self.views, self.world_size * rows, *shape[1:]), **(kwargs or {}))
         return everyones[:, self.rank * rows : (self.rank + 1) * rows].reshape(shape)
 
 
+def batch_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the layers, by name, that take statistics over this process's rows alone."""
+    kinds = (SynchronizedBatchNorm2d, nn.SyncBatchNorm)
+    named = model.named_modules()
+    return [
+        (name, module) for name, module in named if isinstance(module, _BatchNorm) and not isinstance(module, kinds)
+    ]
+
+
 def synchronize_batch_norm(model: nn.Module) -> None:
     """Let every `BatchNorm2d` of a model, in place, take its statistics in training over all processes' batches.
 
-    One without weights (`affine=False`) is left as it is. Weights, buffers and their names stay. Every process must
-    hold as many rows, and forward as often. PyTorch's own `SyncBatchNorm` does the same on GPUs alone; this one runs
-    wherever the processes can exchange tensors.
+    One without weights (`affine=False`), a subclass, and those of other dimensions are left as they are: `batch_norms`
+    returns them. Weights, buffers and their names stay. Every process must hold as many rows, and forward as often.
+    PyTorch's own `SyncBatchNorm` does the same on GPUs alone; this one runs wherever the processes can exchange
+    tensors.
     """
     for module in model.modules():
         if type(module) is nn.BatchNorm2d and module.affine:

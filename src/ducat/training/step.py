@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,10 @@ from ducat.schedules import epoch_of, learning_rate
 from ducat.seeding import generator
 from ducat.threat import ThreatModel
 from ducat.training.averaging import WeightAverage, perturbed_weights, update_batch_norm
-from ducat.training.parallel import LocalRows, synchronize_batch_norm
+from ducat.training.parallel import LocalRows, batch_norms, synchronize_batch_norm
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Batch = Float[Tensor, "batch channels height width"]
 Labels = Int[Tensor, " batch"]
@@ -64,15 +67,11 @@ class Step:
         fold: bool = True,
         compile_mode: str | None = None,
     ) -> None:
-        from accelerate import Accelerator
-
         self.config, self.model = config, model
         self.objective = config.objective if objective is None else objective
         self.threat = self.trained_on = config.threat.build(None)
         settings = config.train
-        # Launched processes without an accelerator would each train alone, unless told that they are CPUs.
-        only_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
-        self.accelerator: Accelerator = Accelerator(cpu=settings.device == "cpu" or only_cpus)
+        self.accelerator = _accelerator(settings.device)
         device = self.accelerator.device
         if settings.device == "cuda" and device.type != "cuda":
             raise ValueError("train.device=cuda: PyTorch finds no GPU here; choose cpu or auto")
@@ -91,6 +90,12 @@ class Step:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         if world_size > 1:
             synchronize_batch_norm(self.model)  # after folding, which compares outputs that need no other process
+            if apart := batch_norms(self.model):
+                name, layer = apart[0]
+                notice(
+                    f"{name}, a {type(layer).__name__}, takes batch statistics over each process's own images, as do "
+                    f"{len(apart) - 1} other layers: several processes train another network than one does"
+                )
         parts = settings.accumulate
         if settings.batch_size % (parts * world_size):
             raise ValueError(
@@ -197,6 +202,25 @@ class Step:
             return self.threat
         return replace(self.threat, eps=share * self.threat.eps, step_size=share * self.threat.step_size)
 
+    def fails_on(self, image: Float[Tensor, "1 channels height width"]) -> bool:
+        """Tell whether a step of that image alone fails: some batch norm would have one value of a channel."""
+        seen = image.repeat(self.views, 1, 1, 1)
+        epochs = map(self.objective, range(self.config.train.epochs))
+        rows = min(len(images) for objective in epochs for images in objective.passes(seen, seen))
+        found: list[bool] = []
+
+        def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            found.append(inputs[0].numel() == inputs[0].shape[1])
+
+        hooks = [module.register_forward_pre_hook(look) for _, module in batch_norms(self.model)]
+        try:
+            with torch.random.fork_rng(devices=[]), attackable(self.model), torch.no_grad():
+                self.model(image.repeat(rows, 1, 1, 1).to(self.accelerator.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return any(found)
+
     def end_epoch(self, batches: Iterable[tuple[Tensor, Tensor]], epoch: int) -> None:
         """Take the epoch's weights into their mean, where there is one, and measure its batch-norm statistics anew.
 
@@ -271,6 +295,22 @@ class Step:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * factor
+
+
+def _accelerator(device: str) -> "Accelerator":
+    """Return the processes and their device, as the settings say: not as the launcher or an earlier run has."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+
+    # Launched processes without an accelerator would each train alone, unless told that they are CPUs.
+    only_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
+    cpu = device == "cpu" or only_cpus or parse_flag_from_env("ACCELERATE_USE_CPU")
+    before = {**PartialState._shared_state, **AcceleratorState._shared_state}
+    if before and (before["_cpu"], before.get("_mixed_precision", "no")) != (cpu, "no"):
+        AcceleratorState._reset_state(reset_partial_state=True)  # it is one for the whole process
+    once = GradientAccumulationPlugin(num_steps=1)
+    return Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_plugin=once, dynamo_backend="no")
 
 
 def _check_gradient(model: nn.Module, example: Tensor, attacked: bool) -> None:
