@@ -203,7 +203,7 @@ class Step:
         return replace(self.threat, eps=share * self.threat.eps, step_size=share * self.threat.step_size)
 
     def fails_on(self, image: Float[Tensor, "1 channels height width"]) -> bool:
-        """Tell whether a step of that image alone fails: some batch norm would have one value of a channel."""
+        """Tell whether a step of that image alone fails, since a batch norm would have one value of a channel."""
         seen = image.repeat(self.views, 1, 1, 1)
         epochs = map(self.objective, range(self.config.train.epochs))
         rows = min(len(images) for objective in epochs for images in objective.passes(seen, seen))
