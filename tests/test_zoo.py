@@ -94,6 +94,19 @@ def test_the_pages_have_the_numbers_of_the_cards() -> None:
     assert f"alone leaves {alone['DUCAT, published']} % of the published network" in page
 
 
+def _in_linf(row: dict) -> dict[str, dict]:
+    return {
+        content["suite"]: content
+        for name, content in row["evaluations"].items()
+        if content["threat"]["norm"] == "linf" and name != "by-sum"
+    }
+
+
+def _left(evaluation: dict, attack: str) -> float:
+    (left,) = (row["accuracy"] for row in evaluation["attacks"] if row["name"] == attack)
+    return left
+
+
 def test_the_pages_have_the_numbers_that_were_measured_on_photographs() -> None:
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "results" / "size.md").read_text()
     titles = {
@@ -114,15 +127,25 @@ def test_the_pages_have_the_numbers_that_were_measured_on_photographs() -> None:
         numbers = [f"{100 * each:.1f}" for each in (light["clean"]["accuracy"], light["blind"], light["robust"])]
         assert f"| ours, width 32, {on_page} | {' | '.join(numbers)} |" in page
         assert all(number in sentence for number in numbers), title
-    for title, (in_readme, on_page) in titles.items():
-        suites = {
-            content["suite"]: content
-            for name, content in rows[title]["evaluations"].items()
-            if content["threat"]["norm"] == "linf" and name != "by-sum"
-        }
+    for title, (_, on_page) in titles.items():
+        suites = _in_linf(settings["tiny"][title])
         light, standard = suites["light"], suites["standard"]
         assert (light["samples"], standard["samples"]) == (1000, 200)
-        (blind,) = (row["accuracy"] for row in standard["attacks"] if row["name"] == "autoattack")
+        numbers = [light["clean"]["accuracy"], _left(standard, "autoattack"), light["blind"], light["robust"]]
+        told = " | ".join(f"{100 * each:.1f}" for each in numbers)
+        assert f"| ours, Tiny-ImageNet, {on_page} | {told} |" in page
+    plain, published = (_in_linf(settings["wide"][title])["standard"] for title in list(titles)[:3:2])
+    assert (plain["samples"], published["samples"]) == (100, 100)
+    assert (
+        f"leaves {100 * _left(plain, 'autoattack'):.1f} % of PGD-AT (clean {100 * plain['clean']['accuracy']}" in page
+    )
+    blind, knowing = (100 * _left(published, name) for name in ("autoattack", "autoattack-recovered"))
+    assert f"{blind:.1f} %\n  blind and {knowing:.1f} % where it knows recovery" in page
+    for title, (in_readme, on_page) in titles.items():
+        suites = _in_linf(rows[title])
+        light, standard = suites["light"], suites["standard"]
+        assert (light["samples"], standard["samples"]) == (1000, 200)
+        blind = _left(standard, "autoattack")
         clean, left, worst = (f"{100 * each:.1f}" for each in (light["clean"]["accuracy"], blind, light["robust"]))
         assert f"| {in_readme} | {clean} | {left} | {100 * light['blind']:.1f} | {worst} |" in readme
         assert f"| ours, {on_page} | {clean} | {left} | {worst} |" in page
