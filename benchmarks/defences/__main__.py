@@ -121,7 +121,8 @@ class Zoo:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             truth = Truth.begin(self.judge(row), row.threat)
-            for each in (load_file(path)["images"], images):
+            earlier = [load_file(path)["images"]] if path.is_file() else []  # the cache may be new
+            for each in (*earlier, images):
                 truth.offer(each)
             truth.settle()
         save_file({"images": truth.images.contiguous()}, path)

@@ -685,7 +685,30 @@ def test_a_network_that_misleads_on_some_images_is_not_settled_through_itself() 
     led = ducat.attacks.adaptive(smooth, x, y, ducat.ThreatModel(eps=0.03))
     truth = (network(led).argmax(1) == y).float().mean()
     assert found.robust.float().mean() < truth + 0.1
-    assert {"audit", "second-round"} <= {attack.strategy for attack in found.attacks}
+
+
+def test_what_the_audit_breaks_counts_and_settles_nothing(
+    templates: Templates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a second round leaves it, here one that settles everything and breaks nothing."""
+    model, x, y = templates
+
+    class Rounded(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return model(torch.round(4 * images) / 4)
+
+    def nothing(scene: second_round.Scene, *_: Any) -> tuple[second_round.SecondRound, Tensor]:
+        return second_round.SecondRound(len(scene.y), {}, 0.0, "the network itself"), scene.kept
+
+    monkeypatch.setattr("ducat.evaluation.engine.second_round", nothing)
+    found = evaluate((Rounded(), x, y), Suite((Attack("idle", False, lambda model, x, *rest: x),), audit=True))
+    (row,) = (attack for attack in found.attacks if attack.strategy == "audit")
+    assert not (found.robust & ~row.correct).any()
+    assert found.audit is not None
+    assert (found.clean & ~row.correct).sum() >= found.audit.only_guided > 5
+    assert found.scrutiny.second_round is not None
+    assert found.scrutiny.second_round.through is None
+    assert found.at_most
 
 
 def test_what_is_examined_closely_is_of_all_classes_where_data_are_sorted(

@@ -131,7 +131,7 @@ def test_the_model_card_shows_blind_and_robust_side_by_side(tiny_run: Path, tmp_
         assert f" {100 * quantity:.1f} [" in line
     for attack in evaluation["attacks"]:
         knows = "yes" if attack["knows_recovery"] else "no"
-        assert f"| {attack['name']} | {knows} | {100 * attack['accuracy']:.1f} |" in card
+        assert f"| {attack['name']} | {knows} | {100 * attack['accuracy']:.1f} [" in card
     for warning in evaluation["warnings"]:
         assert warning in card
     assert card.startswith("---\nlibrary_name:")

@@ -605,22 +605,23 @@ def _conclude(
                 second_round_seconds,
             )
 
-        rows = _some(clean, AUDITED)
-        few = job.to_device(spooled.take(x, rows), y[rows], by_gradients[rows], standing[rows])
-        led = [guide for _, guide in guides(scene(rows))]
+        audited = _some(clean, AUDITED)
+        few = job.to_device(spooled.take(x, audited), y[audited], by_gradients[audited], standing[audited])
+        led = [guide for _, guide in guides(scene(audited))]
         began = time.perf_counter()
-        audit, found = measure_signs(
+        audit, seen = measure_signs(
             subject.aware(job.attacked[0]), led, few[0], few[1], job.threat, few[2], few[3], job.seed
         )
-        broke = standing[rows] & (found != few[0]).flatten(1).any(1).cpu()
-        if broke.any():
-            join(AUDIT, rows[broke], found[broke.to(found.device)], time.perf_counter() - began)
+        seconds = time.perf_counter() - began
         if suspicious(audit, attacks, nature, opinion):
             progress("second round")
             rows = (least > 0 if nature.random else standing).nonzero().squeeze(1)
             if len(rows):
                 second, found = second_round(scene(rows), not nature.names, progress)
                 join(SECOND_ROUND, rows, found, second.seconds)
+        broke = standing[audited] & (seen != few[0]).flatten(1).any(1).cpu()
+        if broke.any() and join(AUDIT, audited[broke], seen[broke.to(seen.device)], seconds) and second is not None:
+            second = replace(second, through=None)  # nothing is settled that the audit can break
     last = LAST_REPEATS if nature.random else 1
     looks = [
         job.look_again(*chunk, last)
