@@ -33,6 +33,11 @@ def evaluate(templates: Templates, suite: str | Suite = "quick", **kwargs: objec
     return ducat.evaluate(*templates, THREAT, suite, **{"num_classes": 4, **kwargs})
 
 
+def short_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("QUERIES", "DECISIONS"):
+        monkeypatch.setattr(second_round, name, 100)
+
+
 def numbers(evaluation: Evaluation | dict) -> dict:
     """Return the content of evaluation.json without the times."""
     content = evaluation if isinstance(evaluation, dict) else evaluation.to_dict()
@@ -350,6 +355,7 @@ def test_a_run_evaluated_twice_gives_the_same_numbers(run: RunFolder) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["best", "last"])
 def test_an_evaluation_says_which_checkpoint_it_is_of(run: RunFolder, which: str) -> None:
+    evaluate_run(run, "quick", samples=60)
     assert evaluate_run(run, "quick", samples=20, which=which)["checkpoint"] == which
     (path,) = run.evaluations_path.glob(f"quick-linf-0.2-20-s0-{which}-*.json")
     assert Evaluation.load(path).checkpoint == which
@@ -611,6 +617,7 @@ def test_a_second_round_that_is_cut_short_settles_nothing(
     loud = nn.Sequential(model, nn.Linear(4, 4, bias=False))
     with torch.no_grad():
         loud[1].weight.copy_(1e4 * torch.eye(4))
+    short_searches(monkeypatch)
     whole = evaluate((loud, x, y), "demo").scrutiny.second_round
     assert whole is not None
     assert whole.through is not None
@@ -719,6 +726,7 @@ def test_what_is_examined_closely_is_of_all_classes_where_data_are_sorted(
     for name in ("AUDITED", "second_opinion.SAMPLES"):
         monkeypatch.setattr(f"ducat.evaluation.engine.{name}", 8)
     monkeypatch.setattr("ducat.evaluation.second_round.SIGNS", 8)
+    short_searches(monkeypatch)
     monkeypatch.setattr("ducat.evaluation.subject.PROBED", 8)
     seen: dict[str, set[int]] = {}
     images = {image.numpy().tobytes(): int(label) for image, label in zip(x, y, strict=True)}
