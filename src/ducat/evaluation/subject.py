@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ducat.attacks.pgd import OVERSHOOT
 from ducat.data import spooled
 from ducat.models.outputs import NoLogitsError, logits_of
 from ducat.threat import ThreatModel
 
-OVERSHOOT = 1e-6  # of [0, 1]: what interpolation in float32 leaves
 PROBED = 16  # benign images that the network is examined with, and as many of each kind of disturbed ones
 REPEATS = 8  # passes that a random network's noise is measured with
 CHANGED = {torch.float32: 0.01, torch.float64: 0.01}  # of a row's spread of logits; rounding stays far below
