@@ -35,6 +35,12 @@ def _declare_torchvision_operators() -> None:
             torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws from PyTorch's own source does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def timm() -> Any:
     """timm, where it is installed: `.ci/run` installs it after the other tests."""
