@@ -347,7 +347,7 @@ def targeted(
             found = pgd(network, images, goal, threat, objective, generator=generator(seed, attacker, start))
             with torch.no_grad():
                 logits = network(found)
-            predicted.append((recover(logits) if paired else logits).argmax(1).cpu())
+            predicted.append(_prediction(recover(logits) if paired else logits))
         prediction = torch.cat(predicted)
         withstood[attacker] = float((prediction != wanted).float().mean())
         correct[attacker] = float((prediction == y).float().mean())
@@ -388,6 +388,10 @@ def _evaluations(runs: Sequence[Path]) -> dict[str, Evaluation]:
     if len(runs) < 2:
         raise ValueError("give at least two evaluated runs: the study compares models")
     folders = [RunFolder.open(run) for run in runs]
+    places = [folder.path.resolve() for folder in folders]
+    twice = next((run for run, place in zip(runs, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is given twice: the study compares models")
     evaluations = [Evaluation.load(folder.path) for folder in folders]
     settings = [(one.fingerprint, one.threat.norm, one.threat.eps, one.suite) for one in evaluations]
     for run, setting in zip(runs, settings, strict=True):
@@ -417,4 +421,9 @@ def _deployed(run: Path, which: Which) -> nn.Module:
 def _predict(model: nn.Module, x: Tensor, batch_size: int = 500) -> Tensor:
     device = next(model.parameters()).device
     with torch.no_grad():
-        return torch.cat([model(batch.to(device)).argmax(1).cpu() for batch in x.split(batch_size)])
+        return torch.cat([_prediction(model(batch.to(device))) for batch in x.split(batch_size)])
+
+
+def _prediction(logits: Tensor) -> Tensor:
+    """Return the class, or -1 where outputs are not finite: these are no prediction."""
+    return logits.argmax(1).masked_fill(~logits.isfinite().all(1), -1).cpu()
