@@ -216,10 +216,11 @@ def promote(folder: RunFolder) -> Path:
 
 def curves(contents: Iterable[Content]) -> list[list[Content]]:
     """Return the evaluations that differ in eps alone, in its order: a list for each two or more of them."""
-    groups: dict[str, dict[float, Content]] = {}
+    groups: dict[tuple[str, str | None], dict[float, Content]] = {}
     for content in contents:
         alike = {**content, "threat": {**content["threat"], "eps": 0.0}}
-        groups.setdefault(name_of(alike), {})[content["threat"]["eps"]] = content
+        version = (content.get("origin") or {}).get("ducat")  # whose attacks may be others
+        groups.setdefault((name_of(alike), version), {})[content["threat"]["eps"]] = content
     return [[group[eps] for eps in sorted(group)] for group in groups.values() if len(group) > 1]
 
 

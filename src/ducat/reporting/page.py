@@ -60,8 +60,9 @@ def _figures(comparison: Comparison) -> dict[str, str]:
             figures[name] = plots.inline(plots.trade_off(points(section), section.title, wide=wide), name)
     for number, run in enumerate(comparison.runs):
         seen = run.behaviour or {}
-        for place, alike in enumerate(curves(run.kept)):
+        for place, alike in enumerate(curves(filter(run.is_current, run.kept))):
             name, title = f"curve-{number}-{place}", comparing.setting(alike[0], eps=False)
+            title += f", {alike[0]['checkpoint']}" if alike[0].get("checkpoint") else ""
             figures[name] = plots.inline(plots.curve(alike, title), name)
         if run.metrics and run.path is not None:
             config = Config.from_yaml(run.path / "config.yaml", whole=True)
