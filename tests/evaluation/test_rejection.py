@@ -170,6 +170,15 @@ def test_the_threshold_refuses_the_share_it_was_set_for() -> None:
         assert int((~accepted[40:]).sum()) == share * 160
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_threshold_refuses_that_share_in_any_precision(dtype: torch.dtype) -> None:
+    model, x = linear(dummies=False).to(dtype), images(400).to(dtype)
+    y = predicted(model, x)
+    for share in (0.0, 0.05, 0.5):
+        threshold = calibrate(model, x, y, share)
+        assert int((~SelectiveClassifier(model, "confidence", threshold)(x)[1]).sum()) == share * 400
+
+
 def test_a_selective_classifier_gives_logits_and_whether_it_accepts() -> None:
     model, x = linear(), images(30)
     logits, accepted = SelectiveClassifier(model, "pair", 0.2)(x)

@@ -139,8 +139,8 @@ class SelectiveClassifier(nn.Module):
 
 
 def accepted(logits: Logits, signal: str, threshold: float) -> Bool[Tensor, " batch"]:
-    """Tell from 2C logits which predictions a selective classifier accepts."""
-    row = find(signal)
+    """Tell from 2C logits which predictions a selective classifier accepts; in float32, as thresholds are set."""
+    row, logits = find(signal), logits.float()
     high = _of(row.decision(logits).argmax(1), row.acceptance(logits)) >= threshold
     return high & logits.isfinite().all(1)  # outputs that are not finite are no prediction
 
@@ -438,6 +438,8 @@ class Rejection:
         held_out: whether those are other images than the evaluated ones.
         half: whether the sample's prediction withstands attacks in the ball of half the radius, without refusing.
         signals: a result per signal.
+        at_most: whether all of it is an upper bound only, since something hid the gradients. That attacks on the class
+            alone arrive at 0 in the end, or through an equal network, says nothing of those on the refusal.
     """
 
     threat: ThreatModel
@@ -446,6 +448,7 @@ class Rejection:
     held_out: bool
     half: Flags
     signals: Sequence[SignalResult]
+    at_most: bool = False
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -470,7 +473,8 @@ class Rejection:
             for each in content["signals"]
         ]
         half = tensors["rejection.half"]
-        return cls(threat, labels, content["calibrated"], content["held_out"], half, signals)
+        at_most = content.get("at_most", False)
+        return cls(threat, labels, content["calibrated"], content["held_out"], half, signals, at_most)
 
     @property
     def warnings(self) -> list[str]:
@@ -509,6 +513,7 @@ class Rejection:
         return {
             "calibrated": self.calibrated,
             "held_out": self.held_out,
+            "at_most": self.at_most,
             "robust_at_half_eps": share_of(self.half),
             "signals": [self._signal(result) for result in self.signals],
             "warnings": self.warnings,

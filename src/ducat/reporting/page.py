@@ -78,10 +78,8 @@ def _figures(comparison: Comparison) -> dict[str, str]:
         refused = (run.evaluation.get("rejection") or {"signals": []})["signals"]
         if any(row["right_refused"] for each in refused for row in each["rows"]):
             name = f"refusing-{number}"
-            figures[name] = plots.inline(
-                plots.refusing(refused, at_most=run.evaluation.get("at_most", False)),
-                name,
-            )
+            figure = plots.refusing(refused, at_most=comparing.refusing_at_most(run.evaluation))
+            figures[name] = plots.inline(figure, name)
     return figures
 
 
@@ -127,7 +125,7 @@ def _describe(run: Run) -> dict[str, str]:
             + ", ".join(f"{100 * row['robust']['share']:.1f} % at {100 * row['reject']:g} %" for row in each["rows"])
             for each in run.evaluation["rejection"]["signals"]
         )
-        bound = "At most: " if run.evaluation.get("at_most") else ""
+        bound = "At most: " if comparing.refusing_at_most(run.evaluation) else ""
         texts["refusing"] = f"Robust with rejection by share of benign images refused. {bound}{'; '.join(parts)}."
     return texts
 
