@@ -211,6 +211,8 @@ def promote(folder: RunFolder) -> Path:
     for suffix in (".safetensors", ".json"):
         if path.with_suffix(suffix).is_file():
             _put(path.with_suffix(suffix), folder.evaluation_path.with_suffix(suffix))
+        else:  # flags and images beside the numbers must not be another evaluation's
+            folder.evaluation_path.with_suffix(suffix).unlink(missing_ok=True)
     return path
 
 
