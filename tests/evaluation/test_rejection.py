@@ -423,15 +423,16 @@ def test_a_detector_too_good_for_its_classifier_is_suspected() -> None:
 def test_held_out_images_that_the_network_knows_are_suspected() -> None:
     labels, threat = torch.zeros(100, dtype=torch.long), ducat.ThreatModel()
 
-    def warned(refused: int, held_out: bool = True) -> list[str]:
-        """What is said where 20 % may be refused, and some of 80 right and of 20 wrong images are."""
+    def warned(refused: int, held_out: bool = True, share: float = 0.2) -> list[str]:
+        """What is said where a share may be refused, and some of 80 right and of 20 wrong images are."""
         signal = [-1.0] * refused + [1.0] * (80 - refused) + [-1.0] * 20
-        found = replace(result([0.5] * 100, signal), thresholds={0.2: 0.0})
+        found = replace(result([0.5] * 100, signal), thresholds={share: 0.0})
         found.prediction[80:] = 1
         return Rejection(threat, labels, 100, held_out, ~labels.bool(), [found]).warnings
 
     (warning,) = warned(40)
     assert "20% of the held-out images may be refused by confidence, and 50.0 % of the evaluated ones are" in warning
+    assert "12.5% of the held-out images may be refused" in warned(40, share=0.125)[0]
     assert not warned(20)  # more than was asked, by chance
     assert not warned(0)
     assert not warned(40, held_out=False)

@@ -486,7 +486,7 @@ class Rejection:
                 refused = result.acceptance[right] < threshold
                 if self.held_out and self._surely_more(refused, share):
                     found.append(
-                        f"{share:.0%} of the held-out images may be refused by {result.signal}, and "
+                        f"{100 * share:g}% of the held-out images may be refused by {result.signal}, and "
                         f"{_percent(refused)} of the evaluated ones are: the network is surer of the held-out images, "
                         "as of images that it was trained on. What is robust here is so at the price of more refusals"
                     )
@@ -494,7 +494,7 @@ class Rejection:
                 more, fewer = int((served & ~self.half).sum()), int((self.half & ~served).sum())
                 if more > fewer and mcnemar(more, fewer) < SURE:
                     found.append(
-                        f"with {share:.0%} refused by {result.signal}, {_percent(served)} are served and robust at eps "
+                        f"with {100 * share:g}% refused by {result.signal}, {_percent(served)} are served and robust at eps "
                         f"{self.threat.eps:.4g}, more than the {_percent(self.half)} that are robust at half of it "
                         "without refusing. A detector that good would make a better classifier at eps/2 (Tramèr 2022): "
                         "suspect the attack before you believe the number"
@@ -771,7 +771,7 @@ class _Part(Seen):
     def look_for_wrong(self, name: str, progress: Callable[[str], None]) -> None:
         # From the strictest threshold down: what is accepted there is accepted everywhere.
         for share, threshold in sorted(self.thresholds[name].items(), reverse=True):
-            progress(f"wrong and accepted by {name}, {share:.0%} refused")
+            progress(f"wrong and accepted by {name}, {100 * share:g}% refused")
             standing = partial(self._stands, name, threshold)
             nearest = partial(self._nearest, name)
             self.attack(standing, wrong_and_accepted, self.threat, name, threshold, "wrong", starts=nearest)
@@ -780,7 +780,7 @@ class _Part(Seen):
         # From the smallest ball and the most lenient threshold up: what is denied there is denied everywhere.
         for number, ball in enumerate(self.balls):
             for share, threshold in sorted(self.thresholds[name].items()):
-                progress(f"denied by {name}, {share:.0%} refused, eps {ball.eps:.4g}")
+                progress(f"denied by {name}, {100 * share:g}% refused, eps {ball.eps:.4g}")
                 self.attack(
                     partial(self._undenied, name, number, threshold), denied, ball, name, threshold, "denied", number
                 )
