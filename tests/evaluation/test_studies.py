@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,6 +196,17 @@ def test_a_targeted_attack_counts_where_the_wanted_class_wins(
     assert main(["analyze", "targeted", str(runs[2]), "--samples", "20", "--figure", str(figure)]) == 0
     assert figure.stat().st_size > 1000
     assert main(["analyze", "targeted", *map(str, runs)]) == 2
+
+
+def test_a_targeted_attack_takes_not_the_steps_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunFolder.open("zoo:digits-published").config
+
+    def correct(step_size: float | None) -> Mapping[str, float]:
+        trained = replace(config, threat=replace(config.threat, step_size=step_size))
+        monkeypatch.setattr(RunFolder, "config", trained)
+        return studies.targeted(Path("zoo:digits-published"), samples=20, steps=5).correct
+
+    assert correct(1e-4) == correct(None)
 
 
 def test_studies_are_of_runs_evaluated_by_one_suite(runs: list[Path], tmp_path: Path) -> None:

@@ -145,8 +145,8 @@ def _claim(source: Deployed) -> str:
         lines += [f"| {name} | {_percent(share)} |" for name, share in rows.items()]
         refused, bound = evaluation.get("rejection") or {"signals": []}, _bound(refusing_at_most(evaluation))
         lines += [
-            f"| not in the claim, which never refuses: robust with {100 * row['reject']:g}% refused by {each['signal']} "
-            f"({100 * row['clean_refused']['share']:.2f} % of the benign images refused){bound} | "
+            f"| not in the claim, which never refuses: robust with {100 * row['reject']:g}% refused by "
+            f"{each['signal']} ({100 * row['clean_refused']['share']:.2f} % of the benign images refused){bound} | "
             f"{_percent(row['robust']['share'])} |"
             for each in refused["signals"]
             for row in each["rows"]
