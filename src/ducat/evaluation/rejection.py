@@ -496,8 +496,8 @@ class Rejection:
                     found.append(
                         f"with {100 * share:g}% refused by {result.signal}, {_percent(served)} are served and robust "
                         f"at eps {self.threat.eps:.4g}, more than the {_percent(self.half)} that are robust at half of "
-                        "it without refusing. A detector that good would make a better classifier at eps/2 (Tramèr 2022): "
-                        "suspect the attack before you believe the number"
+                        "it without refusing. A detector that good would make a better classifier at eps/2 (Tramèr "
+                        "2022): suspect the attack before you believe the number"
                     )
         return found
 
