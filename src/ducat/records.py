@@ -128,6 +128,7 @@ class SignalRows(TypedDict):
 class Rejection(TypedDict):
     calibrated: int
     held_out: bool
+    at_most: NotRequired[bool]
     robust_at_half_eps: Share
     signals: list[SignalRows]
     warnings: NotRequired[list[str]]

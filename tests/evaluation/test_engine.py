@@ -408,6 +408,8 @@ def test_two_evaluations_are_compared_sample_by_sample(templates: Templates) -> 
         compare(first, evaluate((model, x[:30], y[:30])))
     with pytest.raises(ValueError, match="different threat models"):
         compare(first, replace(first, threat=ducat.ThreatModel(eps=0.1)))
+    with pytest.raises(ValueError, match="different suites"):
+        compare(first, replace(first, suite="light"))
 
 
 @pytest.mark.parametrize(

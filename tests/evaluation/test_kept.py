@@ -93,6 +93,16 @@ def test_numbers_without_flags_and_images_are_measured_anew(run: RunFolder) -> N
     assert file.is_file()
 
 
+def test_numbers_without_flags_and_images_have_not_those_of_another_evaluation(run: RunFolder) -> None:
+    (first,) = kept.evaluations(run).values()
+    card = {**first, "suite": "full", "robust": 0.01}
+    (run.evaluations_path / "card.json").write_text(json.dumps(card))
+    assert kept.promote(run).name == "card.json"
+    assert kept.read(run.evaluation_path)["robust"] == 0.01
+    with pytest.raises(FileNotFoundError):
+        Evaluation.load(run.path)
+
+
 def test_an_evaluation_is_of_the_checkpoint_that_was_read(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a run is trained, its last checkpoint is another one before the first attack."""
     path = run.checkpoint_path("last")

@@ -14,8 +14,10 @@ from torch import nn
 
 import ducat
 from ducat import checkpoint
+from ducat.attacks.adaptive import BUDGETS, Round
+from ducat.attacks.suites import SUITES, Suite
 from ducat.cli import main
-from ducat.evaluation import Evaluation, kept
+from ducat.evaluation import Evaluation, kept, rejection
 from ducat.evaluation.rejection import accepted, log_odds
 from ducat.export import Deployed, export, load
 from ducat.reporting.compare import Run, compare, tables
@@ -223,6 +225,38 @@ def test_images_of_the_suite_count_where_our_attack_finds_nothing() -> None:
     (result,) = measured.signals
     assert result.wrong[:2].tolist() == pytest.approx([6.0, 6.0])
     assert not result.robust(result.thresholds[0.0])[:2].any()
+
+
+def test_refusing_is_an_upper_bound_where_gradients_were_hidden_though_no_class_was_robust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BUDGETS, "standard", BUDGETS["quick"])
+    for budget in ("quick", "standard"):  # there is no gradient to follow
+        monkeypatch.setitem(rejection.WRONG_BUDGETS, budget, (Round("smooth", 2),))
+        monkeypatch.setitem(rejection.DENIAL_STEPS, budget, (2, 1))
+    x, y = torch.full((4, 1, 2, 2), 0.45), torch.zeros(4, dtype=torch.long)
+
+    class Doubtful(Brightness):
+        """Less sure of what is bright, so that it is refused."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * torch.where(x.mean((1, 2, 3)) > 0.5, 0.5, 1.0)[:, None]
+
+    def brighter(model: nn.Module, x: torch.Tensor, *_: object) -> torch.Tensor:
+        return x + 0.09
+
+    suite = Suite(SUITES["quick"].attacks[:1], audit=True, name="audited")
+    threat, given = ducat.ThreatModel(eps=0.1), {"num_classes": 2, "reject": [0.0], "attacks": [brighter]}
+    evaluation = ducat.evaluate(Doubtful(), x, y, threat, suite, **given)
+    assert evaluation.accuracies()["robust"] == 0
+    assert not evaluation.at_most  # 0 cannot be lowered
+    evaluation.save(tmp_path / "hidden.json")
+    (row,) = tables(compare([Run.read(tmp_path / "hidden.json")]).sections[0])[1].cells
+    assert row[2] == "0 of these"  # thresholds were set on the evaluated images
+    assert row[4].startswith("at most 100.0")
+    kept = Evaluation.load(tmp_path / "hidden.json").rejection
+    assert kept is not None
+    assert kept.at_most
 
 
 def test_thresholds_set_on_evaluated_images_are_not_held_out() -> None:

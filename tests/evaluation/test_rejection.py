@@ -170,6 +170,15 @@ def test_the_threshold_refuses_the_share_it_was_set_for() -> None:
         assert int((~accepted[40:]).sum()) == share * 160
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_threshold_refuses_that_share_in_any_precision(dtype: torch.dtype) -> None:
+    model, x = linear(dummies=False).to(dtype), images(400).to(dtype)
+    y = predicted(model, x)
+    for share in (0.0, 0.05, 0.5):
+        threshold = calibrate(model, x, y, share)
+        assert int((~SelectiveClassifier(model, "confidence", threshold)(x)[1]).sum()) == share * 400
+
+
 def test_a_selective_classifier_gives_logits_and_whether_it_accepts() -> None:
     model, x = linear(), images(30)
     logits, accepted = SelectiveClassifier(model, "pair", 0.2)(x)
@@ -414,15 +423,16 @@ def test_a_detector_too_good_for_its_classifier_is_suspected() -> None:
 def test_held_out_images_that_the_network_knows_are_suspected() -> None:
     labels, threat = torch.zeros(100, dtype=torch.long), ducat.ThreatModel()
 
-    def warned(refused: int, held_out: bool = True) -> list[str]:
-        """What is said where 20 % may be refused, and some of 80 right and of 20 wrong images are."""
+    def warned(refused: int, held_out: bool = True, share: float = 0.2) -> list[str]:
+        """What is said where a share may be refused, and some of 80 right and of 20 wrong images are."""
         signal = [-1.0] * refused + [1.0] * (80 - refused) + [-1.0] * 20
-        found = replace(result([0.5] * 100, signal), thresholds={0.2: 0.0})
+        found = replace(result([0.5] * 100, signal), thresholds={share: 0.0})
         found.prediction[80:] = 1
         return Rejection(threat, labels, 100, held_out, ~labels.bool(), [found]).warnings
 
     (warning,) = warned(40)
     assert "20% of the held-out images may be refused by confidence, and 50.0 % of the evaluated ones are" in warning
+    assert "12.5% of the held-out images may be refused" in warned(40, share=0.125)[0]
     assert not warned(20)  # more than was asked, by chance
     assert not warned(0)
     assert not warned(40, held_out=False)

@@ -69,6 +69,16 @@ def test_a_few_samples_that_all_differ_prove_little() -> None:
     assert agree.ci95[1] > 0.5
 
 
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_the_same_difference_on_each_of_a_few_samples_proves_little(seeds: int) -> None:
+    first, second = torch.eye(seeds).bool(), torch.ones(seeds, seeds, dtype=torch.bool)
+    found = difference(first, second)
+    assert found.difference == pytest.approx(1 - 1 / seeds)
+    assert found.p_value == pytest.approx(2 * (1 / seeds) ** seeds)
+    assert (found.ci95[0] > 0) == (found.p_value < 0.05)
+    assert found.ci95[1] == 1
+
+
 @pytest.mark.parametrize("more", [1, 5, 6, 40])
 def test_an_interval_leaves_out_0_only_where_the_test_is_sure(more: int) -> None:
     first, second = torch.zeros(1, 1000, dtype=torch.bool), torch.zeros(1, 1000, dtype=torch.bool)

@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +116,29 @@ def test_studies_are_of_runs_evaluated_alike(runs: list[Path], tmp_path: Path) -
             studies.transfer([runs[0], folder.path])
 
 
+def test_a_run_is_not_compared_with_itself(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs[0].parent)
+    for study in (studies.always_failed, studies.transfer):
+        for same in (runs[0], Path(runs[0].name)):
+            with pytest.raises(ValueError, match="is given twice"):
+                study([runs[0], runs[1], same])
+
+
+def test_outputs_that_are_not_finite_are_right_about_nothing(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Overflowing(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.flatten(1)) * torch.nan
+
+    x, y = ducat.data.load_test("digits", SAMPLES)
+    assert (y == 0).any()  # the largest of numbers that are none is said to be the first
+    monkeypatch.setattr(studies, "_deployed", lambda run, which: Overflowing(64, 10))
+    monkeypatch.setattr(studies, "load_corruptions", lambda *arguments: [("fog", 1, x, y)])
+    assert studies.corruption(runs[0], "digits-c").accuracy["fog"] == (0.0,)
+    monkeypatch.setattr(RunFolder, "load", lambda folder, which: Overflowing(64, 10))
+    found = studies.targeted(runs[0], samples=SAMPLES, steps=1)
+    assert (found.withstood["blind"], found.correct["blind"]) == (1.0, 0.0)
+
+
 def test_corruption_error_is_the_mean_over_corruptions_and_severities(
     runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +196,17 @@ def test_a_targeted_attack_counts_where_the_wanted_class_wins(
     assert main(["analyze", "targeted", str(runs[2]), "--samples", "20", "--figure", str(figure)]) == 0
     assert figure.stat().st_size > 1000
     assert main(["analyze", "targeted", *map(str, runs)]) == 2
+
+
+def test_a_targeted_attack_takes_not_the_steps_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunFolder.open("zoo:digits-published").config
+
+    def correct(step_size: float | None) -> Mapping[str, float]:
+        trained = replace(config, threat=replace(config.threat, step_size=step_size))
+        monkeypatch.setattr(RunFolder, "config", trained)
+        return studies.targeted(Path("zoo:digits-published"), samples=20, steps=5).correct
+
+    assert correct(1e-4) == correct(None)
 
 
 def test_studies_are_of_runs_evaluated_by_one_suite(runs: list[Path], tmp_path: Path) -> None:

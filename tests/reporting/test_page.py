@@ -76,6 +76,19 @@ def evaluated(path: Path, config: Config, robust: float, warnings: list[str]) ->
     return replace(Run.read(path), behaviour=seen)
 
 
+def test_a_curve_is_of_the_weights_that_the_run_has_and_of_one_version(runs: list[Run]) -> None:
+    path = runs[0].path
+    assert path is not None
+    ducats = [(0.1, {"ducat": "0.1.0"}), (0.2, {"ducat": "0.2.0"})]
+    gone = [(eps, {"ducat": "0.2.0", "weights": "gone"}) for eps in (0.1, 0.2)]
+    for radii, curves in ((ducats + gone, 0), ([(0.1, {}), (0.2, {})], 1)):
+        kept = [
+            {**runs[0].evaluation, "threat": {"norm": "linf", "eps": eps}, "origin": origin} for eps, origin in radii
+        ]
+        page(path / "curve.html", "Curve", compare([replace(runs[0], kept=kept)]))
+        assert (path / "curve.html").read_text().count("Accuracy by eps, the numbers") == curves
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     folder = tmp_path_factory.mktemp("runs")

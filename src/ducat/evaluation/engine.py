@@ -167,14 +167,15 @@ def _with_rejection(
         kind = " and ".join(job.nature.names)
         refusal = f"reject: a network that is {kind} gives an image no one signal, so refusing was not measured"
         return replace(evaluation, warnings=[*evaluation.warnings, refusal])
-    subject = job.subject
+    subject, audit = job.subject, evaluation.audit
+    hidden = audit is not None and suspicious(audit, evaluation.attacks, job.nature, evaluation.scrutiny.opinion)
     leading: list[nn.Module] = list(others)
-    if evaluation.scrutiny.second_round is not None:  # there are signs that the network hides its gradients
+    if hidden:
         few = x[: subject.network.batch_size or 2].to(subject.network.device)
         inside = classifiers_inside(subject.network, subject.network.model, few, num_classes)
         leading += [part for _, part in inside[:LED_INSIDE]]
     guides: list[nn.Module] = [SilentDummies(narrowed(one, num_classes)) for one in leading]
-    if evaluation.scrutiny.second_round is not None:
+    if hidden:
         guides = [subject.aware(Softened(subject.network, smooth)) for smooth in (True, False)] + guides
     found = [evaluation.adversarial, *outcome.accepted]
     measured = rejection.measure(
@@ -192,6 +193,7 @@ def _with_rejection(
         batch_size=evaluation.batch_size,
         progress=progress,
     )
+    measured = replace(measured, at_most=hidden or evaluation.at_most)
     return replace(evaluation, rejection=measured, warnings=[*evaluation.warnings, *measured.warnings])
 
 

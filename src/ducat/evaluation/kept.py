@@ -211,15 +211,18 @@ def promote(folder: RunFolder) -> Path:
     for suffix in (".safetensors", ".json"):
         if path.with_suffix(suffix).is_file():
             _put(path.with_suffix(suffix), folder.evaluation_path.with_suffix(suffix))
+        else:  # flags and images beside the numbers must not be another evaluation's
+            folder.evaluation_path.with_suffix(suffix).unlink(missing_ok=True)
     return path
 
 
 def curves(contents: Iterable[Content]) -> list[list[Content]]:
     """Return the evaluations that differ in eps alone, in its order: a list for each two or more of them."""
-    groups: dict[str, dict[float, Content]] = {}
+    groups: dict[tuple[str, str | None], dict[float, Content]] = {}
     for content in contents:
         alike = {**content, "threat": {**content["threat"], "eps": 0.0}}
-        groups.setdefault(name_of(alike), {})[content["threat"]["eps"]] = content
+        version = (content.get("origin") or {}).get("ducat")  # whose attacks may be others
+        groups.setdefault((name_of(alike), version), {})[content["threat"]["eps"]] = content
     return [[group[eps] for eps in sorted(group)] for group in groups.values() if len(group) > 1]
 
 

@@ -139,8 +139,8 @@ class SelectiveClassifier(nn.Module):
 
 
 def accepted(logits: Logits, signal: str, threshold: float) -> Bool[Tensor, " batch"]:
-    """Tell from 2C logits which predictions a selective classifier accepts."""
-    row = find(signal)
+    """Tell from 2C logits which predictions a selective classifier accepts; in float32, as thresholds are set."""
+    row, logits = find(signal), logits.float()
     high = _of(row.decision(logits).argmax(1), row.acceptance(logits)) >= threshold
     return high & logits.isfinite().all(1)  # outputs that are not finite are no prediction
 
@@ -438,6 +438,8 @@ class Rejection:
         held_out: whether those are other images than the evaluated ones.
         half: whether the sample's prediction withstands attacks in the ball of half the radius, without refusing.
         signals: a result per signal.
+        at_most: whether all of it is an upper bound only, since something hid the gradients. That attacks on the class
+            alone arrive at 0 in the end, or through an equal network, says nothing of those on the refusal.
     """
 
     threat: ThreatModel
@@ -446,6 +448,7 @@ class Rejection:
     held_out: bool
     half: Flags
     signals: Sequence[SignalResult]
+    at_most: bool = False
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -470,7 +473,8 @@ class Rejection:
             for each in content["signals"]
         ]
         half = tensors["rejection.half"]
-        return cls(threat, labels, content["calibrated"], content["held_out"], half, signals)
+        at_most = content.get("at_most", False)
+        return cls(threat, labels, content["calibrated"], content["held_out"], half, signals, at_most)
 
     @property
     def warnings(self) -> list[str]:
@@ -482,7 +486,7 @@ class Rejection:
                 refused = result.acceptance[right] < threshold
                 if self.held_out and self._surely_more(refused, share):
                     found.append(
-                        f"{share:.0%} of the held-out images may be refused by {result.signal}, and "
+                        f"{100 * share:g}% of the held-out images may be refused by {result.signal}, and "
                         f"{_percent(refused)} of the evaluated ones are: the network is surer of the held-out images, "
                         "as of images that it was trained on. What is robust here is so at the price of more refusals"
                     )
@@ -490,10 +494,10 @@ class Rejection:
                 more, fewer = int((served & ~self.half).sum()), int((self.half & ~served).sum())
                 if more > fewer and mcnemar(more, fewer) < SURE:
                     found.append(
-                        f"with {share:.0%} refused by {result.signal}, {_percent(served)} are served and robust at eps "
-                        f"{self.threat.eps:.4g}, more than the {_percent(self.half)} that are robust at half of it "
-                        "without refusing. A detector that good would make a better classifier at eps/2 (Tramèr 2022): "
-                        "suspect the attack before you believe the number"
+                        f"with {100 * share:g}% refused by {result.signal}, {_percent(served)} are served and robust "
+                        f"at eps {self.threat.eps:.4g}, more than the {_percent(self.half)} that are robust at half of "
+                        "it without refusing. A detector that good would make a better classifier at eps/2 (Tramèr "
+                        "2022): suspect the attack before you believe the number"
                     )
         return found
 
@@ -509,6 +513,7 @@ class Rejection:
         return {
             "calibrated": self.calibrated,
             "held_out": self.held_out,
+            "at_most": self.at_most,
             "robust_at_half_eps": share_of(self.half),
             "signals": [self._signal(result) for result in self.signals],
             "warnings": self.warnings,
@@ -766,7 +771,7 @@ class _Part(Seen):
     def look_for_wrong(self, name: str, progress: Callable[[str], None]) -> None:
         # From the strictest threshold down: what is accepted there is accepted everywhere.
         for share, threshold in sorted(self.thresholds[name].items(), reverse=True):
-            progress(f"wrong and accepted by {name}, {share:.0%} refused")
+            progress(f"wrong and accepted by {name}, {100 * share:g}% refused")
             standing = partial(self._stands, name, threshold)
             nearest = partial(self._nearest, name)
             self.attack(standing, wrong_and_accepted, self.threat, name, threshold, "wrong", starts=nearest)
@@ -775,7 +780,7 @@ class _Part(Seen):
         # From the smallest ball and the most lenient threshold up: what is denied there is denied everywhere.
         for number, ball in enumerate(self.balls):
             for share, threshold in sorted(self.thresholds[name].items()):
-                progress(f"denied by {name}, {share:.0%} refused, eps {ball.eps:.4g}")
+                progress(f"denied by {name}, {100 * share:g}% refused, eps {ball.eps:.4g}")
                 self.attack(
                     partial(self._undenied, name, number, threshold), denied, ball, name, threshold, "denied", number
                 )

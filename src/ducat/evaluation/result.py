@@ -433,7 +433,7 @@ def compare(first: Evaluation, second: Evaluation) -> dict[str, Difference]:
     """Compare two evaluations sample by sample: under "clean", "blind" and "robust".
 
     Raises:
-        ValueError: if they are not of the same samples and the same ball.
+        ValueError: if they are not of the same samples and the same ball by the same suite.
     """
     if first.fingerprint != second.fingerprint:
         raise ValueError(
@@ -443,6 +443,8 @@ def compare(first: Evaluation, second: Evaluation) -> dict[str, Difference]:
     balls = [(one.threat.norm, one.threat.eps) for one in (first, second)]
     if balls[0] != balls[1]:
         raise ValueError(f"the evaluations are of different threat models, {balls[0]} and {balls[1]}")
+    if first.suite != second.suite:
+        raise ValueError(f"the evaluations are by different suites, {first.suite} and {second.suite}")
     return {
         name: Difference(len(a), int((a & ~b).sum()), int((b & ~a).sum()))
         for name, a, b in ((name, getattr(first, name), getattr(second, name)) for name in ("clean", "blind", "robust"))

@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 NORMAL = NormalDist().inv_cdf(0.975)  # quantile for two-sided intervals of 95 %
+NOTHING = 1e-24  # a variance that is rounding alone
 
 
 def wilson(successes: int, samples: int) -> tuple[float, float]:
@@ -103,9 +104,9 @@ def difference(first: Bool[Tensor, "first_seeds samples"], second: Bool[Tensor, 
     if abs(mean) == 1:  # every sample differs in the same way, which of few is no certainty
         least = math.copysign(0.025 ** (1 / samples), mean)  # Clopper & Pearson's lower end
         return Difference(mean, (min(mean, least), max(mean, least)), mcnemar(0, samples), trainings)
-    if not variance:
-        reach = 1 - 0.025 ** (1 / samples)  # that they agree on all of few samples is no certainty either
-        return Difference(mean, (mean - reach, mean + reach), 1.0 if not mean else 0.0, trainings)
+    if variance < NOTHING:  # that all of few samples agree is no certainty either
+        reach, p_value = 1 - 0.025 ** (1 / samples), min(1.0, 2 * (1 - abs(mean)) ** samples)
+        return Difference(mean, (max(-1.0, mean - reach), min(1.0, mean + reach)), p_value, trainings)
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
     reach = float(stdtrit(freedom, 0.975)) * variance**0.5
     low, high = mean - reach, mean + reach

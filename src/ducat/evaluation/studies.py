@@ -1,7 +1,7 @@
 """What runs say beyond one evaluation: samples that always fail, transfer, corrupted images, a class that is wanted."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from ducat.evaluation import kept
 from ducat.evaluation.result import Evaluation
 from ducat.runs import RunFolder, Which, load
 from ducat.seeding import generator
+from ducat.threat import ThreatModel
 
 Flags = Bool[Tensor, " samples"]
 Progress = Callable[[str], None]
@@ -334,7 +335,8 @@ def targeted(
     x, y = load_test(config.data.name, samples, config.data.root)
     classes = len(_classes(run))
     wanted = (y + torch.randint(1, classes, y.shape, generator=generator(seed, "wanted"))) % classes
-    threat = replace(config.threat.build(None), steps=steps)
+    ball = config.threat.build(None)
+    threat = ThreatModel(ball.norm, ball.eps, steps=steps)  # training's own step may be far too short or too long
     withstood, correct = {}, {}
     for attacker, objective in {"blind": "targeted-cross-entropy", "aware": "recovered-targeted-cross-entropy"}.items():
         if attacker == "aware" and not paired:
@@ -347,7 +349,7 @@ def targeted(
             found = pgd(network, images, goal, threat, objective, generator=generator(seed, attacker, start))
             with torch.no_grad():
                 logits = network(found)
-            predicted.append((recover(logits) if paired else logits).argmax(1).cpu())
+            predicted.append(_prediction(recover(logits) if paired else logits))
         prediction = torch.cat(predicted)
         withstood[attacker] = float((prediction != wanted).float().mean())
         correct[attacker] = float((prediction == y).float().mean())
@@ -388,6 +390,10 @@ def _evaluations(runs: Sequence[Path]) -> dict[str, Evaluation]:
     if len(runs) < 2:
         raise ValueError("give at least two evaluated runs: the study compares models")
     folders = [RunFolder.open(run) for run in runs]
+    places = [folder.path.resolve() for folder in folders]
+    twice = next((run for run, place in zip(runs, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is given twice: the study compares models")
     evaluations = [Evaluation.load(folder.path) for folder in folders]
     settings = [(one.fingerprint, one.threat.norm, one.threat.eps, one.suite) for one in evaluations]
     for run, setting in zip(runs, settings, strict=True):
@@ -417,4 +423,9 @@ def _deployed(run: Path, which: Which) -> nn.Module:
 def _predict(model: nn.Module, x: Tensor, batch_size: int = 500) -> Tensor:
     device = next(model.parameters()).device
     with torch.no_grad():
-        return torch.cat([model(batch.to(device)).argmax(1).cpu() for batch in x.split(batch_size)])
+        return torch.cat([_prediction(model(batch.to(device))) for batch in x.split(batch_size)])
+
+
+def _prediction(logits: Tensor) -> Tensor:
+    """Return the class, or -1 where outputs are not finite: these are no prediction."""
+    return logits.argmax(1).masked_fill(~logits.isfinite().all(1), -1).cpu()

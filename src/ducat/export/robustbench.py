@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ducat.export.classifier import Deployed, save
 from ducat.methods import DUMMY_CLASSES, Paper, find
+from ducat.reporting.compare import refusing_at_most
 
 _LOADER = '''"""The model of this folder for RobustBench: images in [0, 1] to logits, one deterministic forward pass.
 
@@ -72,8 +73,8 @@ def _percent(share: float | None) -> str:
     return NOT_MEASURED if share is None else f"{100 * share:.2f}"
 
 
-def _bound(evaluation: Mapping[str, Any]) -> str:
-    return ", an upper bound" if evaluation.get("at_most") else ""
+def _bound(at_most: bool | None) -> str:
+    return ", an upper bound" if at_most else ""
 
 
 def _robust(evaluation: Mapping[str, Any]) -> str:
@@ -136,16 +137,16 @@ def _claim(source: Deployed) -> str:
     if evaluation is not None:
         rows = {
             "blind worst case (the attacker does not know recovery)": evaluation["blind"],
-            f"robust worst case (all attacks){_bound(evaluation)}": evaluation["robust"],
+            f"robust worst case (all attacks){_bound(evaluation.get('at_most'))}": evaluation["robust"],
             "AutoAttack, blind, on the raw outputs": _autoattack(evaluation, knows_recovery=False),
             "AutoAttack, recovery-aware, on the logits of `model.py`": _autoattack(evaluation, knows_recovery=True),
         }
         lines += ["| measured | accuracy (%) |", "| --- | --- |"]
         lines += [f"| {name} | {_percent(share)} |" for name, share in rows.items()]
-        refused = evaluation.get("rejection") or {"signals": []}
+        refused, bound = evaluation.get("rejection") or {"signals": []}, _bound(refusing_at_most(evaluation))
         lines += [
-            f"| not in the claim, which never refuses: robust with {row['reject']:.0%} refused by {each['signal']} "
-            f"({100 * row['clean_refused']['share']:.2f} % of the benign images refused){_bound(evaluation)} | "
+            f"| not in the claim, which never refuses: robust with {100 * row['reject']:g}% refused by "
+            f"{each['signal']} ({100 * row['clean_refused']['share']:.2f} % of the benign images refused){bound} | "
             f"{_percent(row['robust']['share'])} |"
             for each in refused["signals"]
             for row in each["rows"]

@@ -617,12 +617,18 @@ def tables(section: Section) -> list[Table]:
     """Return the tables of a section: accuracies and, where refusing was measured, what a reject option achieves."""
     accuracies = Table(f"{section.title}. {caption(section)}", headers(section), cells(section))
     refusals = [
-        (run.name, *_refusal(each["signal"], row, run.evaluation.get("at_most", False)))
+        (run.name, *_refusal(each["signal"], row, refusing_at_most(run.evaluation), rejection["held_out"]))
         for run in section.runs
-        for each in (run.evaluation.get("rejection") or {"signals": []})["signals"]
+        if (rejection := run.evaluation.get("rejection"))
+        for each in rejection["signals"]
         for row in each["rows"]
     ]
     return [accuracies, *([Table(REFUSING, REFUSALS, refusals)] if refusals else [])]
+
+
+def refusing_at_most(evaluation: Mapping[str, Any]) -> bool:
+    """Tell whether what refusing withstands is an upper bound only; what hides gradients of the class hides these."""
+    return bool(evaluation.get("at_most") or (evaluation.get("rejection") or {}).get("at_most"))
 
 
 REFUSING = (
@@ -630,21 +636,21 @@ REFUSING = (
     "with the right class, accepted with a wrong one. Robust: no image in the ball was found that is accepted with a "
     "wrong class. Served: robust, and the benign image accepted with the right class. Denied: an attacker can get the "
     "image refused or wrong, within a quarter of eps, a half of it, all of it. Share: of the correctly classified "
-    "held-out images, how many may be refused."
+    "held-out images, how many may be refused; 'of these': of the evaluated images themselves, which flatters."
 )
 REFUSALS = ("run", "signal", "share", "benign", "robust", "served", "denied")
 
 
-def _refusal(signal: str, row: Mapping[str, Any], at_most: bool) -> tuple[str, ...]:
+def _refusal(signal: str, row: Mapping[str, Any], at_most: bool, held_out: bool) -> tuple[str, ...]:
     benign = " / ".join(f"{100 * row[f'clean_{outcome}']['share']:.1f}" for outcome in ("refused", "right", "wrong"))
-    # What hides the gradients from attacks on the class hides them from attacks on the refusal.
     most, least = ("at most ", "at least ") if at_most else ("", "")
     sure = (
         f"{most}{100 * row[name]['share']:.1f} [{100 * row[name]['ci95'][0]:.1f}, {100 * row[name]['ci95'][1]:.1f}]"
         for name in ("robust", "served")
     )
     denied = " / ".join(f"{100 * denial['share']:.1f}" for denial in row["denial"])
-    return signal, f"{100 * row['reject']:g}", benign, *sure, least + denied
+    share = f"{100 * row['reject']:g}" + ("" if held_out else " of these")
+    return signal, share, benign, *sure, least + denied
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -712,7 +718,7 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def _refusal_columns(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    columns: dict[str, Any] = {}
+    columns: dict[str, Any] = {"refusing_at_most": refusing_at_most(evaluation)} if evaluation.get("rejection") else {}
     for each in (evaluation.get("rejection") or {"signals": []})["signals"]:
         for row in each["rows"]:
             name = f"{each['signal']}_{row['reject']:g}"

@@ -60,8 +60,9 @@ def _figures(comparison: Comparison) -> dict[str, str]:
             figures[name] = plots.inline(plots.trade_off(points(section), section.title, wide=wide), name)
     for number, run in enumerate(comparison.runs):
         seen = run.behaviour or {}
-        for place, alike in enumerate(curves(run.kept)):
+        for place, alike in enumerate(curves(filter(run.is_current, run.kept))):
             name, title = f"curve-{number}-{place}", comparing.setting(alike[0], eps=False)
+            title += f", {alike[0]['checkpoint']}" if alike[0].get("checkpoint") else ""
             figures[name] = plots.inline(plots.curve(alike, title), name)
         if run.metrics and run.path is not None:
             config = Config.from_yaml(run.path / "config.yaml", whole=True)
@@ -77,10 +78,8 @@ def _figures(comparison: Comparison) -> dict[str, str]:
         refused = (run.evaluation.get("rejection") or {"signals": []})["signals"]
         if any(row["right_refused"] for each in refused for row in each["rows"]):
             name = f"refusing-{number}"
-            figures[name] = plots.inline(
-                plots.refusing(refused, at_most=run.evaluation.get("at_most", False)),
-                name,
-            )
+            figure = plots.refusing(refused, at_most=comparing.refusing_at_most(run.evaluation))
+            figures[name] = plots.inline(figure, name)
     return figures
 
 
@@ -126,7 +125,7 @@ def _describe(run: Run) -> dict[str, str]:
             + ", ".join(f"{100 * row['robust']['share']:.1f} % at {100 * row['reject']:g} %" for row in each["rows"])
             for each in run.evaluation["rejection"]["signals"]
         )
-        bound = "At most: " if run.evaluation.get("at_most") else ""
+        bound = "At most: " if comparing.refusing_at_most(run.evaluation) else ""
         texts["refusing"] = f"Robust with rejection by share of benign images refused. {bound}{'; '.join(parts)}."
     return texts
 
