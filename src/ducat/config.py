@@ -210,7 +210,7 @@ class ThreatConfig:
     eps: float | int | str | None = None
     """Radius of the ball, on images in [0, 1]: a number or a fraction such as 8/255. By default usual for the data."""
     step_size: float | int | str | None = None
-    """Length of an attack step, in the units of eps; by default eps / 4, for l2 15/128 of eps."""
+    """Length of an attack step in training, in the units of eps; by default eps / 4, for l2 15/128 of eps."""
     steps: int = 10
     """Attack steps in training."""
 
@@ -223,6 +223,11 @@ class ThreatConfig:
         if eps is None and spec is not None and self.norm == "linf":
             eps = spec.eps
         return ThreatModel(self.norm, eps, self.step_size, self.steps)
+
+    @property
+    def ball(self) -> ThreatModel:
+        """What networks are measured in: norm and eps, with the usual step; training's may be too short or too long."""
+        return ThreatModel(self.norm, self.eps)
 
 
 @dataclass(frozen=True)

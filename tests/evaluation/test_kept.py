@@ -53,11 +53,14 @@ def test_what_was_measured_otherwise_has_another_name() -> None:
     others = [
         {"suite": "quick"}, {"samples": 20}, {"seed": 1}, {"checkpoint": "last"},
         {"threat": {"norm": "linf", "eps": 0.1}}, {"threat": {"norm": "l2", "eps": 0.2}},
+        {"threat": {"norm": "linf", "eps": 0.2, "step_size": 0.01}},
         {"origin": {"weights": "12345678ab"}}, {"origin": {"reject": [0.05]}}, {"origin": {"surrogates": ["a-1"]}},
         {"origin": {"second_round_seconds": 3.0}},
     ]  # fmt: skip
     names = {kept.name_of(each) for each in (one, *({**one, **other} for other in others))}
     assert len(names) == len(others) + 1
+    usual = {"threat": {"norm": "linf", "eps": 0.2, "step_size": 0.05}}  # earlier evaluations do not say their step
+    assert kept.name_of({**one, **usual}) == kept.name_of(one)
     assert all("/" not in name and " " not in name for name in (*names, kept.name_of({**one, "suite": "a b/c"})))
 
 
@@ -70,6 +73,16 @@ def test_evaluations_that_differ_in_eps_alone_are_a_curve() -> None:
 @pytest.fixture
 def run(tiny_run: Path, tmp_path: Path) -> RunFolder:
     return RunFolder(Path(shutil.copytree(tiny_run, tmp_path / "run")))
+
+
+def test_a_run_is_attacked_with_the_usual_step_whatever_it_was_trained_with(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run.config
+    trained = replace(config, threat=replace(config.threat, step_size=1e-4))
+    monkeypatch.setattr(RunFolder, "config", trained)
+    found = evaluate_run(run, "quick", samples=10, seed=7)
+    assert found["threat"]["step_size"] == pytest.approx(found["threat"]["eps"] / 4)
 
 
 def test_what_other_attacks_measured_is_measured_anew(run: RunFolder) -> None:

@@ -240,7 +240,7 @@ def _run_evaluate(arguments: Namespace, console: Console) -> None:
         return
     folder = RunFolder.open(arguments.run)
     norm = folder.config.threat.norm
-    balls = [threat.build(None) if threat is not None else None for threat in _threats(arguments, norm)]
+    balls = [threat.ball if threat is not None else None for threat in _threats(arguments, norm)]
     before, results = _times(folder.evaluations_path), []
     with Live(console) as live:
         for ball in balls:

@@ -4,6 +4,7 @@ They lie in `evaluations/` of the run folder. `evaluation.json` and `evaluation.
 speaks for the run, see `strongest`.
 """
 
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ assert HARDNESS.keys() == SUITES.keys()
 
 
 def name_of(content: Content) -> str:
-    """Return the name of an evaluation: suite, ball, number of test images, seed, checkpoint, and whatever was asked.
+    """Return an evaluation's name: suite, ball, an unusual step, test images, seed, checkpoint, and whatever was asked.
 
     Two evaluations of one name measured the same network in the same way.
     """
@@ -33,6 +34,7 @@ def name_of(content: Content) -> str:
         content["suite"],
         threat["norm"],
         f"{threat['eps']:.6g}",
+        *_step(threat),
         f"{content['samples']}",
         f"s{content['seed']}",
         *([content["checkpoint"]] if content.get("checkpoint") else []),
@@ -42,6 +44,12 @@ def name_of(content: Content) -> str:
         *([f"{origin['second_round_seconds']:g}s"] if origin.get("second_round_seconds") is not None else []),
     ]
     return _plain("-".join(parts))
+
+
+def _step(threat: Mapping[str, Any]) -> list[str]:
+    usual = ThreatModel(threat["norm"], threat["eps"]).step_size
+    step = threat.get("step_size", usual)
+    return [] if math.isclose(step, usual) else [f"step{step:.6g}"]
 
 
 def place(folder: Path, name: str) -> Path:
@@ -64,7 +72,7 @@ def path_for(
     prefix: str = "",
 ) -> Path:
     """Return the .json file in `folder` for an evaluation that is still to be made; see `name_of`."""
-    ball = {"norm": threat.norm, "eps": threat.eps}
+    ball = {"norm": threat.norm, "eps": threat.eps, "step_size": threat.step_size}
     settings = {"suite": suite, "threat": ball, "samples": samples, "seed": seed, "checkpoint": which}
     return place(folder, f"{prefix}{name_of({**settings, 'origin': origin})}.json")
 
@@ -197,7 +205,7 @@ def _strongest(folder: RunFolder) -> Path | None:
     found = evaluations(folder)
     current = {path: content for path, content in found.items() if is_current(folder, content)} or found
     threat = folder.config.threat
-    ball = (threat.norm, threat.build(None).eps)
+    ball = (threat.norm, threat.ball.eps)
     return list(current)[strongest(list(current.values()), ball)] if current else None
 
 
@@ -217,10 +225,12 @@ def promote(folder: RunFolder) -> Path:
 
 
 def curves(contents: Iterable[Content]) -> list[list[Content]]:
-    """Return the evaluations that differ in eps alone, in its order: a list for each two or more of them."""
+    """Return the evaluations with the usual step that differ in eps alone: for each two or more a list in its order."""
     groups: dict[tuple[str, str | None], dict[float, Content]] = {}
     for content in contents:
-        alike = {**content, "threat": {**content["threat"], "eps": 0.0}}
+        if _step(content["threat"]):
+            continue
+        alike = {**content, "threat": {"norm": content["threat"]["norm"], "eps": 0.0}}
         version = (content.get("origin") or {}).get("ducat")  # whose attacks may be others
         groups.setdefault((name_of(alike), version), {})[content["threat"]["eps"]] = content
     return [[group[eps] for eps in sorted(group)] for group in groups.values() if len(group) > 1]

@@ -60,7 +60,7 @@ def evaluate_run(
         samples: how many test images, a fixed stratified subset; all by default.
         seed: of the attacks.
         which: "best" or "last" checkpoint.
-        threat: the ball; by default the one that the run was trained in.
+        threat: the ball; by default the one that the run was trained in, with the usual attack step.
         reject: shares of benign images that may be refused, see `ducat.evaluate`; the thresholds are set on validation
             images.
         surrogates: run folders of other networks, whose adversarial images are tried too.
@@ -82,7 +82,7 @@ def evaluate_run(
     dataset = folder.dataset()
     model, weights_digest = folder.load_with_digest(which)
     test = load_test(config.data.name, samples, config.data.root)
-    threat = threat or config.threat.build(None)
+    threat = threat or config.threat.ball
     origin = {
         "weights": weights_digest,
         **_asked(reject, surrogates, second_round_seconds),
@@ -186,7 +186,7 @@ def evaluate_checkpoint(
     if config.model.name is not None and is_function(config.model.name):
         allow_code(config.model.name)  # whoever makes settings has asked for it
     architecture, model = weights.read(source).network(config.described(config.architecture(dataset)))
-    test, threat = load_test(config.data.name, samples, config.data.root), config.threat.build(None)
+    test, threat = load_test(config.data.name, samples, config.data.root), config.threat.ball
     tensors = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
     origin = {
         "weights": checkpoint.digest(tensors),

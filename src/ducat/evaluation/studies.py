@@ -1,7 +1,7 @@
 """What runs say beyond one evaluation: samples that always fail, transfer, corrupted images, a class that is wanted."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ from ducat.evaluation import kept
 from ducat.evaluation.result import Evaluation
 from ducat.runs import RunFolder, Which, load
 from ducat.seeding import generator
-from ducat.threat import ThreatModel
 
 Flags = Bool[Tensor, " samples"]
 Progress = Callable[[str], None]
@@ -335,8 +334,7 @@ def targeted(
     x, y = load_test(config.data.name, samples, config.data.root)
     classes = len(_classes(run))
     wanted = (y + torch.randint(1, classes, y.shape, generator=generator(seed, "wanted"))) % classes
-    ball = config.threat.build(None)
-    threat = ThreatModel(ball.norm, ball.eps, steps=steps)  # training's own step may be far too short or too long
+    threat = replace(config.threat.ball, steps=steps)
     withstood, correct = {}, {}
     for attacker, objective in {"blind": "targeted-cross-entropy", "aware": "recovered-targeted-cross-entropy"}.items():
         if attacker == "aware" and not paired:

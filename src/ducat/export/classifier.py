@@ -197,4 +197,4 @@ def _evaluated(folder: RunFolder, which: Which) -> comparing.Run | None:
     # Numbers of another checkpoint, or of what has been trained on since, say nothing of this one.
     own = [one for one in run.candidates if one.get("checkpoint") == which and kept.is_current(folder, one)]
     threat = folder.config.threat
-    return run.seen_by(own[kept.strongest(own, (threat.norm, threat.build(None).eps))]) if own else None
+    return run.seen_by(own[kept.strongest(own, (threat.norm, threat.ball.eps))]) if own else None

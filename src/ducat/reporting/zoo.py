@@ -85,7 +85,7 @@ def attacked(
             folder.load(),
             x,
             y,
-            config.threat.build(None),
+            config.threat.ball,
             suite,
             num_classes=classes,
             data=folder.manifest["data"]["title"],

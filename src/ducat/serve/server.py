@@ -78,7 +78,7 @@ class Playground:
 
     def __init__(self, source: Deployed) -> None:
         self.source = source
-        self.threat: ThreatModel = source.folder.config.threat.build(None)
+        self.threat: ThreatModel = source.folder.config.threat.ball
         classifier = source.classifier
         # Without dummy classes, the attacks see classes that never fire.
         dummies = classifier.architecture.dummy_classes
