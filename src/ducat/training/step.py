@@ -144,14 +144,14 @@ class Step:
         for part, (some, labels) in enumerate(self._parts(x, y)):
             adversarial = self.attack(some, labels, epoch, step, part=part)
             outer = partial(self._loss, objective, x=some, adversarial=adversarial, y=labels)
-            with self._perturbation(epoch, partial(outer, self.model)), self._exchange(part):
+            with self._perturbation(objective, epoch, partial(outer, self.model)), self._exchange(part):
                 loss = outer(self.wrapped)
                 self.accelerator.backward(self.scaler.scale(loss / self.config.train.accumulate))
             losses.append(loss.detach())
         self._update()
         for head in self.heads if objective.reading == "real" else ():
             # Until the switch the dummy half follows the real one, so that what is saved deploys the base method.
-            head.copy_real_rows()
+            head.copy_real_rows(self.optimizer.optimizer)
         if self.average is not None and self.config.train.averaging == "ema" and epoch >= self.averaging_start:
             self.average.update(self.model)
         return torch.stack(losses).mean()
@@ -278,11 +278,15 @@ class Step:
         with self._autocast():
             return objective.loss(model, x, adversarial, y)
 
-    def _perturbation(self, epoch: int, loss: Callable[[], Tensor]) -> contextlib.AbstractContextManager[None]:
+    def _perturbation(
+        self, objective: methods.Objective, epoch: int, loss: Callable[[], Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
         gamma = self.config.train.awp
-        if gamma and epoch >= self.awp_start:
-            return perturbed_weights(self.model, loss, gamma, self.mean)
-        return contextlib.nullcontext()
+        if not gamma or epoch < self.awp_start:
+            return contextlib.nullcontext()
+        unread = self.heads if objective.reading == "real" else ()
+        rows = {weight: head.num_classes for head in unread for weight in head.rows()}
+        return perturbed_weights(self.model, loss, gamma, self.mean, rows)
 
     def _set_learning_rate(self, epoch: float) -> None:
         settings = self.config.train
