@@ -210,7 +210,8 @@ class ThreatConfig:
     eps: float | int | str | None = None
     """Radius of the ball, on images in [0, 1]: a number or a fraction such as 8/255. By default usual for the data."""
     step_size: float | int | str | None = None
-    """Length of an attack step, in the units of eps; by default eps / 4, for l2 15/128 of eps."""
+    """Length of a step of PGD, in the units of eps, in training and evaluation; by default eps / 4, for l2 15/128 of
+    eps."""
     steps: int = 10
     """Attack steps in training."""
 
@@ -309,7 +310,8 @@ class TrainConfig:
             raise ValueError(f"train.accumulate={self.accumulate} needs full batches: choose train.drop_last=true")
         if self.accumulate > 1 and self.awp:
             raise ValueError(f"train.awp={self.awp} needs whole batches: choose train.accumulate=1")
-        _within("train.momentum", self.momentum, 0, 1)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"train.momentum={self.momentum} is outside [0, 1)")
         _at_least("train.weight_decay", self.weight_decay, 0)
         _at_least("train.seed", self.seed, 0)
         _among("train.batch_norm", self.batch_norm, ("auto", "joint", "separate"))
@@ -391,18 +393,23 @@ class Config:
         Runs of earlier versions may hold such settings, so it is asked before a run begins.
         """
         row, method = self.row, f"method.name={self.method.name}"
-        begins = row.gaussian_start and not methods.ATTACKS[self.method.attack].single_step
+        inner = methods.ATTACKS[self.method.attack]
+        begins = row.gaussian_start and not inner.single_step
+        steps = row.objective is not None and inner.step_sizes is None
         # The setting, what it may be where it is not read, whether it is, and what makes it so.
         table: tuple[tuple[str, Collection[Any], bool, str], ...] = (
             ("method.weight", (None,), row.reads_weight, method),
             ("method.clip_start", (True,), begins, f"{method} and method.attack={self.method.attack}"),
+            ("threat.steps", (ThreatConfig.steps,), steps, f"{method} and method.attack={self.method.attack}"),
             ("train.batch_norm", ("auto", "joint"), row.reads_benign, method),
             ("data.crop_padding", (None, spec.crop_padding), not spec.resized_crop, f"data.name={self.data.name}"),
         )
         settings = self.flat()
         for name, harmless, read, why in table:
             if not read and settings[name] not in harmless:
-                raise ValueError(f"{name}={settings[name]} has no effect with {why}: leave it out")
+                usual = next(iter(harmless))
+                remedy = "leave it out" if usual is None else f"leave it out, or at {usual}"
+                raise ValueError(f"{name}={settings[name]} has no effect with {why}: {remedy}")
 
     def unresolved(self, spec: DataSpec | None) -> Config:
         """Return the config with what `resolve` has written out left to it again, so that it follows other changes.
