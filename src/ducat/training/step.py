@@ -113,6 +113,12 @@ class Step:
         if settings.compile:
             self.wrapped, self.attacked = self._compiled(example, compile_mode, notice)
         self.heads = dummy_heads(self.model)
+        if not self.heads and self.objective(0).reading == "real":
+            notice(
+                "the network has dummy classes that ducat did not add, which do not follow the real ones until they "
+                "come into use: recovered predictions are not the real classes' till then; give a network of as many "
+                "outputs as classes"
+            )
         self.awp_start = epoch_of(settings.awp_start_epoch, settings.epochs)
         self.averaging_start = epoch_of(settings.averaging_start_epoch, settings.epochs)
         self.average: WeightAverage | None = None
