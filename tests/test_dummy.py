@@ -435,6 +435,24 @@ def test_an_optimizer_whose_state_cannot_be_doubled_is_refused(make: Any, messag
     assert not torch.equal(model.fc.weight, before), "the optimiser still trains the network"
 
 
+def test_adam_steps_no_further_with_dummy_classes_that_come_into_use_than_with_real_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    network = ducat.add_dummy_classes(nn.Sequential(nn.Flatten(), nn.Linear(9, 4)), images=torch.zeros(1, 1, 3, 3))
+    optimizer, head = torch.optim.Adam(network.parameters(), lr=0.001), dummy_heads(network)[0]
+    aware = ducat.objective("pgd-at", "recovery-aware")
+    for step in range(203):
+        x, y = torch.rand(16, 1, 3, 3, generator=generator), torch.randint(4, (16,), generator=generator)
+        if step == 200:
+            before = head.weight.detach().clone()
+        optimizer.zero_grad()
+        (F.cross_entropy(network(x)[:, :4], y) if step < 200 else aware.loss(network, x, x, y)).backward()
+        optimizer.step()
+        if step < 200:
+            head.copy_real_rows(optimizer)
+    real, dummy = (head.weight.detach() - before).abs().chunk(2)
+    assert 0 < dummy.mean() < 3 * real.mean()
+
+
 def test_add_dummy_classes_says_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match=r"no images were found that this Sequential turns into logits"):
         ducat.add_dummy_classes(nn.Sequential(nn.Conv2d(1, 1, 1)))

@@ -9,7 +9,7 @@ from torch import nn
 
 import ducat
 from ducat import checkpoint
-from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, TrainConfig
+from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ThreatConfig, TrainConfig
 from ducat.data.batches import Batches
 from ducat.data.images import Images
 from ducat.methods import ATTACKS, METHODS, Objective
@@ -29,6 +29,7 @@ def config(method: dict[str, Any] | None = None, kind: str = "off", **settings: 
     return replace(
         TINY,
         method=MethodConfig(**(method or {})),
+        threat=TINY.threat if method is None or "attack" not in method else ThreatConfig(),
         dummy=DummyConfig(kind, start_epoch=1),  # type: ignore[arg-type]
         train=replace(TINY.train, **settings),
     )
@@ -349,6 +350,7 @@ def test_there_are_recipes() -> None:
         ),
         (lambda: TrainConfig(epochs=9, milestones=(10,)), r"train\.milestones=10 is not an epoch of this run of 9"),
         (lambda: TrainConfig(averaging_decay=1.0), r"train\.averaging_decay=1\.0 is outside \[0, 1\)"),
+        (lambda: TrainConfig(momentum=1.0), r"train\.momentum=1\.0 is outside \[0, 1\)"),
         (lambda: TrainConfig(awp=-1.0), r"train\.awp=-1\.0 must be at least 0"),
         (lambda: TrainConfig(epochs=9, awp_start_epoch=9), r"train\.awp_start_epoch=9 is not an epoch"),
         (lambda: Config(name="../../etc/x"), r"name='\.\./\.\./etc/x' is not the name of a folder"),

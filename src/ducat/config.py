@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 import re
 from argparse import ArgumentError
 from collections.abc import Collection, Iterator
@@ -314,7 +315,8 @@ class TrainConfig:
             raise ValueError(f"train.accumulate={self.accumulate} needs full batches: choose train.drop_last=true")
         if self.accumulate > 1 and self.awp:
             raise ValueError(f"train.awp={self.awp} needs whole batches: choose train.accumulate=1")
-        _within("train.momentum", self.momentum, 0, 1)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"train.momentum={self.momentum} is outside [0, 1)")
         _at_least("train.weight_decay", self.weight_decay, 0)
         _at_least("train.seed", self.seed, 0)
         _among("train.batch_norm", self.batch_norm, ("auto", "joint", "separate"))
@@ -396,18 +398,27 @@ class Config:
         Runs of earlier versions may hold such settings, so it is asked before a run begins.
         """
         row, method = self.row, f"method.name={self.method.name}"
-        begins = row.gaussian_start and not methods.ATTACKS[self.method.attack].single_step
+        inner = methods.ATTACKS[self.method.attack]
+        begins = row.gaussian_start and not inner.single_step
+        steps = row.objective is not None and inner.step_sizes is None
+        attack = f"{method} and method.attack={self.method.attack}"
+        threat = self.threat.build(spec)
+        usual_step = math.isclose(threat.step_size, ThreatModel(threat.norm, threat.eps).step_size)
         # The setting, what it may be where it is not read, whether it is, and what makes it so.
         table: tuple[tuple[str, Collection[Any], bool, str], ...] = (
             ("method.weight", (None,), row.reads_weight, method),
-            ("method.clip_start", (True,), begins, f"{method} and method.attack={self.method.attack}"),
+            ("method.clip_start", (True,), begins, attack),
+            ("threat.steps", (ThreatConfig.steps,), steps, attack),
+            ("threat.step_size", (None,), steps or usual_step, attack),
             ("train.batch_norm", ("auto", "joint"), row.reads_benign, method),
             ("data.crop_padding", (None, spec.crop_padding), not spec.resized_crop, f"data.name={self.data.name}"),
         )
         settings = self.flat()
         for name, harmless, read, why in table:
             if not read and settings[name] not in harmless:
-                raise ValueError(f"{name}={settings[name]} has no effect with {why}: leave it out")
+                usual = next(iter(harmless))
+                remedy = "leave it out" if usual is None else f"leave it out, or at {usual}"
+                raise ValueError(f"{name}={settings[name]} has no effect with {why}: {remedy}")
 
     def unresolved(self, spec: DataSpec | None) -> Config:
         """Return the config with what `resolve` has written out left to it again, so that it follows other changes.

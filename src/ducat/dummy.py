@@ -130,12 +130,22 @@ class DummyHead(nn.Module):
     weight: Tensor
     bias: Any  # None without one
 
+    def rows(self) -> list[nn.Parameter]:
+        """Return the parameters that have a row for each real and each dummy class."""
+        return [each for each in self.parameters() if each.ndim and len(each) == 2 * self.num_classes]
+
     @torch.no_grad()
-    def copy_real_rows(self) -> None:
-        """Make every dummy class equal to its real class, so that the recovered decision is the real half's own."""
-        for parameter in self.parameters():
-            if parameter.ndim and len(parameter) == 2 * self.num_classes:
-                parameter[self.num_classes :] = parameter[: self.num_classes]
+    def copy_real_rows(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Make every dummy class equal to its real class, so that the recovered decision is the real half's own.
+
+        Args:
+            optimizer: what trains the head. Adam's mean of squared gradients is copied too: by one of rows that have
+                had no gradient yet, the first steps of the dummy classes would be many times too long.
+        """
+        for parameter in self.rows():
+            squares = None if optimizer is None else optimizer.state.get(parameter, {}).get("exp_avg_sq")
+            for tensor in [parameter] if squares is None else [parameter, squares]:
+                tensor[self.num_classes :] = tensor[: self.num_classes]
 
 
 class DummyLinear(DummyHead, nn.Linear):

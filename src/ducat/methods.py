@@ -418,15 +418,18 @@ def objective(
         raise ValueError(f"dummy={dummy!r} is unknown: choose from {', '.join(PHASES)}")
     row.check_dummy_classes(dummy)
     row.check_weight(weight)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing} is outside [0, 1)")
     if isinstance(attack, str) and attack not in ATTACKS:
         raise ValueError(f"attack {attack!r} is unknown: choose from {', '.join(ATTACKS)}")
     unknown = sorted(set(weights) - {each.name for each in fields(TwoHot)})
     if unknown:
         raise ValueError(f"{unknown[0]} is unknown: choose from {', '.join(each.name for each in fields(TwoHot))}")
+    two_hot_weights = TwoHot(**weights)
     return Objective(
         row,
         PHASES[dummy].active if active else PHASES[dummy].before,
-        TwoHot(**weights) if active and dummy != "off" else None,
+        two_hot_weights if active and dummy != "off" else None,
         row.weight if weight is None else weight,
         ATTACKS[attack] if isinstance(attack, str) else attack,
         label_smoothing,

@@ -346,6 +346,7 @@ def test_weights_with_dummy_classes_are_not_trained_as_plain_ones(tmp_path: Path
         config = replace(
             TINY,
             method=MethodConfig(method),
+            threat=ThreatConfig(),
             model=ModelConfig("small", weights="zoo:digits-published"),
             dummy=DummyConfig("off"),
         )

@@ -152,8 +152,14 @@ def test_what_is_chosen_from_given_data_is_refused(chosen: dict[str, int], tmp_p
             {"method": MethodConfig("consistency", clip_start=False)},
             r"clip_start=False has no effect with .*consistency",
         ),
-        ({"method": MethodConfig("mart", clip_start=False, attack="n-fgsm")}, "has no effect with .*attack=n-fgsm"),
+        ({"method": MethodConfig("mart", clip_start=False, attack="n-fgsm")}, "clip_start=False has .*attack=n-fgsm"),
         ({"train": replace(TINY.train, batch_norm="separate")}, r"train\.batch_norm=separate has no effect with"),
+        ({"method": MethodConfig(attack="pgd-cosine")}, r"threat\.steps=2 has no .*=pgd-cosine: leave it out, or at"),
+        (
+            {"method": MethodConfig(attack="n-fgsm"), "threat": ThreatConfig(eps=0.1, step_size=0.02)},
+            r"threat\.step_size=0\.02 has no effect with .*n-fgsm: leave it out$",
+        ),
+        ({"method": MethodConfig("natural")}, r"threat\.steps=2 has no effect with method\.name=natural"),
     ],
 )
 def test_what_nothing_reads_is_refused_before_a_run_begins(change: dict, message: str, tmp_path: Path) -> None:
@@ -205,7 +211,7 @@ def test_the_model_learns_and_adversarial_training_makes_it_robust(tmp_path: Pat
             name=method,
             data=DataConfig("digits"),
             method=ducat.config.MethodConfig(method),
-            threat=ThreatConfig(eps=0.1, steps=3),
+            threat=ThreatConfig(eps=0.1),
             train=settings,
         )
         accuracy[method] = train(config, tmp_path).metrics[-1]

@@ -70,6 +70,16 @@ def test_adamw_decays_matrices_alone() -> None:
         torch.testing.assert_close(parameter, expected)
 
 
+def test_weights_are_perturbed_alike_with_dummy_classes_that_are_not_in_use_and_without() -> None:
+    made = []
+    for kind in ("off", "recovery-aware"):
+        model = plain_network() if kind == "off" else ducat.add_dummy_classes(plain_network())
+        config = replace(settings(awp=0.5), dummy=DummyConfig(kind, start_epoch=2))  # type: ignore[arg-type]
+        stepped(config, model)
+        made.append(model[4].weight[:10])
+    torch.testing.assert_close(*made)
+
+
 def test_a_long_gradient_is_shortened() -> None:
     moved = []
     for clip in (0.0, 0.01):

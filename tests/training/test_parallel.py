@@ -67,7 +67,7 @@ SMOOTH = [
 # A pixel whose gradient is all rounding steps by its sign, a whole step either way; where TRADES starts all are small.
 SIGNED = [
     variant("linf"),
-    variant("n-fgsm", method=MethodConfig(attack="n-fgsm")),
+    variant("n-fgsm", method=MethodConfig(attack="n-fgsm"), threat=ThreatConfig(eps=0.1)),
     variant("trades", method=MethodConfig("trades")),
 ]
 

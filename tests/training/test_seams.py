@@ -16,7 +16,7 @@ from ducat.architecture import Architecture
 from ducat.attacks.adaptive import BUDGETS, Round
 from ducat.attacks.objectives import OBJECTIVES, Goal
 from ducat.attacks.suites import SUITES, Attack, Suite
-from ducat.config import DummyConfig, MethodConfig
+from ducat.config import DummyConfig, MethodConfig, ModelConfig
 from ducat.methods import ATTACKS, METHODS, InnerAttack, Method, Objective
 from ducat.models import MODELS
 from ducat.training import Initial, resume, train
@@ -116,6 +116,23 @@ def test_a_network_that_is_given_is_what_is_trained(tmp_path: Path) -> None:
         train(replace(config, name="other"), tmp_path, model=nn.Sequential(nn.Flatten(), nn.Linear(5, 10)))
 
 
+def test_a_network_of_ours_that_is_given_gets_dummy_classes_and_can_be_loaded(tmp_path: Path) -> None:
+    given = ducat.models.build("small", 10, channels=1, width=2, mean=(0.5,), std=(0.5,))
+    model = ModelConfig("small", width=2)
+    config = replace(TINY, model=model, dummy=DummyConfig("recovery-aware"), train=replace(TINY.train, epochs=1))
+    folder = train(config, tmp_path, model=given, validate=unvalidated)
+    loaded = folder.load("last").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in given.state_dict().items())
+
+
+def test_dummy_classes_that_are_not_ours_are_told_not_to_follow_the_real_ones(tmp_path: Path) -> None:
+    config = replace(TINY, dummy=DummyConfig("recovery-aware", start_epoch=2))
+    listener = Watcher(leave_after=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path, listener, model=Outsider(20), validate=unvalidated)
+    assert [warning[:54] for warning in listener.warnings] == ["the network has dummy classes that ducat did not add, "]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["off", "recovery-aware"])
 @pytest.mark.parametrize("as_object", [False, True])
@@ -186,6 +203,8 @@ def test_a_loop_that_is_not_ours_gets_what_the_settings_say(method: str, kind: s
         ({"attack": "pdg"}, "attack 'pdg' is unknown: choose from pgd"),
         ({"benign": 1}, "benign is unknown: choose from benign_weight, adversarial_weight, benign_share, pair_weight"),
         ({"benign_weight": 2}, r"dummy\.benign_weight=2 is outside \[0, 1\]"),
+        ({"active": False, "benign_weight": 2}, r"dummy\.benign_weight=2 is outside \[0, 1\]"),
+        ({"label_smoothing": -0.1}, r"label_smoothing=-0\.1 is outside \[0, 1\)"),
         ({"method": "trades", "weight": -1}, r"method\.weight=-1 is outside \[0, inf\]: it is beta of its paper"),
     ],
 )

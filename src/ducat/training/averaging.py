@@ -5,7 +5,7 @@ Both work on any method: neither looks at how the loss is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -111,6 +111,7 @@ def perturbed_weights(
     loss: Callable[[], Float[Tensor, ""]],
     gamma: float | int = 5e-3,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    rows: Mapping[nn.Parameter, int] | None = None,
 ) -> Iterator[None]:
     """Within the context the weights are where, nearby, the loss is worse: adversarial weight perturbation (AWP).
 
@@ -125,6 +126,7 @@ def perturbed_weights(
         loss: returns the mean loss of the present batch, attacked before, and calls `model` to do so.
         gamma: size of the perturbation relative to each weight's norm, positive; the paper uses 5e-3 to 1e-2.
         reduce: makes of a process's gradient that of all processes, where several train the model.
+        rows: of weights of which the loss reads the first rows alone, how many; |w| is then the norm of those.
 
     Raises:
         ValueError: `gamma` is not positive.
@@ -137,6 +139,7 @@ def perturbed_weights(
     if not gamma > 0:
         raise ValueError(f"gamma={gamma} is not positive: give the relative size of the perturbation, such as 5e-3")
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim > 1]
+    rows = {} if rows is None else rows
     with torch.enable_grad(), _batch_norm_statistics_kept(model):
         gradients = torch.autograd.grad(loss(), weights, materialize_grads=True)
         if reduce is not None:
@@ -146,7 +149,7 @@ def perturbed_weights(
         with torch.no_grad():
             for weight, gradient in zip(weights, gradients, strict=True):
                 # The floor leaves a weight alone whose gradient vanishes.
-                scale = gamma * weight.norm() / gradient.norm().clamp_min(1e-20)
+                scale = gamma * weight[: rows.get(weight)].norm() / gradient.norm().clamp_min(1e-20)
                 weight.addcmul_(gradient, scale)
         # Autocast keeps low-precision copies of weights by identity, so it would go on with the old values.
         torch.clear_autocast_cache()

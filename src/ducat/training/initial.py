@@ -108,13 +108,14 @@ class Initial:
         def build(architecture: Architecture) -> tuple[Architecture, nn.Module]:
             name = f"{GIVEN}{type(model).__module__}.{type(model).__qualname__}"
             described = replace(architecture, name=name, width=None, stem_stride=1)
+            network = given(model, described)
             if not is_foreign(architecture.name):
                 with torch.random.fork_rng(devices=[]):
                     asked = architecture.build()
                 side = architecture.image_size or OURS
                 shape = architecture.channels, side, side
-                described = architecture if _is_as_built(model, asked, shape) else described
-            return described, given(model, described)
+                described = architecture if _is_as_built(network, asked, shape) else described
+            return described, network
 
         return cls(build, {"file": GIVEN_NETWORK})
 

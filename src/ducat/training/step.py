@@ -113,6 +113,12 @@ class Step:
         if settings.compile:
             self.wrapped, self.attacked = self._compiled(example, compile_mode, notice)
         self.heads = dummy_heads(self.model)
+        if not self.heads and self.objective(0).reading == "real":
+            notice(
+                "the network has dummy classes that ducat did not add, which do not follow the real ones until they "
+                "come into use: recovered predictions are not the real classes' till then; give a network of as many "
+                "outputs as classes"
+            )
         self.awp_start = epoch_of(settings.awp_start_epoch, settings.epochs)
         self.averaging_start = epoch_of(settings.averaging_start_epoch, settings.epochs)
         self.average: WeightAverage | None = None
@@ -144,14 +150,14 @@ class Step:
         for part, (some, labels) in enumerate(self._parts(x, y)):
             adversarial = self.attack(some, labels, epoch, step, part=part)
             outer = partial(self._loss, objective, x=some, adversarial=adversarial, y=labels)
-            with self._perturbation(epoch, partial(outer, self.model)), self._exchange(part):
+            with self._perturbation(objective, epoch, partial(outer, self.model)), self._exchange(part):
                 loss = outer(self.wrapped)
                 self.accelerator.backward(self.scaler.scale(loss / self.config.train.accumulate))
             losses.append(loss.detach())
         self._update()
         for head in self.heads if objective.reading == "real" else ():
             # Until the switch the dummy half follows the real one, so that what is saved deploys the base method.
-            head.copy_real_rows()
+            head.copy_real_rows(self.optimizer.optimizer)
         if self.average is not None and self.config.train.averaging == "ema" and epoch >= self.averaging_start:
             self.average.update(self.model)
         return torch.stack(losses).mean()
@@ -278,11 +284,15 @@ class Step:
         with self._autocast():
             return objective.loss(model, x, adversarial, y)
 
-    def _perturbation(self, epoch: int, loss: Callable[[], Tensor]) -> contextlib.AbstractContextManager[None]:
+    def _perturbation(
+        self, objective: methods.Objective, epoch: int, loss: Callable[[], Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
         gamma = self.config.train.awp
-        if gamma and epoch >= self.awp_start:
-            return perturbed_weights(self.model, loss, gamma, self.mean)
-        return contextlib.nullcontext()
+        if not gamma or epoch < self.awp_start:
+            return contextlib.nullcontext()
+        unread = self.heads if objective.reading == "real" else ()
+        rows = {weight: head.num_classes for head in unread for weight in head.rows()}
+        return perturbed_weights(self.model, loss, gamma, self.mean, rows)
 
     def _set_learning_rate(self, epoch: float) -> None:
         settings = self.config.train

@@ -45,7 +45,7 @@ def validate(model: nn.Module, step: Step, dataset: Dataset, progress: Callable[
             model,
             mine.floats(),
             mine.labels,
-            step.threat,
+            step.config.threat.ball,
             "single-step" if single_step else "quick",
             num_classes=len(dataset.classes),
             seed=step.config.train.seed,
