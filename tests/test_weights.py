@@ -69,6 +69,7 @@ FILES: dict[str, Callable[[], Any]] = {
     "only under model_ema": lambda: {"model_ema": STATE},
     "only under state_dict_ema": lambda: {"state_dict_ema": under("module.")},
     "an EMA beside them": lambda: {"state_dict": STATE, "state_dict_ema": {k: v + 1 for k, v in STATE.items()}},
+    "an EMA beside them, in a row": lambda: {**{f"ema.{k}": v + 1 for k, v in STATE.items()}, **under("model.")},
     "no num_batches_tracked": lambda: {k: v for k, v in STATE.items() if "num_batches" not in k},
     "Sequential(normalise, network)": lambda: {"state_dict": {"0.mean": MEAN, "0.std": STD, **under("1.")}},
     "mu and sigma in the network": lambda: {**STATE, "mu": MEAN.view(1, 1, 1, 1), "sigma": STD.view(1, 1, 1, 1)},
@@ -107,6 +108,13 @@ def test_checkpoints_as_research_code_writes_them(tmp_path: Path, name: str) -> 
     assert (found.mean, found.std) == (pytest.approx(SPEC.mean), pytest.approx(SPEC.std))
     torch.testing.assert_close(model(IMAGES), MODEL(IMAGES), rtol=0, atol=ROUNDED.get(name, 1e-6))
     assert all(tensor.dtype == torch.float32 for tensor in model.parameters())
+
+
+def test_of_several_networks_in_a_file_none_is_taken_by_chance(tmp_path: Path) -> None:
+    others = {name: tensor + 1 for name, tensor in STATE.items()}
+    torch.save({**under("student."), **{f"tutor.{name}": tensor for name, tensor in others.items()}}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt holds more than one network that fits, under tutor\. and student\."):
+        weights.read(tmp_path / "w.pt").network(architecture())
 
 
 def test_the_old_format_of_torch_save_is_read(tmp_path: Path) -> None:

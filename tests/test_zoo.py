@@ -2,6 +2,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -325,6 +326,28 @@ def test_push_says_what_it_would_send_then_sends_it(
     x, _ = ducat.data.load_test("digits", samples=20)
     pulled = Classifier.from_pretrained(hub.root / "me" / "digits")
     torch.testing.assert_close(pulled(x), ducat.load(NAME)(x))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class UnreachableError(Exception):
+        """What the hub's library raises is of the library that it goes by."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise UnreachableError("no address associated with hostname")
+
+    monkeypatch.setattr(hub, "create_repo", fail)
+    command = ["export", NAME, "--format", "hub", "--out", str(tmp_path / "out"), "--push", "me/digits", "--confirm"]
+    assert main(command) == 2
+    assert "the hub cannot be reached (UnreachableError: no address" in capsys.readouterr().err
+
+
+def test_other_images_under_the_name_of_the_data_are_not_attacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ducat.data.load("digits")
+    monkeypatch.setattr("ducat.runs.load_data", lambda *_, **__: replace(whole, fingerprint="sha256:other"))
+    with pytest.raises(ValueError, match="the data digits are not those"):
+        showing.attacked([NAME], samples=5)
 
 
 def test_push_refuses_other_numbers_other_weights_and_strangers(

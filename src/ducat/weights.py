@@ -150,6 +150,7 @@ class Weights:
     def _fitted(self, expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the weights by the expected names as far as they can be told, and those that belong to no network."""
         best: tuple[int, dict[str, Tensor], str] = (-1, {}, "")
+        rival = None
         for start in _starts(self.weights, len(expected)):
             inside = {name[len(start) :]: tensor for name, tensor in self.weights.items() if name.startswith(start)}
             for naming in NAMINGS:
@@ -157,8 +158,15 @@ class Weights:
                     renamed = _with_head(naming.apply(inside), expected)
                     score = len(renamed.keys() & expected.keys())
                     if score > best[0]:
-                        best = score, renamed, start
-        _, renamed, start = best
+                        best, rival = (score, renamed, start), None
+                    elif score == best[0] and start != best[2] and not (_averaged(start) or _same(renamed, best[1])):
+                        rival = start
+        score, renamed, start = best
+        if rival is not None and 2 * score > len(expected):
+            raise ValueError(
+                f"{self.file} holds more than one network that fits, under {start or 'no prefix'} and {rival}: save "
+                "the state_dict() of the one that is meant alone"
+            )
         outside = {name: tensor for name, tensor in self.weights.items() if not name.startswith(start)}
         normalising = {
             name: tensor for name, tensor in renamed.items() if name not in expected and _normalises(name) is not None
@@ -250,15 +258,24 @@ def _common_prefix(names: Mapping[str, Tensor]) -> str:
     return "".join(f"{part}." for part in parts[0][:shared]) if parts else ""
 
 
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one.keys() & other.keys())
+
+
+def _averaged(start: str) -> bool:
+    return re.search("ema|swa|average|avg", start, re.IGNORECASE) is not None
+
+
 def _starts(weights: Mapping[str, Tensor], expected: int) -> list[str]:
-    """Return what the names of one network in a file may begin with, the shortest first."""
+    """Return what the names of one network in a file may begin with: averaged ones last, else the shortest first."""
     counts: dict[str, int] = {"": len(weights)}
     for name in weights:
         parts = name.split(".")
         for depth in range(1, len(parts)):
             start = ".".join(parts[:depth]) + "."
             counts[start] = counts.get(start, 0) + 1
-    return sorted((start for start, count in counts.items() if not start or 2 * count >= expected), key=len)
+    likely = [start for start, count in counts.items() if not start or 2 * count >= expected]
+    return sorted(likely, key=lambda start: (_averaged(start), len(start)))
 
 
 def _with_head(weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

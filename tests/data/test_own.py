@@ -1,4 +1,5 @@
 import random
+from collections import UserList
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,10 @@ class Pictures(Dataset[tuple[Any, int]]):
             "picture": Image.fromarray(pixels.transpose(1, 2, 0)),
         }
         return forms[self.form], int(LABELS[index])
+
+
+class Table(UserList[Any]):
+    """Rows of images and labels."""
 
 
 def epoch(source: Any, **settings: Any) -> list:
@@ -118,6 +123,15 @@ def test_random_transforms_are_functions_of_the_seed() -> None:
             assert torch.equal(torch.cat([x for x, _ in parts], dim=1), whole[0])
     assert not torch.equal(alone[0][0][0], alone[0][0][1])
     assert not torch.equal(epoch(train, seed=1)[0][0], alone[0][0][0])
+
+
+def test_pictures_of_any_kind_are_read_by_the_rule_for_files() -> None:
+    deep = Image.fromarray((np.arange(64).reshape(8, 8) * 1024).astype(np.uint16))
+    clear = Image.merge("LA", [Image.new("L", (8, 8), 10), Image.new("L", (8, 8), 0)])
+    for picture, level in ((deep, np.arange(64).reshape(1, 8, 8) * 4), (clear, np.full((1, 8, 8), 255))):
+        rows = [(picture, number % 2) for number in range(20)]
+        train = data.own(Table(rows), Table(rows)).train
+        assert np.array_equal(train.select(torch.arange(1)).images[0].numpy(), level), picture.mode
 
 
 @pytest.mark.parametrize(

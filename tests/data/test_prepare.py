@@ -504,7 +504,27 @@ def test_a_damaged_cache_is_named(cifar10_archive: Path, cache: Path) -> None:
     for read in (data.verify, data.load, data.load_test):
         with pytest.raises(ValueError, match=r"cifar10\.safetensors is truncated or corrupt: run `ducat data prepare"):
             read("cifar10")
-    assert next(status for status in data.list_datasets() if status.name == "cifar10").notice.endswith("again")
+    notice = next(status.notice for status in data.list_datasets() if status.name == "cifar10")
+    assert notice.endswith("run `ducat data prepare cifar10 [--from ARCHIVE]`")
+
+
+def test_what_is_damaged_or_unwanted_is_prepared_anew_from_where_it_comes_from(
+    fashion_mnist: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        specs.SPECS, "fashion-mnist", replace(specs.SPECS["fashion-mnist"], system_folder=str(fashion_mnist))
+    )
+    first = data.prepare("fashion-mnist")
+    path = cache / "fashion-mnist.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert data.prepare("fashion-mnist") == first
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="run `ducat data prepare fashion-mnist --replace"):
+        data.verify("fashion-mnist")
+    data.prepare("fashion-mnist", replace=True)
+    assert data.verify("fashion-mnist") == first
 
 
 def test_a_cache_of_another_version_is_named(cifar10_archive: Path, cache: Path) -> None:

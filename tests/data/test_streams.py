@@ -338,6 +338,18 @@ def test_test_images_can_be_given_by_a_list(image_folder: Path, tmp_path: Path) 
         data.prepare("insects", f"folder:{image_folder}", test_images=tmp_path / "list.txt")
 
 
+def test_an_archive_of_what_is_decoded_as_it_comes_is_to_be_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "imagenet.zip").touch()
+    with pytest.raises(ValueError, match=r"imagenet\.zip is not a folder: ImageNet is decoded as it comes: unpack it"):
+        data.prepare("imagenet", tmp_path / "imagenet.zip")
+
+
+def test_a_list_of_test_images_must_tell_them_apart(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("ant/01.png\n")
+    with pytest.raises(ValueError, match=r"list\.txt names 01\.png, as 2 test images are called"):
+        data.prepare("insects", f"folder:{image_folder}", test_images=tmp_path / "list.txt")
+
+
 def test_files_on_a_cpu_are_read_as_they_are_needed(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data.prepare("insects", image_folder)
     train = data.load("insects").train

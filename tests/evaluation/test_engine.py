@@ -429,6 +429,11 @@ def test_what_cannot_be_evaluated_is_named(
         evaluate(change(*templates))
 
 
+def test_a_limit_of_time_is_not_negative(templates: Templates) -> None:
+    with pytest.raises(ValueError, match="second_round_seconds=-1 must be at least 0"):
+        evaluate(templates, "quick", second_round_seconds=-1.0)
+
+
 def test_an_unknown_suite_is_named(templates: Templates) -> None:
     with pytest.raises(ValueError, match="suite 'fast' is unknown: choose from quick"):
         evaluate(templates, "fast")

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from PIL import Image
 
 import ducat
 from ducat.cli import main
+from ducat.data.decode import array, decode, fit
 from ducat.export import Deployed
 from ducat.runs import RunFolder
 from ducat.serve.server import LARGEST_UPLOAD, AbandonedError, Playground
@@ -113,6 +115,15 @@ def test_what_the_attacker_knows_decides(eps: str, knows: bool, fooled: bool, ti
     assert answer["fooled"] == fooled
     assert answer["undone"] == (not knows), "the blind attack ends in the dummy class"
     assert answer["distance"] <= float(eps)
+
+
+def test_an_uploaded_image_is_cut_as_the_datas_own_are(tiny_run: Path) -> None:
+    source = Deployed.read(tiny_run)
+    assert source.spec is not None
+    playground = Playground(replace(source, spec=replace(source.spec, shorter=12, resample="bilinear")))
+    content = png((20, 16))
+    expected = array(fit(decode(content), (8, 8), 12, "bilinear"), 1)
+    assert torch.equal(playground.decode(content, "image/png"), torch.from_numpy(expected.copy())[None] / 255)
 
 
 def test_an_abandoned_attack_stops_at_the_next_pass(tiny_run: Path) -> None:

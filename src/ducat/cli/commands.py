@@ -602,8 +602,14 @@ def _run_zoo(arguments: Namespace, console: Console) -> None:
     _print(console, "Train them yourself: ducat demo. More attacks on one: ducat evaluate zoo:NAME")
 
 
+def _check_zoo(given: Namespace) -> None:
+    for name in ("suite", "samples"):
+        if name in given and not given.get("evaluate"):
+            raise ValueError(f"--{name} goes with --evaluate")
+
+
 def _zoo_parser(arguments: Sequence[str]) -> Parser:
-    parser = Parser.of("ducat zoo")
+    parser = Parser.of("ducat zoo", _check_zoo)
     parser.add_argument(
         "names",
         type=str,

@@ -205,15 +205,19 @@ def read(
     path = entry(name, root)
     if not path.is_file():
         known = "" if name in SPECS else f" ({known_names(name)})"
-        source = "[--from ARCHIVE]" if name in SPECS and SPECS[name].sources else "--from FOLDER-OR-ZIP"
-        raise FileNotFoundError(f"data set {name} is not prepared{known}: run `ducat data prepare {name} {source}`")
+        raise FileNotFoundError(f"data set {name} is not prepared{known}: run {_command(name)}")
     header = _read_header(path)
     tensors = Layout.read(path).open(path)
     if verify and not header.get("stream"):
         everything = {key: value.source() if isinstance(value, Stored) else value for key, value in tensors.items()}
         if fingerprint(everything) != header["fingerprint"]:
-            raise ValueError(f"{path} has changed since it was made: run `ducat data prepare {name}` again")
+            raise ValueError(f"{path} has changed since it was made: run {_command(name, ' --replace')}")
     return tensors, _header(name, header)
+
+
+def _command(name: str, replace: str = "") -> str:
+    source = "[--from ARCHIVE]" if name in SPECS and SPECS[name].sources else "--from FOLDER-OR-ZIP"
+    return f"`ducat data prepare {name}{replace} {source}`"
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -224,9 +228,9 @@ def _read_header(path: Path) -> dict[str, Any]:
             header = json.loads((file.metadata() or {})["ducat"])
             version = header.pop("format")
     except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is truncated or corrupt: run `ducat data prepare {path.stem}` again") from error
+        raise ValueError(f"{path} is truncated or corrupt: run {_command(path.stem)}") from error
     if version != FORMAT or not {"spec", "classes", "fingerprint", "source", "notice"} <= header.keys():
-        raise ValueError(f"{path} is of another version of ducat: run `ducat data prepare {path.stem}` again")
+        raise ValueError(f"{path} is of another version of ducat: run {_command(path.stem)}")
     return header
 
 

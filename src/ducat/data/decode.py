@@ -89,27 +89,38 @@ def decode(content: bytes, formats: Sequence[str] = FORMATS, largest: int = LARG
         ValueError: it is no whole image of these formats, or has more pixels; the message says what is the matter, and
             a caller puts the file's name before it.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     if content.startswith(b"\x89PNG"):
         # Pillow itself stops at the last pixel, and takes what is damaged or missing before the end of the file.
         with _opened(content, formats, largest) as image:
             image.verify()
     with _opened(content, formats, largest) as image:
-        if image.mode == "F" or (image.mode.startswith("I") and not _is_deep(image)):
-            raise _RefusedError(f"has {image.mode} pixels of 32 bits: save it with 8 bits a channel")
         if _is_deep(image):
-            orientation = image.getexif()
-            deep = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            orientation, deep = image.getexif(), plain(image)
             deep.getexif().update(orientation)
             return ImageOps.exif_transpose(deep)
         ImageOps.exif_transpose(image, in_place=True)
-        upright: Image.Image = image
-        grey = upright.mode in _GREY
-        if upright.has_transparency_data:
-            shown = upright.convert("RGBA")
-            upright = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
-        return _as("L" if grey else "RGB", upright)
+        return plain(image)
+
+
+def plain(image: Image) -> Image:
+    """Return an open image with 8 bits a channel, of mode "L" or "RGB", by the rule of this module; never turned.
+
+    Raises:
+        ValueError: it has pixels of 32 bits.
+    """
+    from PIL import Image
+
+    if _is_deep(image):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise _RefusedError(f"has {image.mode} pixels of 32 bits: save it with 8 bits a channel")
+    grey = image.mode in _GREY
+    if image.has_transparency_data:
+        shown = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", shown.size, "white"), shown)
+    return _as("L" if grey else "RGB", image)
 
 
 def fit(image: Image, size: tuple[int, int], shorter: int | None = None, resample: str = "bicubic") -> Image:
@@ -148,7 +159,7 @@ def array(image: Image, channels: int) -> UInt8[np.ndarray, "channels height wid
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-class _RefusedError(Exception):
+class _RefusedError(ValueError):
     pass
 
 

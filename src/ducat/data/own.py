@@ -12,7 +12,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from ducat.data.decode import array
+from ducat.data.decode import array, plain
 from ducat.data.images import Dataset, Images, Lazy, Source, fingerprint, hold_out, named_tensors, stratified_order
 from ducat.data.prepare import MEASURED, check_classes, measured
 from ducat.data.specs import DataSpec
@@ -46,7 +46,8 @@ def own(
 
     Each part is a pair of arrays (images, labels), or a map-style dataset of (image, label), which is asked for images
     as they are needed, by worker processes. Arrays are uint8, or floats in [0, 1], of shape (n, channels, height,
-    width); an image of a dataset is a Pillow image, or such an array without its first dimension. Floats are rounded
+    width); an image of a dataset is a Pillow image, read as
+    `ducat.data.decode` says but for its orientation, or such an array without its first dimension. Floats are rounded
     to 8 bits. Normalisation is a layer of the model, so leave it out. Random transforms draw from Python's, NumPy's and
     PyTorch's global generators, which are seeded for each image, epoch and view: so they, too, are functions of the
     run's seed.
@@ -191,7 +192,11 @@ def _item(dataset: MapStyle, row: int, where: str) -> tuple[np.ndarray, Any]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: item {row} is not (image, label) ({' '.join(str(error).split())})") from error
     if isinstance(image, Image.Image):
-        return array(image, 1 if image.mode in ("1", "L") else 3), label
+        try:
+            image = plain(image)
+        except ValueError as error:
+            raise ValueError(f"{where}: image {row} {error}") from error
+        return array(image, 1 if image.mode == "L" else 3), label
     pixels = np.asarray(image)
     if pixels.ndim == 2:
         pixels = pixels[None]

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,9 +115,16 @@ def prepare(
         raise ValueError(f"test_images={test_images} does not fit: it is for folders that are decoded as they come")
     if name == "digits" and source is not None:
         raise ValueError(f"--from {source}: the digits come with scikit-learn and are always there")
-    anew = stream is not None and (replace or size is not None or test_images is not None)
-    if name == "digits" or (source is None and entry.is_file() and not anew):
+    if name == "digits":
+        if replace:
+            raise ValueError("--replace: the digits come with scikit-learn and are always there")
         return _status(name, root)
+    if source is None and entry.is_file() and not replace and size is None and test_images is None:
+        try:
+            return _status(name, root)
+        except ValueError:  # it is damaged, or of another version
+            if stream is None and (spec is None or not spec.sources):
+                raise
     if stream is not None:
         tensors, header = _stream(name, spec, stream, size, None if test_images is None else Path(test_images))
         cache.write(entry, tensors, header, replace=replace)
@@ -216,6 +224,10 @@ def _listed(test: Source, rows: streams.Rows, listed: Path) -> Source:
     assert isinstance(test, Lazy)
     wanted = {PurePath(line.strip()).name for line in listed.read_text().splitlines() if line.strip()}
     names = [PurePath(rows.name(row)).name for row in test.rows.tolist()]
+    counts = Counter(names)
+    twice = next((name for name in sorted(wanted) if counts[name] > 1), None)
+    if twice is not None:
+        raise ValueError(f"{listed} names {twice}, as {counts[twice]} test images are called: each needs its own name")
     missing = sorted(wanted - set(names))
     if missing or not wanted:
         raise ValueError(f"{listed} names {missing[0] if missing else 'nothing'}, which is not among the test images")

@@ -157,9 +157,10 @@ class FileRows:
         """Index an image folder; its digest is of every image."""
         root = os.path.abspath(source)
         if not os.path.isdir(root):
-            raise ValueError(
-                f"{source} is not a folder: an archive is prepared without folder:, or as shards with wds:"
-            )
+            remedy = "an archive is prepared without folder:, or as shards with wds:"
+            if spec is not None and spec.resized_crop:
+                remedy = f"{spec.title} is decoded as it comes: unpack it, or give shards with wds:"
+            raise ValueError(f"{source} is not a folder: {remedy}")
         with open_files(Path(root)) as files:
             digest = hashlib.sha256()
             splits = read_folder(files, spec, size, digest.update)

@@ -115,6 +115,8 @@ def evaluate(
     with _plainly():
         x, y = images_and_labels(x, y, num_classes, Path(parts).parent if parts is not None else None)
         check_shares(reject)
+        if second_round_seconds is not None and not second_round_seconds >= 0:
+            raise ValueError(f"second_round_seconds={second_round_seconds:g} must be at least 0")
         if held_out is not None:
             held_out = images_and_labels(*held_out, num_classes)
         subject = _Subject.of(model, x, num_classes, batch_size, replacements)

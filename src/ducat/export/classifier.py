@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ducat import checkpoint, data
 from ducat.architecture import Architecture
 from ducat.attacks.adaptive import with_silent_dummies
+from ducat.data.specs import DataSpec
 from ducat.dummy import recover
 from ducat.evaluation import kept
 from ducat.evaluation.rejection import accepted, check_signal
@@ -106,6 +107,7 @@ class Deployed:
         images_name: what they are.
         labels: the names of their classes; none of random images.
         reject: the share of benign images that the classifier's threshold was set for; None without one.
+        spec: what the data's images are like; None if that is not known here.
     """
 
     folder: RunFolder
@@ -116,6 +118,7 @@ class Deployed:
     images_name: str
     labels: Sequence[str] = ()
     reject: float | None = None
+    spec: DataSpec | None = None
 
     @classmethod
     def read(
@@ -133,21 +136,23 @@ class Deployed:
         settings = folder.config.data
         try:
             dataset = folder.dataset()
-            classes, images = dataset.classes, dataset.test.floats()[:COMPARED]
-            labels = [classes[label] for label in dataset.test.labels[:COMPARED].tolist()]
-            name = f"{dataset.spec.title} test images"
+            classes, spec = dataset.classes, dataset.spec
+            some = dataset.test.select(torch.arange(min(COMPARED, len(dataset.test))))
+            images, labels = some.floats(), [classes[label] for label in some.labels.tolist()]
+            name = f"{spec.title} test images"
         except FileNotFoundError:  # The run may have come from another machine.
             spec = data.SPECS.get(settings.name)
-            side = 32 if spec is None else spec.shape[1]
+            side = architecture.image_size or (32 if spec is None else spec.shape[1])
             shape = COMPARED, architecture.channels, side, side
-            images, name = torch.rand(shape, generator=torch.Generator().manual_seed(0)), "random images"
+            images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+            name = f"random images of {side} x {side}"
             classes, labels = tuple(map(str, range(architecture.num_classes))), []
         calibrated = read_calibration(folder, which) if selective else None
         choice = {key: calibrated[key] for key in ("signal", "threshold")} if calibrated else {}
         reject = calibrated["reject"] if calibrated else None
         classifier = Classifier(architecture, classes, detector, **choice)
         checkpoint.load_weights(classifier.model, checkpoint.part("model", tensors), folder.checkpoint_path(which))
-        return cls(folder, which, classifier.eval(), _evaluated(folder, which), images, name, labels, reject)
+        return cls(folder, which, classifier.eval(), _evaluated(folder, which), images, name, labels, reject, spec)
 
     @property
     def evaluation(self) -> Mapping[str, Any] | None:

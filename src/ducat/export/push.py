@@ -84,6 +84,8 @@ def push(
         )
     except HfHubHTTPError as error:
         raise OSError(f"push: the hub refuses {repository}: {error}") from error
+    except Exception as error:  # of whichever library the hub's goes by
+        raise OSError(f"push: the hub cannot be reached ({type(error).__name__}: {error}): try again") from error
     return Pushed(repository, files, commit.commit_url)
 
 

@@ -78,6 +78,7 @@ def attacked(
     for name in _names(names) if names else at_hand():
         folder = RunFolder.open(zoo.PREFIX + name)
         config = folder.config
+        folder.dataset()  # refuses other images under the name of those that it was trained on
         x, y = data.load_test(config.data.name, samples, config.data.root)
         classes = folder.read("best")[1]["model"]["num_classes"]
         told = progress(name) if progress else None

@@ -167,17 +167,19 @@ class Playground:
         }
 
     def decode(self, content: bytes, content_type: str) -> Image:
-        """Decode an image, and bring it to the size and the channels that the network was trained on.
+        """Decode an image, and bring it to the size and the channels of the data, as their own images are.
 
         Raises:
             ValueError: if it is not an image of that type, or too large.
         """
         channels, height, width = self.source.images.shape[1:]
+        spec = self.source.spec
+        rule = (None, "bicubic") if spec is None else (spec.shorter, spec.resample)
         try:
             image = decode(content, (TYPES[content_type],), LARGEST_IMAGE)
         except ValueError as error:
             raise ValueError(f"this is not a {TYPES[content_type]} image that can be read: it {error}") from error
-        pixels = torch.from_numpy(array(fit(image, (height, width)), channels).copy())
+        pixels = torch.from_numpy(array(fit(image, (height, width), *rule), channels).copy())
         return floats(pixels[None])
 
     def _look(self, x: Image) -> dict[str, Any]:
