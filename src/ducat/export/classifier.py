@@ -134,6 +134,7 @@ class Deployed:
         tensors, state = folder.read(which)
         architecture = Architecture(**state["model"])
         settings = folder.config.data
+        spec = data.SPECS.get(settings.name)
         try:
             dataset = folder.dataset()
             classes, spec = dataset.classes, dataset.spec
@@ -141,7 +142,6 @@ class Deployed:
             images, labels = some.floats(), [classes[label] for label in some.labels.tolist()]
             name = f"{spec.title} test images"
         except FileNotFoundError:  # The run may have come from another machine.
-            spec = data.SPECS.get(settings.name)
             side = architecture.image_size or (32 if spec is None else spec.shape[1])
             shape = COMPARED, architecture.channels, side, side
             images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
