@@ -52,7 +52,7 @@ _CPU = Setting(
         "train.validate_every": 2,
     },
     light=1000,
-    standard=200,
+    standard=1000,
     l2=200,
 )
 

@@ -57,14 +57,14 @@ NETWORKS: Mapping[str, Entry] = MappingProxyType(
             "53af2a88049f1f841d208056602db42e641dd0e5d2337f31f8eb99656a043591",
         ),
         "cifar10-jpeg-pgd-at": Entry(
-            "PGD-AT, no dummy classes", "3dbebc0544beafd7b1abf2bcb3a95d1dcb39249e2d131f1b44c03d6382311187"
+            "PGD-AT, no dummy classes", "f9a04da4b8ea64bee95b440844b559a9eb679682ac7a4f587660332608a4e4cd"
         ),
         "cifar10-jpeg-published": Entry(
-            "PGD-AT with dummy classes as published", "b49bbeeb617b630dc2ecd52ef28e1f38c8bb7575d6e370c90323f56fd0b61061"
+            "PGD-AT with dummy classes as published", "4ef75e2c07f238774bdee5de737700336cd807c96569cb9518128524bc79169e"
         ),
         "cifar10-jpeg-recovery-aware": Entry(
             "PGD-AT with recovery-aware dummy classes",
-            "1a60fe9aeca38aab744043d341ec6e48feb4bd61c4bace5aaa20ff5c03025877",
+            "c59bbcf6aae69b3147ee4dbec33cb2c37282c0647c18f8af8df67669ddb1c9ae",
         ),
     }
 )
