@@ -228,7 +228,7 @@ def test_the_card_is_of_the_network_and_speaks_for_it_until_something_stronger_d
 
 @pytest.mark.slow
 def test_a_network_is_adapted_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = ["--train.epochs", "1", "--data.samples", "64", "--train.batch_size", "64", "--threat.steps", "1"]
+    short = ["--train.epochs", "1", "--data.samples", "64", "--train.batch_size", "64"]
     assert main(["adapt", "zoo:digits-pgd-at", "--runs", str(tmp_path), "--name", "mine", *short]) == 0
     assert "mine: epoch 1 of 1" in capsys.readouterr().out, "the progress is that of the new run"
     adapted = RunFolder.open(tmp_path / "mine")

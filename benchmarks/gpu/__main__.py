@@ -140,7 +140,7 @@ class Place:
             data=replace(config.data, samples=60),
             model=ModelConfig("resnet8", width=4),
             dummy=replace(config.dummy, start_epoch=1),
-            threat=ThreatConfig("linf", 0.5, 0.25, 1),  # so large that no attack has to search
+            threat=ThreatConfig("linf", 0.5),  # so large that no attack has to search
             train=replace(config.train, epochs=2, batch_size=30),
         )
 
