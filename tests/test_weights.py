@@ -110,10 +110,13 @@ def test_checkpoints_as_research_code_writes_them(tmp_path: Path, name: str) -> 
     assert all(tensor.dtype == torch.float32 for tensor in model.parameters())
 
 
-def test_of_several_networks_in_a_file_none_is_taken_by_chance(tmp_path: Path) -> None:
-    others = {name: tensor + 1 for name, tensor in STATE.items()}
-    torch.save({**under("student."), **{f"tutor.{name}": tensor for name, tensor in others.items()}}, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=r"w\.pt holds more than one network that fits, under tutor\. and student\."):
+@pytest.mark.parametrize("other", ["tutor", "semantic"])  # the latter is no EMA
+def test_of_several_networks_in_a_file_none_is_taken_by_chance(tmp_path: Path, other: str) -> None:
+    others = {f"{other}.{name}": tensor + 1 for name, tensor in STATE.items()}
+    torch.save({**under("student."), **others}, tmp_path / "w.pt")
+    first, second = sorted(("student", other), key=len)
+    said = rf"w\.pt holds more than one network that fits, under {first}\. and {second}\."
+    with pytest.raises(ValueError, match=said):
         weights.read(tmp_path / "w.pt").network(architecture())
 
 

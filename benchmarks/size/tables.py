@@ -138,10 +138,12 @@ def section(name: str, setting: Setting, rows: Sequence[Measured]) -> str:
     # The evaluation that speaks for a run is its strongest; not all rows may have it yet.
     first = [row for row in rows if row.seed == FIRST]
     counts = Counter(_measured_by(row.folder) for row in first)
-    for how in (how for how, number in counts.items() if number > 1):
+    several = [how for how, number in counts.items() if number > 1]
+    text += ["### Samples that always fail\n"] * bool(several)
+    for how in several:
         alike = [row for row in first if _measured_by(row.folder) == how]
         study = always_failed([row.folder.path for row in alike])
-        text += ["### Samples that always fail\n", f"{study.sheet().title}. Suite `{how[0]}`, {len(alike)} networks.\n"]
+        text.append(f"{study.sheet().title}. Suite `{how[0]}`: {'; '.join(row.title for row in alike)}.\n")
     return "\n".join(text)
 
 

@@ -78,6 +78,11 @@ def _within(name: str, value: float | int, low: float | int, high: float | int) 
         raise ValueError(f"{name}={value} is outside [{low:g}, {high:g}]")
 
 
+def _fraction(name: str, value: float | int) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value} is outside [0, 1)")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What to train on."""
@@ -183,8 +188,7 @@ class MethodConfig:
                 "choose trades or mart"
             )
         _among("method.attack", self.attack, methods.ATTACKS)
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"method.label_smoothing={self.label_smoothing} is outside [0, 1)")
+        _fraction("method.label_smoothing", self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -315,16 +319,14 @@ class TrainConfig:
             raise ValueError(f"train.accumulate={self.accumulate} needs full batches: choose train.drop_last=true")
         if self.accumulate > 1 and self.awp:
             raise ValueError(f"train.awp={self.awp} needs whole batches: choose train.accumulate=1")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"train.momentum={self.momentum} is outside [0, 1)")
+        _fraction("train.momentum", self.momentum)
         _at_least("train.weight_decay", self.weight_decay, 0)
         _at_least("train.seed", self.seed, 0)
         _among("train.batch_norm", self.batch_norm, ("auto", "joint", "separate"))
         _among("train.schedule", self.schedule, SCHEDULES)
         _at_least("train.warmup_epochs", self.warmup_epochs, 0)
         _among("train.averaging", self.averaging, ("off", "ema", "swa"))
-        if not 0 <= self.averaging_decay < 1:
-            raise ValueError(f"train.averaging_decay={self.averaging_decay} is outside [0, 1)")
+        _fraction("train.averaging_decay", self.averaging_decay)
         _at_least("train.awp", self.awp, 0)
         for milestone in self.milestones if self.schedule == "multi-step" else ():
             epoch_of(milestone, self.epochs, "train.milestones")

@@ -263,7 +263,7 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _averaged(start: str) -> bool:
-    return re.search("ema|swa|average|avg", start, re.IGNORECASE) is not None
+    return not {"ema", "swa", "average", "averaged", "avg"}.isdisjoint(re.split(r"[._]", start.lower()))
 
 
 def _starts(weights: Mapping[str, Tensor], expected: int) -> list[str]:

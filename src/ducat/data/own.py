@@ -46,11 +46,10 @@ def own(
 
     Each part is a pair of arrays (images, labels), or a map-style dataset of (image, label), which is asked for images
     as they are needed, by worker processes. Arrays are uint8, or floats in [0, 1], of shape (n, channels, height,
-    width); an image of a dataset is a Pillow image, read as
-    `ducat.data.decode` says but for its orientation, or such an array without its first dimension. Floats are rounded
-    to 8 bits. Normalisation is a layer of the model, so leave it out. Random transforms draw from Python's, NumPy's and
-    PyTorch's global generators, which are seeded for each image, epoch and view: so they, too, are functions of the
-    run's seed.
+    width); an image of a dataset is a Pillow image, read as `ducat.data.decode` says but for its orientation, or such
+    an array without its first dimension. Floats are rounded to 8 bits. Normalisation is a layer of the model, so leave
+    it out. Random transforms draw from Python's, NumPy's and PyTorch's global generators, which are seeded for each
+    image, epoch and view: so they, too, are functions of the run's seed.
 
     Args:
         train: what the model learns from.
