@@ -1,4 +1,4 @@
-"""What a training costs before it is run: the GPU-hours of every recipe, from forward passes counted by hand.
+"""What a training costs before it is run: the GPU-hours of the recipes, from forward passes counted by hand.
 
     python -m benchmarks.cost_model                       # the table; --share and --cards change its assumptions
     python -m benchmarks.cost_model --check resnet20 small   # predicted against measured seconds of a step, here
@@ -20,8 +20,9 @@ import torch
 
 from benchmarks.training_step import Ours, Recipe, forward_flops, seconds, table
 from ducat.config import Config
-from ducat.data.specs import SPECS
+from ducat.data.specs import SPECS, DataSpec
 from ducat.methods import Objective
+from ducat.models.doors import is_foreign
 from ducat.schedules import epoch_of
 from ducat.threat import ThreatModel
 
@@ -56,17 +57,28 @@ def passes(config: Config) -> tuple[int, int, int]:
     return sum(counts), counts[0], counts[-1]
 
 
-def cost(path: Path, share: float, cards: Iterable[str]) -> dict[str, Any]:
-    """Return a recipe's line of the table."""
+def training_images(config: Config, spec: DataSpec) -> int:
+    """Return how many images an epoch goes through."""
+    if config.data.samples is not None:
+        return config.data.samples
+    assert spec.sizes is not None
+    offered, held_out = spec.sizes[0], config.data.held_out
+    if held_out is None:
+        held_out = 0 if spec.layout == "digits" else min(spec.validation, offered // 10)
+    return offered - round(held_out * offered if held_out < 1 else held_out)
+
+
+def cost(path: Path, share: float, cards: Iterable[str]) -> dict[str, Any] | None:
+    """Return a recipe's line of the table; None for other people's networks, whose passes are not counted here."""
     config = Config.from_yaml(path)
     spec = SPECS[config.data.name]
     config = config.resolve(spec)
     assert config.model.name is not None
-    assert spec.sizes is not None
+    if is_foreign(config.model.name):
+        return None
     flops = forward_flops(config.model.name, spec.shape[1], spec.shape[0], config.model.width)
-    images = spec.sizes[0] - (0 if spec.layout == "digits" else min(spec.validation, spec.sizes[0] // 10))
     whole, first, last = passes(config)
-    operations = whole * images * flops
+    operations = whole * training_images(config, spec) * flops
     return {
         "recipe": path.stem,
         "network": config.model.name,
@@ -127,7 +139,10 @@ def main() -> None:
         rows = [row for model in arguments.check for row in check(model, arguments.batch, arguments.rounds)]
     else:
         paths = sorted(arguments.recipes.glob("*.yaml"))
-        rows = [cost(path, arguments.share, arguments.cards) for path in paths]
+        costs = {path.stem: cost(path, arguments.share, arguments.cards) for path in paths}
+        rows = [row for row in costs.values() if row is not None]
+        others = [name for name, row in costs.items() if row is None]
+        print(f"Left out, as networks of others: {', '.join(others) or 'none'}.")
         print(f"Predicted: GPU-hours at {arguments.share:.0%} of the cards' bf16 rate, without validation.\n")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -50,10 +50,21 @@ def test_a_step_computes_the_passes_that_are_counted(method: str, dummy: str, at
 
 def test_a_recipe_costs_its_passes_times_its_images() -> None:
     row = cost_model.cost(ROOT / "recipes" / "cifar10-paper.yaml", share=0.5, cards=["A100"])
+    assert row is not None
     # 105 epochs of 23 passes and 25 of 26; 49,000 images, since 1,000 are held out; 0.5554 G multiply-adds.
     assert row["PFLOP"] == pytest.approx((105 * 23 + 25 * 26) * 49_000 * 2 * 0.5554e-6, rel=1e-3)
     assert float(row["A100, hours"]) == pytest.approx(row["PFLOP"] * 1e15 / 156e12 / 3600, rel=0.05)
     assert row["dummy phase, whole run"] == "+2.5 %"
+
+
+def test_every_recipe_is_counted_on_the_images_that_it_trains_on_but_those_of_other_peoples_networks() -> None:
+    rows = {path.stem: cost_model.cost(path, 0.5, ["A100"]) for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+    assert {name for name, row in rows.items() if row is None} == {"cifar10-finetune", "digits-vit"}
+    released = rows["cifar10-released"]
+    assert released is not None
+    # 104 epochs of 23 passes and 26 of 26; nothing is held out of 50,000.
+    passes = (104 * 23 + 26 * 26) * 50_000
+    assert released["PFLOP"] == pytest.approx(passes * released["GFLOP forward"] / 1e6, rel=1e-3)
 
 
 def test_the_costs_are_measured_side_by_side() -> None:
