@@ -9,7 +9,10 @@ A row that is in --work is not made again. Seconds are of processor time in trai
 
 import argparse
 import json
+import shutil
 import statistics
+import tempfile
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +36,7 @@ HOW: tuple[How, ...] = get_args(How)
 SEEDS = (0, 1, 2)
 SAMPLES, SUITE = 200, "quick"
 MEASURES = ("clean", "blind", "robust", "seconds")
+WIDTH = 120  # characters of a line of the page
 
 
 def _settings(epochs: int, learning_rate: float) -> TrainConfig:
@@ -69,9 +73,9 @@ def make(name: str, method: str, kind: Kind, how: How, seed: int, work: Path) ->
         dummy=replace(base.dummy, kind=kind),
         train=replace(base.train, batch_norm=how, seed=seed),
     )
+    shutil.rmtree(work / "runs" / noted.stem, ignore_errors=True)  # of a row that was interrupted
     began = time.process_time()
-    # Evaluation is no part of the time: a validation that costs nothing stands in for it.
-    folder = training.train(config, work / "runs", validate=lambda model, images: dict.fromkeys(MEASURES[:3], 0.0))
+    folder = training.train(config, work / "runs", validate=_nothing)
     seconds = time.process_time() - began
     x, y = data.load_test(name, SAMPLES, work / "data")
     model, threat = RunFolder(folder.path).load("last"), folder.config.threat.build(None)
@@ -96,14 +100,35 @@ def make(name: str, method: str, kind: Kind, how: How, seed: int, work: Path) ->
     print(noted.stem, *(f"{measure} {row[measure]:.3f}" for measure in MEASURES), flush=True)
 
 
+def _nothing(model: object, images: object) -> dict[str, float]:
+    """Stand in for the validation, which is no part of the time."""
+    return dict.fromkeys(MEASURES[:3], 0.0)
+
+
+def warm_up(name: str, work: Path) -> None:
+    """Train for an epoch on few images, so that no row pays for what the first training of a process has to do."""
+    base = TABLES[name]
+    config = replace(
+        base,
+        name="warm-up",
+        data=replace(base.data, root=work / "data", samples=256),
+        train=replace(base.train, epochs=1, validate_every=1),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        training.train(config, Path(folder), validate=_nothing)
+
+
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows of one data set as a table: mean and spread over seeds, and the difference seed by seed."""
     first = rows[0]
+    about = (
+        f"{first['data']['train']:,} training images, {SAMPLES} test images, suite `{SUITE}`, trained in "
+        f"{first['environment']['precision']}; mean ± standard deviation over seeds, in %; seconds of processor time."
+    )
     text = [
         f"## {first['data']['title']}",
         "",
-        f"{first['data']['train']:,} training images, {SAMPLES} test images, suite `{SUITE}`, trained in "
-        f"{first['environment']['precision']}; mean ± standard deviation over seeds, in %; seconds of processor time.",
+        _wrapped(about),
         "",
         "| method | dummy classes | batch norm | seeds | clean | blind | robust | seconds |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -125,6 +150,10 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(text) + "\n"
 
 
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
+
+
 def _of(rows: Sequence[Mapping[str, Any]], method: str, kind: str, how: str) -> dict[int, Mapping[str, Any]]:
     wanted = method, kind, how
     return {row["seed"]: row for row in rows if (row["method"], row["dummy_classes"], row["batch_norm"]) == wanted}
@@ -138,13 +167,13 @@ def _spread(values: Sequence[float], sign: str = "") -> str:
 def write(work: Path, out: Path) -> None:
     """Write batch-norm.md and batch-norm.json from the rows that there are."""
     rows = [json.loads(path.read_text()) for path in sorted((work / "rows").glob("*.json"))]
-    parts = [
-        "# Joint against separate batch-norm statistics\n\n"
+    about = (
         "Made by `python -m benchmarks.batch_norm`; each row's settings are in `batch-norm.json`. *Joint*: "
         "benign and adversarial images are one batch. *Separate*: the regulariser's are forwarded apart, as in the "
         "papers of TRADES and MART; with dummy classes in use the two-hot loss has a joint pass of its own, as in the "
-        "released code. `--train.batch_norm` chooses.\n"
-    ]
+        "released code. `--train.batch_norm` chooses."
+    )
+    parts = [f"# Joint against separate batch-norm statistics\n\n{_wrapped(about)}\n"]
     titles = dict.fromkeys(row["data"]["title"] for row in rows)
     parts += [markdown([row for row in rows if row["data"]["title"] == title]) for title in titles]
     write_text(out / "batch-norm.json", json.dumps(rows, indent=1) + "\n")
@@ -167,6 +196,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.archive is not None:
         data.prepare(arguments.only, arguments.archive, root=arguments.work / "data")
+    warm_up(arguments.only, arguments.work)
     for seed, kind, method, how in product(arguments.seeds, arguments.kinds, METHODS_APART, HOW):
         make(arguments.only, method, kind, how, seed, arguments.work)
 

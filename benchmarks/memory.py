@@ -5,12 +5,11 @@
 A tiny network and the cheapest suite that there is (one step, blind and recovery-aware), since only memory is measured:
 what an attack needs besides depends on the network and on the batch, not on the number of images. Each row is
 `evaluate_run` in a process of its own, of a run on a prepared set of random images; its peak is that of the resident
-set (`getrusage`), mapped files included. The evaluation's own files are then read again.
+set (VmHWM), mapped files included. The evaluation's own files are then read again.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training_step import table
+from benchmarks.training_step import peak_mb, table
 from ducat.attacks.suites import Attack, Suite, fgsm
 from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.data import cache
@@ -87,8 +86,7 @@ def evaluate(run: Path, batch: int) -> dict[str, Any]:
     began = time.perf_counter()
     allow_code("benchmarks.memory:tiny")
     evaluate_run(RunFolder.open(run), ONE_STEP, which="last", batch_size=batch, device="cpu")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return {"peak_mb": peak, "seconds": round(time.perf_counter() - began)}
+    return {"peak_mb": int(peak_mb()), "seconds": round(time.perf_counter() - began)}
 
 
 def measure(samples: int, size: int, batch: int) -> dict[str, Any]:

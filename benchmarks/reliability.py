@@ -395,7 +395,7 @@ def full_disk(run: Path, other: Path) -> Iterator[Try]:
                 (folder / "out").mkdir()
                 before = _digests(folder)
                 line = command.line(copies[0], copies[1], f"{folder}/out")
-                outcome, said = forked(partial(_outcome, line), limit=size)
+                outcome, said = forked(partial(_outcome, line), limit=size) or ("died", "nothing")
                 new = [folder / name for name, digest in _digests(folder).items() if before.get(name) != digest]
                 hidden = [path for path in (folder / "out").rglob(".*") if path.name != ".lock"]
                 left = [*hidden, *(path for path in new if ".tmp" in str(path) or not _whole(path))]

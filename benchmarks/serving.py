@@ -2,9 +2,9 @@
 
     python -m benchmarks.serving [RUN] [--patience 60] [--json FILE]
 
-Without a run, one is trained on digits for an epoch. Each load meets a server of its own, and after it an honest client
-asks for an attack of one step. Memory is the peak of the server's resident set (VmHWM); what a server holds before the
-load is the first row. Connections are those that are still open after `--patience` seconds.
+Without a run, one is trained on digits for two epochs. Each load meets a server of its own, and after it an honest
+client asks for an attack of one step. Memory is the peak of the server's resident set (VmHWM); what a server holds
+before the load is the first row. Connections are those that are still open after `--patience` seconds.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from benchmarks.training_step import table
+from benchmarks.training_step import peak_mb, table
 from ducat.config import Config, DataConfig, ModelConfig, ThreatConfig, TrainConfig
 from ducat.training import train
 
@@ -48,8 +48,7 @@ class Server:
     @property
     def peak(self) -> int:
         """MB that were resident at most."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) // 1024
+        return int(peak_mb(self.process.pid))
 
     @property
     def connections(self) -> int:
@@ -185,7 +184,7 @@ def measure(run: Path, patience: float) -> Iterator[dict[str, Any]]:
 
 
 def trained(root: Path) -> Path:
-    """Train a network on digits for an epoch."""
+    """Train a network on digits for two epochs."""
     config = Config(
         "served",
         DataConfig("digits", samples=400),

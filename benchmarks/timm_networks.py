@@ -177,7 +177,7 @@ def main() -> None:
     rows = {row["module"]: row for row in map(json.loads, known)}
     picked = dict(line.split() for line in PICKED.read_text().splitlines())
     for module, name in picked.items():
-        if module not in rows:
+        if module not in rows or rows[module]["network"] != name:
             rows[module] = {"module": module, **run(name, given.limit)}
             print(json.dumps(rows[module]), flush=True)
             if given.work is not None:

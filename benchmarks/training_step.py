@@ -16,7 +16,6 @@ import gc
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -322,7 +321,16 @@ def _peak(recipe: Recipe | None, method: str, dummy: str, sizes: dict[str, Any])
         step()
     if sizes["device"] == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_mb() / 1024
+
+
+def peak_mb(process: int | str = "self") -> float:
+    """Return the MB that were resident at most, of the process of that id or of this one.
+
+    `getrusage` tells no less than the peak of the process that began this one.
+    """
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def shares(*, model: str, batch_size: int, rounds: int, device: str) -> list[dict[str, Any]]:
@@ -385,8 +393,8 @@ def strength(run: Path, samples: int, seeds: Sequence[int]) -> list[dict[str, An
     x, y = load_test(config.data.name, samples, config.data.root)
     folded = fold_batch_norm(network, x[:2])
     ways: dict[str, tuple[nn.Module, bool, str]] = {
-        "pgd, 10 steps, float32": (network, False, "pgd"),
-        "pgd, 10 steps, bf16, folded": (folded or network, True, "pgd"),
+        f"pgd, {threat.steps} steps, float32": (network, False, "pgd"),
+        f"pgd, {threat.steps} steps, bf16, folded": (folded or network, True, "pgd"),
         "pgd-cosine, 5 steps, bf16, folded": (folded or network, True, "pgd-cosine"),
     }
     rows = []

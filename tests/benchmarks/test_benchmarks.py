@@ -1,7 +1,12 @@
 """The benchmarks measure what they say: their arithmetic, and that the steps they time do the same work."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ducat
-from benchmarks import batch_norm, others, training_step
+from benchmarks import batch_norm, others, timm_networks, training_step
 from benchmarks.cure import fronts, networks
 from benchmarks.cure.fronts import Point, above, front
 from benchmarks.cure.networks import Gated, Half, Held, ManyDummies, calibrated, through_stand_ins
@@ -69,6 +74,19 @@ def test_warming_up_changes_nothing_that_is_timed() -> None:
     before = step.step.threat, step.step.objective(0)
     step.warm_up()
     assert (step.step.threat, step.step.objective(0)) == before
+
+
+def test_the_peak_of_an_evaluation_is_not_that_of_the_process_that_began_it() -> None:
+    held = b"x" * (600 * 2**20)
+    code = """if True:
+        from pathlib import Path
+        from benchmarks import memory
+        memory.evaluate_run = lambda *arguments, **options: None
+        memory.RunFolder.open = lambda path: None
+        print(memory.evaluate(Path(), 1)["peak_mb"])
+    """
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 50 < int(done.stdout) < len(held) / 2**20
 
 
 def point(clean: float, robust: float) -> Point:
@@ -223,6 +241,41 @@ def test_joint_and_separate_statistics_are_compared_seed_by_seed() -> None:
     assert "| TRADES | off | joint | 2 | 85.0 ± 7.1 | 50.0 ± 0.0 | 50.0 ± 0.0 | 10 |" in table
     # The third seed has no counterpart, and counts in no difference.
     assert "| | | *separate − joint* | 2 | +2.0 ± 1.4 | +0.0 ± 0.0 | +0.0 ± 0.0 | ×1.20 |" in table
+
+
+def test_rows_of_batch_norm_are_timed_when_warm_and_made_anew_where_they_were_interrupted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    begun: list[str] = []
+
+    def interrupted(config: Config, root: Path, **_: object) -> None:
+        (root / config.name).mkdir(parents=True)  # as a run's folder, it must not exist
+        begun.append(config.name)
+        if config.name != "warm-up":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch_norm, "training", SimpleNamespace(train=interrupted))
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(sys, "argv", ["batch_norm", "--work", str(tmp_path)])
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            batch_norm.main()
+    assert begun == ["warm-up", "digits-trades-off-joint-s0"] * 2
+
+
+def test_a_network_of_timm_that_was_measured_is_known_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    picked, work = tmp_path / "picked.txt", tmp_path / "work.jsonl"
+    monkeypatch.setitem(sys.modules, "timm", ModuleType("timm"))
+    monkeypatch.setattr(timm_networks, "declare_operators", lambda: None)
+    monkeypatch.setattr(timm_networks, "PICKED", picked)
+    monkeypatch.setattr(timm_networks, "run", lambda name, limit: {"network": name})
+    monkeypatch.setattr(sys, "argv", ["timm_networks", "--work", str(work)])
+    for networks_picked in ("resnet resnet10t\nvgg vgg11\n", "resnet resnet18\nvgg vgg11\n"):
+        picked.write_text(networks_picked)
+        timm_networks.main()
+    assert [json.loads(line)["network"] for line in work.read_text().splitlines()] == ["resnet10t", "vgg11", "resnet18"]
 
 
 def test_attacks_of_other_libraries_are_counted_by_what_the_deployed_classifier_says(

@@ -1,7 +1,9 @@
 """What a run's files may be like: a fixed part of what `python -m benchmarks.reliability` tries in full."""
 
 import json
+import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,6 +108,18 @@ def test_full_disks_leave_nothing_half_written(runs: tuple[Path, Path], monkeypa
     assert len(tries) == 10
     assert all(tried.outcome in GOOD for tried in tries), tries
     assert {tried.command for tried in tries if tried.outcome == "refused"} == set(chosen)
+
+
+def test_a_command_that_dies_on_a_full_disk_is_a_row_of_the_table(
+    runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reliability, "WRITERS", (row("calibrate"),))
+    monkeypatch.setattr(reliability, "SIZES", (100,))
+    monkeypatch.setattr(reliability, "_pictures", lambda folder: None)
+    monkeypatch.setattr(reliability, "_outcome", lambda line: os.kill(os.getpid(), signal.SIGKILL))
+    (tried,) = reliability.full_disk(*runs)
+    assert tried.outcome == "died"
+    assert "died" in "".join(reliability.table([tried]))
 
 
 def test_a_killed_training_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
