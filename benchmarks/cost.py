@@ -85,7 +85,6 @@ class World:
             ours, theirs = context.Pipe()
             arguments = (theirs, rank, count, meeting, model, batch_size // count)
             context.Process(target=_process, args=arguments, daemon=True).start()
-            theirs.close()  # else an end of a process that dies stays open, and its answer is waited for without end
             self.pipes.append(ours)
 
     def __call__(self) -> None:

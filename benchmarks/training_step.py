@@ -6,9 +6,10 @@
     python -m benchmarks.training_step --strength RUN      # whether the fast attacks are as strong as the slow one
 
 The research-style step is written here as released code writes it: float32, NCHW, the attack by `loss.backward()`,
-which computes the gradients of all parameters too, and benign and adversarial images forwarded apart. ducat's is
-`ducat.training.Step`, which `ducat train` runs: the attack on a folded copy, bf16, channels_last. Both are timed in
-turn, A B A B; the ratio is that of neighbours, so that a machine that slows down does not favour one.
+which computes the gradients of all parameters too, and benign and adversarial images forwarded apart; the paper's own
+code forwards those of the two-hot loss together, which is the second row of --shares. ducat's is `ducat.training.Step`,
+which `ducat train` runs: the attack on a folded copy, bf16, channels_last. Both are timed in turn, A B A B; the ratio
+is that of neighbours, so that a machine that slows down does not favour one.
 """
 
 import argparse
