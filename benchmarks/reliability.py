@@ -153,7 +153,7 @@ def damages(run: Path, seed: int = 0) -> list[Damage]:
             "missing": None,
             "empty": b"",
             "cut in half": content[:middle],
-            "cut by a byte": content[:-2],
+            "cut by two bytes": content[:-2],
             "random bytes": noise,
             "random bytes in the middle": content[:middle] + noise[:eighth] + content[middle + eighth :],
         }
