@@ -5,11 +5,11 @@
     python -m benchmarks.training_step --shares            # what each optimisation brings, one by one
     python -m benchmarks.training_step --strength RUN      # whether the fast attacks are as strong as the slow one
 
-The research-style step is written here as released code writes it: float32, NCHW, the attack by `loss.backward()`,
-which computes the gradients of all parameters too, and benign and adversarial images forwarded apart; the paper's own
-code forwards those of the two-hot loss together, which is the second row of --shares. ducat's is `ducat.training.Step`,
-which `ducat train` runs: the attack on a folded copy, bf16, channels_last. Both are timed in turn, A B A B; the ratio
-is that of neighbours, so that a machine that slows down does not favour one.
+The research-style step is written here as released code writes it: float32, NCHW, and the attack by `loss.backward()`,
+which computes the gradients of all parameters too. Its loss is ours, and forwards the same batches: both halves of the
+two-hot loss together, those of a regulariser apart. ducat's is `ducat.training.Step`, which `ducat train` runs: the
+attack on a folded copy, bf16, channels_last. Both are timed in turn, A B A B; the ratio is that of neighbours, so that
+a machine that slows down does not favour one.
 """
 
 import argparse
@@ -176,16 +176,10 @@ class Ours(Timed):
 
 
 class Research(Timed):
-    """The step as released code writes it.
+    """The step as released code writes it; the arguments are those of `Timed`."""
 
-    Args:
-        one_forward: whether benign and adversarial images go through the network together.
-        arguments: those of `Timed`.
-    """
-
-    def __init__(self, *arguments: Any, one_forward: bool = False, **sizes: Any) -> None:
+    def __init__(self, *arguments: Any, **sizes: Any) -> None:
         super().__init__(*arguments, **sizes)
-        self.one_forward = one_forward
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
     def warm_up(self) -> None:
@@ -216,15 +210,6 @@ class Research(Timed):
         self.optimizer.zero_grad()
         return adversarial.detach()
 
-    def loss(self, adversarial: Tensor) -> Tensor:
-        if self.one_forward:
-            return super().loss(adversarial)
-
-        def apart(images: Tensor) -> Tensor:
-            return torch.cat([self.network(half) for half in images.split(len(self.x))])
-
-        return self.objective.loss(_Function(apart), self.x, adversarial, self.y)
-
     def _step(self) -> None:
         self.network.train()
         self.loss(self.adversarial()).backward()
@@ -234,22 +219,12 @@ class Research(Timed):
 
 LADDER: tuple[tuple[str, Callable[..., Timed]], ...] = (
     ("research code's step", Research),
-    ("one forward for both halves", partial(Research, one_forward=True)),
     ("input gradients only", partial(Ours, Recipe(False, False, False))),
     ("channels_last", partial(Ours, Recipe(True, False, False))),
     ("bf16", partial(Ours, Recipe(True, True, False))),
     ("batch norm folded for the attack", partial(Ours, Recipe())),
     ("pgd-cosine: 5 steps as strong as 10", partial(Ours, Recipe(attack="pgd-cosine"))),
 )
-
-
-class _Function(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.function(images)
 
 
 def seconds(step: Callable[[], None]) -> float:
@@ -448,9 +423,11 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """Return its name, and which of the instructions for bf16 it has."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    fields = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+    found = [kind for kind in ("avx512_bf16", "amx_bf16") if kind in fields.get("flags", "").split()]
+    return " ".join([fields.get("model name", platform.processor()), *found])
 
 
 def main() -> None:

@@ -64,9 +64,9 @@ def test_the_research_step_passes_through_the_network_as_often_as_counted(method
     calls: list[int] = []
     step.network.register_forward_hook(lambda *_: calls.append(1))
     step()
-    # Ten steps of the attack and both halves of the batch; TRADES has the clean distribution that its attack compares
-    # with, and forwards both halves apart once more for its regulariser.
-    assert len(calls) == 10 + 2 + (3 if method == "trades" else 0)
+    # Ten steps of the attack and both halves of the batch at once; TRADES has the clean distribution that its attack
+    # compares with, and forwards both halves apart once more for its regulariser.
+    assert len(calls) == 10 + 1 + (3 if method == "trades" else 0)
 
 
 def test_warming_up_changes_nothing_that_is_timed() -> None:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,11 @@ def test_peak_memory_is_what_the_process_had_at_most() -> None:
     assert 50e6 < before < 100e9, "an interpreter with PyTorch takes some 100 MB"
     held = torch.ones(60_000_000)
     assert Meter(CPU).read()["peak_memory_bytes"] == pytest.approx(max(before, held.nbytes), abs=before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere getrusage is all there is")
+def test_peak_memory_is_not_that_of_the_process_that_began_this_one() -> None:
+    held = torch.ones(250_000_000)
+    code = "from ducat.training import meter; print(meter._peak_memory())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < held.nbytes
