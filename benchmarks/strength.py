@@ -19,7 +19,7 @@ from ducat.attacks.external import autoattack
 from ducat.data import load_test
 from ducat.runs import RunFolder
 
-HEADERS = ("run", "samples", "attack", "seed", "robust", "seconds", "time")
+HEADERS = ("run", "samples", "attack", "seed", "left standing", "seconds", "of AutoAttack's time")
 
 
 def measure(run: Path, samples: int | None, seeds: list[int], which: str) -> None:

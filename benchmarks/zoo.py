@@ -6,16 +6,16 @@
     python -m benchmarks.zoo size/cpu/runs
 
 attacks the networks with the suite `standard`, AutoAttack included, where that has not been done: those of digits on
-all 500 test images. Writes them to src/ducat/zoo/, and prints the SHA-256 for the table in src/ducat/zoo/__init__.py.
+all 500 test images, those of photographs on as many as `benchmarks.size`. Writes them to src/ducat/zoo/, and prints the
+SHA-256 for the table in src/ducat/zoo/__init__.py.
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from benchmarks.size.settings import SETTINGS
 from ducat import zoo
 from ducat.evaluation.runs import evaluate_run
 from ducat.runs import RunFolder
@@ -30,10 +30,12 @@ class Origin:
     Attributes:
         runs: their run folders, by the name in the zoo.
         made_by: the commands; {run} stands for the name of the run folder.
+        samples: how many test images they are attacked on; None for all.
     """
 
     runs: Mapping[str, str]
     made_by: tuple[str, ...]
+    samples: int | None = None
 
 
 ORIGINS = (
@@ -59,6 +61,7 @@ ORIGINS = (
             "python -m benchmarks.size --work size --archive cifar10-jpeg.zip",
             "python -m benchmarks.zoo size/cpu/runs",
         ),
+        SETTINGS["cpu"].standard,
     ),
 )
 
@@ -75,17 +78,10 @@ def make(runs: Path, out: Path) -> dict[str, str]:
         raise FileNotFoundError(f"{runs} has not the runs of `ducat demo` or of `benchmarks.size`")
     for name, run in origin.runs.items():
         folder = RunFolder.open(runs / run)
-        measured = _measured(folder) or evaluate_run(folder, SUITE, which="last")
+        measured = evaluate_run(folder, SUITE, samples=origin.samples, which="last")  # or what is kept of it
         commands = [command.format(run=run) for command in origin.made_by]
         made[name] = zoo.pack(folder.path, out / f"{name}.safetensors", commands, measured=measured)
     return made
-
-
-def _measured(folder: RunFolder) -> dict[str, Any] | None:
-    """Return what the suite measured of the last checkpoint on most images, or None."""
-    contents = [json.loads(file.read_text(encoding="utf-8")) for file in folder.evaluations_path.glob("*.json")]
-    found = [content for content in contents if (content["suite"], content["checkpoint"]) == (SUITE, "last")]
-    return max(found, key=lambda content: content["samples"], default=None)
 
 
 def main() -> None:

@@ -5,16 +5,15 @@
     python -m benchmarks.defences --truths-only
 
 Truths are found first, by attacks of the zoo's own, and kept with --truths; each row's evaluation is kept with --out. A
-row that is there already is not made again, so that an interrupted run goes on where it stopped. With --reference, the
---out of an earlier version, honest networks are compared with what they were given then, and with how long that took.
+row that is there already is not made again, so that an interrupted run goes on where it stopped; one that is made finds
+its truth anew where the one that is there is of other weights or images. With --reference, the --out of an earlier
+version, honest networks are compared with what they were given then, and with how long that took.
 """
 
 import argparse
 import json
-import os
 import time
 import traceback
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from torch import Tensor
 
 import ducat
 from benchmarks.defences.attacks import Judge, Truth, find_truth
-from benchmarks.defences.networks import Bases
+from benchmarks.defences.networks import DIGITS, THREATS, Bases
 from benchmarks.defences.zoo import ROWS, Row
+from ducat import checkpoint, seeding
 
 HEAD = """# Does the evaluator tell the truth about defences?
 
@@ -37,11 +37,12 @@ Made by `python -m benchmarks.defences --markdown results/defences.md`, from [de
 attacks of the zoo's own, written for each defence with knowledge of it, by the images that `ducat.evaluate` found,
 and by those that fool the network inside. It is an upper bound too. A row is "ok" if the two are within {close:.0f}
 points, or if the evaluator says "at most" and why; an honest network must get a measurement, and no warning but a
-true sink gap. {samples} test images of digits at L-inf 0.2 unless the row says otherwise, seed 0, float32 on an
+true sink gap. {samples} test images of digits at L-inf {eps} unless the row says otherwise, seed {seed}, float32 on an
 AVX2 machine; recovery is known to the attacker wherever the network has dummy classes. The suite differs, and
 stands in its column: `light` has no AutoAttack. Seconds are wall time on a busy machine.
 
 """
+SAMPLES, SEED = 100, 0  # what the first rows, which do not say, were measured with
 CLOSE = 0.02  # reported minus true that passes
 CHANGE = 0.005  # of an honest network's number that passes
 SLOWER = 1.15
@@ -57,16 +58,14 @@ def add(path: Path, name: str, value: dict[str, Any], lock: Path) -> dict[str, A
     """Put a row into a file, which is replaced at once and keeps the order of the table; return all rows."""
     with FileLock(lock):
         content = {**read(path), name: value}
-        _write(path, content)
-    return content
+        ordered = {name: content[name] for name in dict.fromkeys([*ROWS, *content]) if name in content}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(path, json.dumps(ordered, indent=1) + "\n")
+    return ordered
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    ordered = {name: content[name] for name in [*ROWS, *(set(content) - set(ROWS))] if name in content}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(ordered, indent=1) + "\n")
-    unfinished.rename(path)
+def _save_images(path: Path, images: Tensor) -> None:
+    checkpoint.write_atomically(path, lambda temporary: save_file({"images": images.contiguous()}, temporary))
 
 
 class Zoo:
@@ -93,26 +92,38 @@ class Zoo:
         count = len(self.test(row)[0])
         return self.cache / f"{kind}-{name}-{count}-{row.threat.eps:.4g}.safetensors"
 
+    def subject(self, row: Row) -> str:
+        """Return a digest of what a row's numbers are of: the weights of all its networks, and the test images."""
+        networks = [row.build(self.bases), *row.proxies(self.bases)]
+        tensors = {
+            f"{number}.{name}": value.contiguous()
+            for number, network in enumerate(networks)
+            for name, value in network.state_dict().items()
+        }
+        x, y = self.test(row)
+        return checkpoint.digest({**tensors, "images": x, "labels": y})
+
     def inside(self, name: str, row: Row) -> Tensor:
         """Return adversarial images for a trained network, or the ones that came closest."""
-        path = self._path("inside", name, row)
+        path = self._path("inside", self.bases.key(name), row)
         if not path.is_file():
             judge = Judge(lambda: self.bases(name), "plain", *self.test(row), row.classes)
-            images = ducat.attacks.adaptive(self.bases(name), *self.test(row), row.threat)
+            noise = seeding.generator(1, "inside", name)
+            images = ducat.attacks.adaptive(self.bases(name), *self.test(row), row.threat, generator=noise)
             truth = find_truth(judge, row.threat, [self.bases(name)], seed=1, known=[images])
             images = torch.where((truth.rates > 0)[:, None, None, None], truth.near, truth.images)
-            save_file({"images": images.contiguous()}, path)
+            _save_images(path, images)
         return load_file(path)["images"]
 
-    def truth(self, name: str, known: Sequence[Tensor] = ()) -> Truth:
+    def truth(self, name: str) -> Truth:
         """Find a row's truth anew; images that were found before are tried first."""
         row, path = ROWS[name], self._path("found", name, ROWS[name])
         earlier = [load_file(path)["images"]] if path.is_file() else []
         inside = [self.inside(base, row) for base in row.inside]
         guesses = row.guesses(self.bases, *self.test(row), row.threat.eps)
-        images = [*known, *guesses, *earlier, *inside]
+        images = [*guesses, *earlier, *inside]
         truth = find_truth(self.judge(row), row.threat, row.proxies(self.bases), known=images)
-        save_file({"images": truth.images.contiguous()}, path)
+        _save_images(path, truth.images)
         return truth
 
     def lower(self, name: str, images: Tensor) -> Truth:
@@ -125,13 +136,14 @@ class Zoo:
             for each in (*earlier, images):
                 truth.offer(each)
             truth.settle()
-        save_file({"images": truth.images.contiguous()}, path)
+        _save_images(path, truth.images)
         return truth
 
     def evaluate(self, name: str, suite: str, seed: int) -> tuple[dict[str, Any], Tensor | None]:
         """Return what `ducat.evaluate` reports of a row, and the images that it found."""
         row = ROWS[name]
         x, y = self.test(row)
+        asked = {"suite": suite, "samples": len(y), "seed": seed}
         model = row.build(self.bases).eval()
         began, used = time.perf_counter(), time.process_time()
         try:
@@ -139,11 +151,11 @@ class Zoo:
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             said = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-            return {"refused" if isinstance(error, ValueError) else "crashed": said}, None
+            return {**asked, "refused" if isinstance(error, ValueError) else "crashed": said}, None
         seconds, used = time.perf_counter() - began, time.process_time() - used
         content = result.to_dict()
         measured = {
-            "suite": suite,
+            **asked,
             "clean": content["clean"]["accuracy"],
             "reported": content["robust"],
             "at_most": bool(content.get("at_most", False)),
@@ -161,9 +173,10 @@ def verdict(row: Row, measured: dict[str, Any], true: float | None, reference: d
     if "refused" in measured:
         return "refused" if row.honest else "ok: refused"
     faults = []
-    if true is not None and measured["reported"] - true > CLOSE and (row.honest or not measured["at_most"]):
+    difference = 0.0 if true is None else round(measured["reported"] - true, 6)
+    if difference > CLOSE and (row.honest or not measured["at_most"]):
         faults.append("overstated")
-    if true is not None and true - measured["reported"] > CLOSE:
+    if difference < -CLOSE:
         faults.append("understated")
     if measured["at_most"] and not measured["warnings"]:
         faults.append("at most, without a cause")
@@ -180,7 +193,9 @@ def verdict(row: Row, measured: dict[str, Any], true: float | None, reference: d
 
 def table(rows: dict[str, Any], truths: dict[str, Any], reference: dict[str, Any]) -> str:
     """Return the two tables in Markdown."""
-    head = {"made": len(rows), "all": len(ROWS), "close": 100 * CLOSE, "samples": 100}
+    made = sum(name in ROWS for name in rows)
+    head = {"made": made, "all": len(ROWS), "close": 100 * CLOSE, "eps": THREATS[DIGITS].eps}
+    head |= {"samples": SAMPLES, "seed": SEED}
     lines = [HEAD.format(**head).rstrip("\n"), ""]
     for honest in (True, False):
         then = " reported before | time against before |" if honest and reference else ""
@@ -192,11 +207,10 @@ def table(rows: dict[str, Any], truths: dict[str, Any], reference: dict[str, Any
         for name, row in ROWS.items():
             if row.honest != honest or name not in rows:
                 continue
-            measured, true = rows[name], truths.get(name, {}).get("true")
+            measured, true = rows[name], _true(rows[name], truths.get(name, {}))
             before = reference.get(name, {})
             said = measured.get("crashed") or measured.get("refused")
-            warnings = [said] if said else measured["warnings"]
-            cells = [f"`{name}`", row.about]
+            cells = [f"`{name}`", row.about + _otherwise(row, measured)]
             if said:
                 cells += ["", "none", _percent(true), ""]
             else:
@@ -212,10 +226,10 @@ def table(rows: dict[str, Any], truths: dict[str, Any], reference: dict[str, Any
                 known = before.get("reported") is not None and not said
                 ratio = f"{measured['cpu_seconds'] / before['cpu_seconds']:.2f}" if known else ""
                 cells += [_percent(before.get("reported")), ratio]
-            causes = "; ".join(warning.split(":")[0].replace("|", "/") for warning in warnings)
+            causes = said or "; ".join(warning.split(":")[0] for warning in measured["warnings"])
             cells += [
                 measured.get("suite", ""),
-                causes,
+                causes.replace("|", "/"),
                 f"{measured.get('seconds', 0):.0f}",
                 verdict(row, measured, true, before),
             ]
@@ -226,12 +240,29 @@ def table(rows: dict[str, Any], truths: dict[str, Any], reference: dict[str, Any
     return "\n".join(lines)
 
 
+def _true(measured: dict[str, Any], truth: dict[str, Any]) -> float | None:
+    """Return a row's truth, if it is of the networks and images that were measured; of the first rows none says."""
+    same = measured.get("subject") == truth.get("subject")
+    return truth.get("true") if same else None
+
+
+def _otherwise(row: Row, measured: dict[str, Any]) -> str:
+    """Say where a row's data, images, ball or seed are not those of the table's head."""
+    samples, seed = measured.get("samples", row.samples or SAMPLES), measured.get("seed", SEED)
+    found = [f"{samples} images"] if (samples, row.data) != (SAMPLES, DIGITS) else []
+    found += [f"of {row.data}"] if row.data != DIGITS else []
+    found += [f"at L-inf {row.threat.eps:.3g}"] if row.threat.eps != THREATS[DIGITS].eps else []
+    found += [f"seed {seed}"] if seed != SEED else []
+    return f" ({' '.join(found)})" if found else ""
+
+
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def summary(truth: Truth, seconds: float) -> dict[str, Any]:
+def summary(truth: Truth, seconds: float, subject: str) -> dict[str, Any]:
     return {
+        "subject": subject,
         "true": round(float(truth.rates.mean()), 6),
         "rates": [round(rate, 3) for rate in truth.rates.tolist()],
         "seconds": round(seconds, 1),
@@ -245,8 +276,8 @@ def main() -> None:
     )
     parser.add_argument("--kind", choices=("honest", "defence"), help="only rows of this kind")
     parser.add_argument("--suite", default="standard")
-    parser.add_argument("--samples", type=int, default=100, help="test images of digits, at most 500 (100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the evaluator's attacks")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="test images of digits, at most 500 (100)")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the evaluator's attacks")
     parser.add_argument("--out", type=Path, default=Path("results/defences.json"))
     parser.add_argument("--truths", type=Path, default=Path("results/defences-truth.json"))
     parser.add_argument("--truths-only", action="store_true", help="find the truths, and evaluate nothing")
@@ -271,24 +302,35 @@ def main() -> None:
         except FileNotFoundError as error:
             print(f"{name}: left out: {error}", flush=True)
             continue
-        truths = read(arguments.truths)
-        if name not in truths or (arguments.again and arguments.truths_only):
+        truths, there = read(arguments.truths), None if arguments.again else read(arguments.out).get(name)
+        if there is not None:
+            made = there.get("samples", row.samples or SAMPLES), there.get("seed", SEED)
+            if made != (row.samples or arguments.samples, arguments.seed):
+                parser.error(
+                    f"{name} in {arguments.out} was measured on {made[0]} images with seed {made[1]}: give another "
+                    "--out and --truths, or --again"
+                )
+            if name in truths:
+                continue
+        subject = zoo.subject(row)
+        if truths.get(name, {}).get("subject") != subject or (arguments.again and arguments.truths_only):
             began = time.process_time()
             found = zoo.truth(name)
-            truths = add(arguments.truths, name, summary(found, time.process_time() - began), lock)
+            truths = add(arguments.truths, name, summary(found, time.process_time() - began, subject), lock)
             print(f"{name}: true {100 * truths[name]['true']:.1f} ({truths[name]['seconds']} s)", flush=True)
-        if arguments.truths_only or (name in read(arguments.out) and not arguments.again):
+        if arguments.truths_only or there is not None:
             continue
         measured, images = zoo.evaluate(name, arguments.suite, arguments.seed)
         if images is not None:
-            lowered = summary(zoo.lower(name, images), truths[name]["seconds"])
+            lowered = summary(zoo.lower(name, images), truths[name]["seconds"], subject)
             if lowered["true"] < truths[name]["true"]:
                 truths = add(arguments.truths, name, lowered, lock)
+        measured["subject"] = subject
         add(arguments.out, name, measured, lock)
         said = verdict(row, measured, truths[name]["true"], reference.get(name, {}))
         print(f"{name}: {measured}; true {truths[name]['true']}: {said}", flush=True)
     if arguments.markdown:
-        arguments.markdown.write_text(table(read(arguments.out), read(arguments.truths), reference))
+        checkpoint.write_text(arguments.markdown, table(read(arguments.out), read(arguments.truths), reference))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The networks that the defences are built from: trained once, in seconds, and kept as safetensors."""
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ducat
+from ducat import checkpoint
 
 DIGITS, PHOTOGRAPHS = "digits", "cifar10-jpeg"
 THREATS = {DIGITS: ducat.ThreatModel("linf", 0.2), PHOTOGRAPHS: ducat.ThreatModel("linf", "8/255")}
 LEVELS = 16
+VICTIMS = ("natural", "robust")  # whose attacked images a detector learns
 
 
 class TinyViT(nn.Module):
@@ -132,6 +133,13 @@ class Base:
     data: str = DIGITS
     samples: int | None = None
 
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Names of the networks that it is made from."""
+        if self.loss == "adversarial":
+            return VICTIMS
+        return () if self.start is None else (self.start,)
+
 
 def _with_dummies() -> nn.Module:
     return ducat.add_dummy_classes(convolutional())
@@ -187,15 +195,21 @@ class Bases:
     def __init__(self, folder: Path, root: Path | None = None) -> None:
         self.folder, self.root = folder, root
 
+    def key(self, name: str) -> str:
+        """Return a network's name with a digest of how it is made, and how those are that it is made from."""
+        base = BASES[name]
+        with torch.random.fork_rng():
+            layers = str(base.build())
+        own = (base.eps, base.loss, base.epochs, base.rate, base.seed, base.start, base.samples, layers)
+        settings = (*own, *(self.key(other) for other in base.others))
+        return f"{name}-{hashlib.blake2b(repr(settings).encode(), digest_size=4).hexdigest()}"
+
     def __call__(self, name: str) -> nn.Module:
         """Return a fresh copy in evaluation mode."""
-        base = BASES[name]
+        base, path = BASES[name], self.folder / f"{self.key(name)}.safetensors"
         with torch.random.fork_rng():
             torch.manual_seed(base.seed)
             network = base.build()
-            settings = (base.eps, base.loss, base.epochs, base.rate, base.seed, base.start, base.samples, str(network))
-            path = self.folder / f"{name}-{hashlib.blake2b(repr(settings).encode(), digest_size=4).hexdigest()}"
-            path = path.with_suffix(".safetensors")
             if path.is_file():
                 network.load_state_dict(load_file(path))
                 return network.eval().requires_grad_(False)
@@ -203,9 +217,8 @@ class Bases:
                 network = ducat.add_dummy_classes(self(base.start).requires_grad_(True))
             self._fit(network, base)
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        save_file({key: value.contiguous() for key, value in network.state_dict().items()}, unfinished)
-        unfinished.rename(path)
+        weights = {key: value.contiguous() for key, value in network.state_dict().items()}
+        checkpoint.write_atomically(path, lambda temporary: save_file(weights, temporary))
         return network.eval().requires_grad_(False)
 
     def joined(self) -> nn.Module:
@@ -225,8 +238,7 @@ class Bases:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, base.rate, total_steps=steps)
         ball = ducat.ThreatModel("linf", base.eps, base.eps / 4 if base.eps else None, 7)
         goal = {"dummy-aware": "recovered-cross-entropy"}.get(base.loss, "cross-entropy")
-        # whose attacked images a detector learns
-        victims = [self(name) for name in ("natural", "robust") if base.loss == "adversarial"]
+        victims = [self(name) for name in VICTIMS if base.loss == "adversarial"]
         for _ in range(base.epochs):
             for rows in torch.randperm(len(x))[: len(x) // size * size].split(size):
                 images, labels = x[rows], y[rows]

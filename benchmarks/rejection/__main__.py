@@ -49,7 +49,11 @@ SHARES = (0.02, 0.05)
 
 
 def register() -> None:
-    """Add the budget of this benchmark, in the middle between "quick" and "standard", to the product's."""
+    """Add the budget of this benchmark to the product's.
+
+    Against *wrong and accepted* it takes at most 98 passes a sample and threshold, "quick" 110, "standard" 780; denial
+    takes 6 steps, "quick" 20.
+    """
     rejection.WRONG_BUDGETS["rows"] = (
         Round("smooth", 20),
         Round("targeted-exact", 20, targets=3),

@@ -16,7 +16,6 @@ class Row:
     """A way to train a network that may refuse.
 
     Attributes:
-        group: the part of the table.
         expected: the hypothesis and the effect that it predicts on robust accuracy with 5 % refused, against PGD-AT
             with confidence.
         settings: options that differ from the branch's.
@@ -26,7 +25,6 @@ class Row:
         signals: that are attacked, where it is its own network.
     """
 
-    group: str
     expected: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     change: Change | None = None
@@ -42,53 +40,45 @@ def _aware(**others: Any) -> dict[str, Any]:
 _MIXED = {"method.name": "mixed", "method.weight": 0.5}
 
 ROWS: dict[str, Row] = {
-    "pgd-at": Row("baselines", "the measure of all"),
-    "mixed": Row("baselines", "more confident on benign images: 1 to 2 points above, as in the probe", _MIXED),
+    "pgd-at": Row("the measure of all"),
+    "mixed": Row("more confident on benign images: 1 to 2 points above, as in the probe", _MIXED),
     "aware": Row(
-        "dummy classes",
         "confidence 0 to 1 above `pgd-at`, as in the probe; real 7, pair 15 below",
         _aware(),
         signals=("confidence", "real", "pair"),
     ),
     "accepted": Row(
-        "wrong and accepted inside",
         "its attacker is the evaluation's: confidence 1 to 2 above `aware`",
         _aware(),
         change=refusing(Accepted),
     ),
     "mixed-accepted": Row(
-        "wrong and accepted inside",
         "the same attacker without dummy classes: as `accepted`, so that the gain is the attacker's",
         _MIXED,
         change=refusing(Accepted),
     ),
     "lowered": Row(
-        "confidence lowered",
         "a third of the adversarial target uniform: confidence 2 above `accepted`",
         _aware(),
         change=refusing(Lowered, uniform=0.33),
     ),
     "mixed-lowered": Row(
-        "confidence lowered",
         "the same without dummy classes: as `lowered`",
         _MIXED,
         change=refusing(Lowered, uniform=0.33),
     ),
     "ccat": Row(
-        "baselines",
         "much above at 5 % under weak attacks, below under ours: confidence is low only where training looked",
         _MIXED,
         change=refusing(Lowered),
     ),
     "detector-aware": Row(
-        "wrong and accepted inside",
         "as RADAR: the attacker of training also evades the pair; pair 5 better than in `aware`, below confidence",
         _aware(**{"dummy.benign_weight": 0.0}),
         change=refusing(Accepted, signal="pair"),
         signals=("confidence", "pair"),
     ),
     "abstain-shared": Row(
-        "abstaining",
         "adversarial images may abstain: real 3 below `pgd-at`, since abstaining is the easy way out",
         _aware(),
         change=refusing(Abstaining),
@@ -96,48 +86,40 @@ ROWS: dict[str, Row] = {
         network=SharedAbstain,
     ),
     "abstain-classes": Row(
-        "abstaining",
         "C abstain classes: as one, since several degenerate without a regulariser",
         _aware(),
         change=refusing(Abstaining),
         signals=("confidence", "real"),
     ),
     "abstain-classes-even": Row(
-        "abstaining",
         "with the regulariser all are in use: real 1 above `abstain-shared`",
         _aware(),
         change=refusing(Abstaining, even=0.1),
         signals=("confidence", "real"),
     ),
-    "cpr-pgd-at": Row("small ball", "2 above `pgd-at`: 7 % less robust loss, as published", of="pgd-at"),
-    "cpr-mixed": Row("small ball", "2 above `mixed`", of="mixed"),
-    "cpr-accepted": Row("small ball", "2 above `accepted`", of="accepted"),
+    "cpr-pgd-at": Row("2 above `pgd-at`: 7 % less robust loss, as published", of="pgd-at"),
+    "cpr-mixed": Row("2 above `mixed`", of="mixed"),
+    "cpr-accepted": Row("2 above `accepted`", of="accepted"),
     # Stated when `abstain-classes` was known to be 1.3 above `mixed` on digits.
-    "cpr-abstain-classes": Row("small ball", "1 above `cpr-mixed`, as their networks are", of="abstain-classes"),
-    "trades": Row(
-        "baselines", "less confident everywhere: 0 to 2 points above", {"method.name": "trades", "method.weight": 6}
-    ),
+    "cpr-abstain-classes": Row("1 above `cpr-mixed`, as their networks are", of="abstain-classes"),
+    "trades": Row("less confident everywhere: 0 to 2 points above", {"method.name": "trades", "method.weight": 6}),
     "aware-w-0": Row(
-        "dummy classes",
         "crisper still: pair 3 better than `aware`",
         _aware(**{"dummy.benign_weight": 0.0}),
         signals=("confidence", "pair"),
     ),
     "accepted-real": Row(
-        "wrong and accepted inside",
         "real 2 better than in `aware`, still below confidence",
         _aware(**{"dummy.benign_weight": 0.0}),
         change=refusing(Accepted, signal="real"),
         signals=("confidence", "real"),
     ),
     "aware-w-0.1": Row(
-        "dummy classes",
         "a crisper pair: pair 2 better than `aware`",
         _aware(**{"dummy.benign_weight": 0.1}),
         signals=("confidence", "pair"),
     ),
     "published": Row(
-        "dummy classes",
         "far below with every signal: its attack was satisfied by the dummy class",
         {"dummy.kind": "published"},
     ),

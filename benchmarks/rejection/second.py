@@ -59,7 +59,7 @@ def second(
         fallen[rows] |= fell(images, y[rows])
     rows = (~fallen).nonzero().squeeze(1)
     if len(rows):
-        images = _squares(outcome, x[rows], low[rows], high[rows], y[rows], eps, generator)
+        images = _squares(outcome, low[rows], high[rows], y[rows], generator)
         fallen[rows] |= fell(images, y[rows])
     return fallen
 
@@ -110,11 +110,9 @@ def _penalised(
 @torch.no_grad()
 def _squares(
     outcome: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
-    x: Tensor,
     low: Tensor,
     high: Tensor,
     y: Tensor,
-    eps: float,
     generator: torch.Generator,
 ) -> Tensor:
     """Set random rectangles to a side of the box, and keep what does not make the exact goal worse."""
@@ -125,8 +123,8 @@ def _squares(
         rival = torch.where(torch.arange(decision.shape[1]) == top.indices[:, :1], top.values[:, 1:], top.values[:, :1])
         return torch.minimum(decision - rival, spare).scatter(1, y[:, None], -torch.inf).amax(1)
 
-    height, width = x.shape[-2:]
-    sides = torch.rand(len(x), x.shape[1], 1, width, generator=generator) < 0.5
+    samples, channels, height, width = low.shape
+    sides = torch.rand(samples, channels, 1, width, generator=generator) < 0.5
     now = torch.where(sides, low, high)
     value = goal(now)
     for query in range(QUERIES):
@@ -136,7 +134,7 @@ def _squares(
         left = int(torch.randint(width - wide + 1, (), generator=generator))
         ahead = now.clone()
         area = (..., slice(top, top + tall), slice(left, left + wide))
-        sides = torch.rand(len(x), x.shape[1], 1, 1, generator=generator) < 0.5
+        sides = torch.rand(samples, channels, 1, 1, generator=generator) < 0.5
         ahead[area] = torch.where(sides, low[area], high[area])
         better = goal(ahead)
         keep = better >= value

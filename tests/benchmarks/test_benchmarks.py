@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ducat
-from benchmarks import batch_norm, others, timm_networks, training_step
+from benchmarks import batch_norm, others, timm_networks, training_step, zoo
 from benchmarks.cure import fronts, networks
 from benchmarks.cure.fronts import Point, above, front
 from benchmarks.cure.networks import Gated, Half, Held, ManyDummies, calibrated, through_stand_ins
@@ -25,6 +25,7 @@ from ducat import methods, models
 from ducat.attacks.adaptive import SilentDummies
 from ducat.attacks.pgd import pgd
 from ducat.config import Config, DummyConfig, TrainConfig
+from ducat.runs import RunFolder
 from ducat.threat import ThreatModel
 
 
@@ -298,3 +299,29 @@ def test_attacks_of_other_libraries_are_counted_by_what_the_deployed_classifier_
     # The sink: blind attacks leave much of what those that know break.
     ours = by_attack['ensemble, "standard"']
     assert float(ours["recovered"]) < float(ours["blind"]) - 20
+
+
+@pytest.mark.parametrize(("place", "samples"), [(0, None), (1, 1000)])
+def test_a_card_is_of_the_ball_of_training_and_of_as_many_images_as_are_told(
+    place: int, samples: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = zoo.ORIGINS[place].runs
+    for run in runs.values():
+        folder = RunFolder.create(tmp_path / run)
+        folder.write_config(Config(name=run))
+        # Of another ball, and on more images than any.
+        other = {"suite": "standard", "checkpoint": "last", "samples": 10_000, "threat": {"norm": "linf", "eps": 1e-3}}
+        folder.evaluations_path.mkdir()
+        (folder.evaluations_path / "other.json").write_text(json.dumps(other))
+    asked: list[dict[str, Any]] = []
+    packed: list[Any] = []
+
+    def evaluate_run(folder: RunFolder, suite: str, **options: Any) -> dict[str, Any]:
+        asked.append({"suite": suite, **options})
+        return {"kept": folder.name}
+
+    monkeypatch.setattr(zoo, "evaluate_run", evaluate_run)
+    monkeypatch.setattr(zoo.zoo, "pack", lambda *given, measured: packed.append(measured) or "digest")
+    assert zoo.make(tmp_path, tmp_path) == dict.fromkeys(runs, "digest")
+    assert packed == [{"kept": run} for run in runs.values()]
+    assert asked == [{"suite": "standard", "samples": samples, "which": "last"}] * len(runs)

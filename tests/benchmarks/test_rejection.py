@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import ducat
+from benchmarks.rejection.__main__ import register
 from benchmarks.rejection.networks import SMALL_BALL, SharedAbstain, SmallBall
 from benchmarks.rejection.objectives import Abstaining, Accepted, Lowered, refusing
 from benchmarks.rejection.rows import ROWS
@@ -15,6 +16,7 @@ from benchmarks.rejection.second import second
 from benchmarks.rejection.tables import OUTCOMES, write
 from ducat import methods
 from ducat.dummy import RecoveredClassifier, add_dummy_classes, recover
+from ducat.evaluation import rejection
 from ducat.evaluation.rejection import SIGNALS, SelectiveClassifier, log_odds, wrong_and_accepted
 
 CLASSES = 3
@@ -96,6 +98,26 @@ def test_a_small_ball_shows_the_worst_nearby() -> None:
     index = signal.decision(moved).argmax(1, keepdim=True)
     before, after = (signal.acceptance(logits).gather(1, index) for logits in (still, moved))
     assert (after < before).float().mean() > 0.9
+
+
+def test_a_small_ball_takes_four_passes_forward_as_the_pages_say() -> None:
+    inner, (x, _) = network(), batch()
+    passes: list[int] = []
+    inner.register_forward_hook(lambda *given: passes.append(1))
+    SmallBall(inner, 0.05)(x)
+    assert len(passes) == 4
+
+
+def test_the_budget_of_the_rows_is_as_long_as_its_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WRONG_BUDGETS", "DENIAL_STEPS"):
+        monkeypatch.setattr(rejection, name, dict(getattr(rejection, name)))
+    register()
+    passes = {
+        name: sum(each.steps * each.restarts * each.share * max(1, each.targets) for each in rounds)
+        for name, rounds in rejection.WRONG_BUDGETS.items()
+    }
+    assert passes == pytest.approx({"rows": 98, "quick": 110, "standard": 780})
+    assert (rejection.DENIAL_STEPS["rows"], rejection.DENIAL_STEPS["quick"]) == ((6, 1), (20, 1))
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
