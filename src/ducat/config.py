@@ -567,7 +567,8 @@ def _reader() -> ArgumentParser:
     return config_parser()
 
 
-# Keys that configs of earlier versions have not; the defaults are what those versions did.
+# Keys that configs of earlier versions have not; the defaults are what those versions did, but for TRADES and MART,
+# which had `batch_norm: joint`.
 LATER = (
     *("crop_padding", "extra", "extra_share", "held_out", "workers"),
     *("init", "input_size", "options", "weights", "clip_start", "cross_entropy", "benign_share", "pair_weight"),
