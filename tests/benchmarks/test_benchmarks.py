@@ -89,6 +89,26 @@ def test_a_compiled_step_gets_the_mode_of_its_recipe(monkeypatch: pytest.MonkeyP
     assert asked == [None, None, "reduce-overhead", "reduce-overhead"], "the network, and the copy that is attacked"
 
 
+def test_a_step_that_cannot_be_compiled_is_not_timed_as_one_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise OSError("no C compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda network, *, mode=None: Failing())
+    with pytest.raises(RuntimeError, match=r"torch\.compile does not work here"):
+        Ours(Recipe(compiled=True), "pgd-at", "off", model="resnet8", batch_size=2)
+
+
+def test_each_measurement_compiles_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda network, *, mode=None: done.append("compile") or network)
+    for _ in range(2):
+        recipes = {"compiled": Recipe(compiled=True)}
+        training_step.measure("pgd-at", "off", model="resnet8", batch_size=2, rounds=1, recipes=recipes)
+    assert done == 2 * ["reset", "compile", "compile"]
+
+
 def test_the_front_is_the_upper_hull_and_rows_are_measured_against_it() -> None:
     baselines = [point(50, 30), point(60, 26), point(55, 27), point(70, 10), point(58, 20)]
     hull = front(baselines)
