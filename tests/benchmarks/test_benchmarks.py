@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 import ducat
 from benchmarks import batch_norm, others, training_step
+from benchmarks.cure import __main__ as cure
 from benchmarks.cure import fronts, networks
 from benchmarks.cure.fronts import Point, above, front
 from benchmarks.cure.networks import Gated, Half, Held, ManyDummies, calibrated, through_stand_ins
@@ -152,6 +154,23 @@ def test_a_row_changes_what_the_attack_maximises_and_nothing_else() -> None:
     plain, changes = config.objective(0), changed(config, inner(objective="margin"))(0)
     assert (plain.method.objective, changes.method.objective) == ("cross-entropy", "margin")
     assert replace(changes, method=plain.method) == plain
+
+
+def test_trades_of_the_search_forwards_both_halves_together_as_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[Config] = []
+
+    def stop(config: Config, *_: object, **__: object) -> None:
+        configs.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr(cure, "train", stop)
+    monkeypatch.setattr(cure.Search, "network", lambda *_: nn.Identity())
+    for name in ("trades-3", "trades-3-aware", "pgd-at"):
+        with pytest.raises(InterruptedError):
+            cure.Search(tmp_path, "digits", 0)._trained_on(name)
+    assert [config.objective(0).method.forwards_apart for config in configs] == [False] * 3
 
 
 def test_a_detached_pair_has_the_two_hot_loss_and_no_gradient_of_it_in_the_trunk() -> None:
