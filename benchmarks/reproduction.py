@@ -260,7 +260,9 @@ def write(work: Path, out: Path) -> None:
         "# The paper's table at the size of a CPU\n\n"
         "Made by `python -m benchmarks.reproduction`; each row's commands, versions and commit are in "
         "`reproduction.json`. The column `blind` is the per-sample worst case over attacks that do not know recovery, "
-        "`robust` over all, those that know it included. Training seeds are named; attacks have seed 0.\n"
+        "`robust` over all, those that know it included. Training seeds are named; attacks have seed 0. "
+        "TRADES and MART forward benign and adversarial images as one batch (`--train.batch_norm joint`), which is "
+        "not their papers' way: [batch-norm.md](batch-norm.md).\n"
     ]
     for data in dict.fromkeys(row["data"] for row in rows):
         parts.append(markdown(data, [row for row in rows if row["data"] == data], work))

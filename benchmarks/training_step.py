@@ -152,7 +152,7 @@ class Ours(Timed):
             config,
             self.network,
             self.x[:2],
-            notice=print,
+            notice=_refused if recipe.compiled else print,
             layout=layout,
             fold=recipe.folded,
             compile_mode=recipe.mode,
@@ -173,6 +173,11 @@ class Ours(Timed):
 
     def _step(self) -> None:
         self.step(self.x, self.y, 0, 0, 1)
+
+
+def _refused(text: str) -> None:
+    """Stop where a step would be another than its recipe says: not compiled."""
+    raise RuntimeError(text)
 
 
 class Research(Timed):
@@ -251,6 +256,8 @@ def measure(
         rounds' ratios, `spread` the lowest and the highest of them.
     """
     recipes = DUCAT if recipes is None else recipes
+    # What was compiled before counts against a limit, beyond which PyTorch compiles no more and does not say so.
+    torch.compiler.reset()
     makers: dict[str, Callable[..., Timed]] = {name: partial(Ours, recipe) for name, recipe in recipes.items()}
     makers = {"research": Research, **makers}
     made = {

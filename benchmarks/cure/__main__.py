@@ -159,6 +159,7 @@ class Search:
                     "data.root": self.data,
                     "dummy.start_epoch": 0,
                     "train.seed": self.seed,
+                    "train.batch_norm": "joint",  # as the tables were measured, before there was a choice
                     **self.setting.common,
                     **self.setting.branch,
                     **row.settings,

@@ -8,15 +8,19 @@
     3  train published dummy classes                     6  attack them, blind and recovery-aware
     4  train recovery-aware dummy classes                7  attack them likewise
 
-A stage writes what it has as it goes. After --minutes the script saves, says how to go on, and exits with code 3: the
-same command continues in the middle of a training or of an evaluation, and what is done is not done again. So DIR has
-to stay; only results.json and results.md, which hold everything measured and are small, need to leave the machine.
+A stage writes what it has as it goes, and results.json and results.md when it ends, be it by an error. After --minutes,
+once the attack on a chunk of images or the compilation that is going on is over, the script saves, says how to go on,
+and exits with code 3: the same command continues in the middle of a training or of an evaluation, and what is done is
+not done again. So DIR has to stay; only results.json and results.md, which hold everything measured and are small, need
+to leave the machine.
 
 The package need not be installed, but what it imports has to be there. A machine with PyTorch, accelerate and
-scikit-learn that reaches no network lacks four packages: fetch them elsewhere, take the folder along, and unpack it.
+scikit-learn that reaches no network lacks five packages, none of them compiled: put them into a folder elsewhere, take
+that along, and name it. AutoAttack's examples are 42 MB that nothing reads; cifar10-jpeg.zip is 60 MB.
 
-    python -m pip download --no-deps -d wheels platformdirs jsonargparse pyautoattack==0.2.0 foolbox==3.3.4
-    python -m pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=src:site
+    pip install --no-deps -t site platformdirs jsonargparse docstring-parser pyautoattack==0.2.0 foolbox==3.3.4
+    rm -r site/pyautoattack/examples && tar czf site.tar.gz site    # 3 MB
+    tar xzf site.tar.gz && export PYTHONPATH=src:site               # on that machine
 
 The paper's table at full size is `benchmarks.size --setting resnet18`, and `--setting wrn`.
 
@@ -41,7 +45,7 @@ from benchmarks.training_step import KINDS, Recipe
 from ducat.attacks.suites import SUITES, Suite
 from ducat.checkpoint import write_text
 from ducat.config import Config, DataConfig, DummyConfig, MethodConfig, ModelConfig, ThreatConfig, TrainConfig
-from ducat.data import load_test
+from ducat.data import cache, load_test
 from ducat.data.prepare import prepare
 from ducat.evaluation import evaluate
 from ducat.evaluation.runs import evaluate_run
@@ -248,6 +252,13 @@ def results(place: Place, command: str) -> dict[str, Any]:
     }
 
 
+def report(place: Place) -> None:
+    """Write everything measured so far."""
+    content = results(place, " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]))
+    place.write("results.json", content)
+    write_text(place.out / "results.md", markdown(content))
+
+
 def markdown(content: dict[str, Any]) -> str:
     """Return the results as a page."""
     found, toy = content["environment"], "**Toy sizes: the numbers mean nothing.**\n\n" if content["toy"] else ""
@@ -299,25 +310,28 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="cifar10-jpeg.zip")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; keep it between stages")
     parser.add_argument("--stage", type=int, choices=range(1, len(STAGES) + 1), help="all by default")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which to save and stop")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which to save and stop")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to see that it runs")
     arguments = parser.parse_args()
     clock, place = Clock(arguments.minutes), Place(arguments.out, arguments.toy)
+    if (before := place.read("results.json")) and before["toy"] != place.toy:
+        parser.error(f"--out {place.out} holds results {'with' if before['toy'] else 'without'} --toy: choose another")
     chosen = STAGES if arguments.stage is None else [STAGES[arguments.stage - 1]]
     code = 0
     try:
-        prepare(DATA, arguments.data, root=place.out / "data") if not (place.out / "data").is_dir() else None
+        if not cache.entry(DATA, place.out / "data").is_file():
+            prepare(DATA, arguments.data, root=place.out / "data")
         for title, stage in chosen:
             print(f"== {title}", flush=True)
-            stage(place, clock)
+            try:
+                stage(place, clock)
+            finally:
+                report(place)
     except (OutOfTimeError, Interrupted) as stop:
         if not clock.is_up:
             raise
         print(f"time is up in stage {title!r}; the same command goes on. {stop}", flush=True)
         code = OUT_OF_TIME
-    content = results(place, " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]))
-    place.write("results.json", content)
-    write_text(place.out / "results.md", markdown(content))
     print(f"written: {place.out / 'results.md'}, {place.out / 'results.json'}")
     return code
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -53,11 +53,13 @@ class Measured:
         """What tables call it."""
         return self.kind + (f", seed {self.seed}" if self.seed != FIRST else "")
 
-    def by(self, suite: str, norm: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
-        """Yield title and content of the evaluations of a suite in a ball."""
-        for name, content in self.evaluations.items():
+    def by(self, suite: str, norm: str) -> Mapping[str, str]:
+        """Return names of the evaluations of a suite in a ball, by title: of one title the one on most images."""
+        found: dict[str, str] = {}
+        for name, content in sorted(self.evaluations.items(), key=lambda pair: pair[1]["samples"]):
             if (content["suite"], content["threat"]["norm"]) == (suite, norm):
-                yield self.title + (", by logsumexp" if name == BY_SUM else ""), content
+                found[self.title + (", by logsumexp" if name == BY_SUM else "")] = name
+        return found
 
 
 def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
@@ -84,12 +86,13 @@ def table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 def paired(rows: Sequence[Measured]) -> str:
     """Return differences between rows on the same images, of the suite `light` in L-inf, as a table; "" of one row."""
-    right, seeds = {}, {row.title: row.seed for row in rows}
+    right, alike = {}, {}
     for row in rows:
-        for name, content in row.evaluations.items():
-            if name != BY_SUM and (content["suite"], content["threat"]["norm"]) == ("light", "linf"):
-                right[row.title] = load_file(row.folder.evaluations_path / f"{name}.safetensors")
-    pairs = [(one, other) for one, other in combinations(right, 2) if seeds[one] == seeds[other]]
+        name = row.by("light", "linf").get(row.title)
+        if name is not None:
+            right[row.title] = load_file(row.folder.evaluations_path / f"{name}.safetensors")
+            alike[row.title] = row.seed, row.evaluations[name]["fingerprint"]
+    pairs = [(one, other) for one, other in combinations(right, 2) if alike[one] == alike[other]]
     if not pairs:
         return ""
     cells: list[list[str]] = [[other, one] for one, other in pairs]
@@ -127,7 +130,7 @@ def section(name: str, setting: Setting, rows: Sequence[Measured]) -> str:
     """Return all tables of one setting in Markdown."""
     text = [f"## Setting `{name}`\n", f"{setting.about}.\n", trained(rows)]
     for (suite, norm), title in SUITES.items():
-        found = [pair for row in rows for pair in row.by(suite, norm)]
+        found = [(heading, row.evaluations[name]) for row in rows for heading, name in row.by(suite, norm).items()]
         if found:
             text += [f"### {title}\n", table(found)]
     differences = paired(rows)
@@ -154,7 +157,7 @@ def write(made: Mapping[str, Sequence[Measured]], out: Path) -> None:
     for name, rows in made.items():
         text.append(section(name, SETTINGS[name], rows))
         firsts = (row for row in rows if row.seed == FIRST)
-        shown = {title: [evaluation] for row in firsts for title, evaluation in row.by("light", "linf")}
+        shown = {title: [row.evaluations[one]] for row in firsts for title, one in row.by("light", "linf").items()}
         if len(shown) > 1:
             figure = plots.trade_off(shown, SETTINGS[name].about.partition(";")[0])
             plots.save(figure, out / f"size-{name}.svg")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import ducat
 from benchmarks import batch_norm, others, timm_networks, training_step, zoo
+from benchmarks.cure import __main__ as cure
 from benchmarks.cure import fronts, networks
 from benchmarks.cure.fronts import Point, above, front
 from benchmarks.cure.networks import Gated, Half, Held, ManyDummies, calibrated, through_stand_ins
@@ -108,6 +109,26 @@ def test_a_compiled_step_gets_the_mode_of_its_recipe(monkeypatch: pytest.MonkeyP
     assert asked == [None, None, "reduce-overhead", "reduce-overhead"], "the network, and the copy that is attacked"
 
 
+def test_a_step_that_cannot_be_compiled_is_not_timed_as_one_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise OSError("no C compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda network, *, mode=None: Failing())
+    with pytest.raises(RuntimeError, match=r"torch\.compile does not work here"):
+        Ours(Recipe(compiled=True), "pgd-at", "off", model="resnet8", batch_size=2)
+
+
+def test_each_measurement_compiles_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("reset"))
+    monkeypatch.setattr(torch, "compile", lambda network, *, mode=None: done.append("compile") or network)
+    for _ in range(2):
+        recipes = {"compiled": Recipe(compiled=True)}
+        training_step.measure("pgd-at", "off", model="resnet8", batch_size=2, rounds=1, recipes=recipes)
+    assert done == 2 * ["reset", "compile", "compile"]
+
+
 def test_the_front_is_the_upper_hull_and_rows_are_measured_against_it() -> None:
     baselines = [point(50, 30), point(60, 26), point(55, 27), point(70, 10), point(58, 20)]
     hull = front(baselines)
@@ -151,6 +172,23 @@ def test_a_row_changes_what_the_attack_maximises_and_nothing_else() -> None:
     plain, changes = config.objective(0), changed(config, inner(objective="margin"))(0)
     assert (plain.method.objective, changes.method.objective) == ("cross-entropy", "margin")
     assert replace(changes, method=plain.method) == plain
+
+
+def test_trades_of_the_search_forwards_both_halves_together_as_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: list[Config] = []
+
+    def stop(config: Config, *_: object, **__: object) -> None:
+        configs.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr(cure, "train", stop)
+    monkeypatch.setattr(cure.Search, "network", lambda *_: nn.Identity())
+    for name in ("trades-3", "trades-3-aware", "pgd-at"):
+        with pytest.raises(InterruptedError):
+            cure.Search(tmp_path, "digits", 0)._trained_on(name)
+    assert [config.objective(0).method.forwards_apart for config in configs] == [False] * 3
 
 
 def test_a_detached_pair_has_the_two_hot_loss_and_no_gradient_of_it_in_the_trunk() -> None:

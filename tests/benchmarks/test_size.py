@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.size import __main__ as size
+from benchmarks.size import tables
 from ducat import checkpoint
 from ducat.cli import commands
+from ducat.runs import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -69,3 +72,21 @@ def test_a_row_that_a_setting_lacks_is_not_made(
         size.main()
     assert "setting cpu has no row longer: choose from base, pgd-at" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_of_one_suite_the_evaluation_on_most_images_is_shown_and_rows_on_other_images_are_no_pair(
+    tmp_path: Path,
+) -> None:
+    def row(kind: str, *samples: int) -> tables.Measured:
+        folder, contents = RunFolder(tmp_path / kind), {}
+        folder.evaluations_path.mkdir(parents=True)
+        for number in samples:
+            flags = {name: torch.ones(number, dtype=torch.bool) for name in ("clean", "robust")}
+            save_file(flags, folder.evaluations_path / f"light-{number}.safetensors")
+            measured = {"suite": "light", "threat": {"norm": "linf"}, "samples": number, "fingerprint": f"{number}"}
+            contents[f"light-{number}"] = measured
+        return tables.Measured(kind, "0", folder, contents)
+
+    rows = [row("one", 200, 1000), row("two", 1000, 200), row("three", 200)]
+    assert [each.by("light", "linf") for each in rows[:2]] == [{"one": "light-1000"}, {"two": "light-1000"}]
+    assert [line.split(" | ")[:2] for line in tables.paired(rows).splitlines()[2:]] == [["| two", "one"]]
