@@ -466,7 +466,8 @@ def main() -> None:
             gc.collect()
             print(f"{method}, {dummy}: done", file=sys.stderr, flush=True)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        content = {"environment": environment(arguments.device), "rows": rows}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     print(" ".join(f"{name} {value};" for name, value in environment(arguments.device).items()))
     if arguments.strength is None:
         rates = {str(dtype): matrix_rate(dtype, arguments.device) for dtype in (torch.float32, torch.bfloat16)}
