@@ -282,6 +282,8 @@ def test_shards_that_cannot_be_read_are_named(shards: Path, tmp_path: Path) -> N
         data.load("wds:https://example.org/train-{000..010}.tar")
     with pytest.raises(FileNotFoundError, match=r"none\.tar: there are no such shards"):
         data.load(f"wds:{tmp_path}/none.tar")
+    with pytest.raises(ValueError, match=r"insects-train-000\.tar is named 2 times: name it once"):
+        data.load(f"wds:{shards}::{shards}/../{shards.name}/insects-train-000.tar")
     shutil.copy(shards / "insects-train-000.tar", shards / "other.tar")
     with pytest.raises(ValueError, match=r"other\.tar: the name says neither train nor val nor test"):
         data.load(f"wds:{shards}")

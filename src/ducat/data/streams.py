@@ -372,6 +372,9 @@ def _shards(source: str) -> list[Path]:
     if missing is not None or not found:
         kind = "wds: reads local files, so fetch or mount them" if "://" in source or source.startswith("pipe") else ""
         raise FileNotFoundError(f"{missing or source}: there are no such shards{kind and f' ({kind})'}")
+    path, times = Counter(path.resolve() for path in found).most_common(1)[0]
+    if times > 1:  # and its images might be trained on and tested with
+        raise ValueError(f"wds:{source}: {path} is named {times} times: name it once")
     return [path.absolute() for path in found]
 
 
