@@ -26,6 +26,9 @@ def test_a_suite_that_attacks_nothing_is_called_a_failure_of_ours(templates: Tem
     assert found.scrutiny.opinion.broken > 10
     assert found.warnings[0].startswith("a failure of ours: a plain PGD")
     assert found.at_most
+    assert found.scrutiny.second_round is not None
+    assert found.scrutiny.second_round.through
+    assert "robust accuracy is an upper bound" in found.warnings[-1], "the second round settled it"
     assert 0.1 < found.robust.float().mean() < 0.8
     assert torch.equal(found.robust, found.clean & (model(found.adversarial).argmax(1) == y))
 

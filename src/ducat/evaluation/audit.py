@@ -267,7 +267,7 @@ def _second_round(evaluation: Evaluation) -> str | None:
     by = ", ".join(f"{name} {count}" for name, count in second.broken.items() if count) or "nothing did"
     if evaluation.accuracies()["robust"] == 0:
         verdict = "0 in any case"
-    elif second.through:
+    elif second.through and not causes(evaluation):
         verdict = f"measured after all, through an equal network without these signs ({second.through})"
     else:
         verdict = "an upper bound: an attack made for this network may lower it"
