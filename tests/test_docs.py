@@ -24,8 +24,12 @@ from ducat.cli.overview import OTHERS
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 # The other prose; what scripts write is not.
-MADE = {"reproduction.md", "cure-tables.md", "rejection-tables.md", "size-tables.md", "batch-norm.md", "defences.md"}
-WRITTEN = [path for path in sorted([*ROOT.glob("C*.md"), *(ROOT / "results").glob("*.md")]) if path.name not in MADE]
+MADE = {"reproduction.md", "batch-norm.md", "defences.md"}
+WRITTEN = [
+    path
+    for path in sorted([*ROOT.glob("C*.md"), *(ROOT / "results").glob("*.md")])
+    if path.name not in MADE and "-tables" not in path.name
+]
 
 # Options that take the place of a command's own, or are added to it.
 SHORT_TRAINING = {"--train.epochs": "3", "--data.samples": "200", "--train.batch_size": "64", "--threat.steps": "2"}

@@ -3,7 +3,8 @@
     python -m benchmarks.size --work /tmp/size --archive cifar10-jpeg.zip    # all of it, hours
     python -m benchmarks.size --work /tmp/size --only base                   # or a row at a time
     python -m benchmarks.size --work /tmp/size --setting wide                # a larger network, less attacked
-    python -m benchmarks.size --work /tmp/size --table results
+    python -m benchmarks.size --work /tmp/size --seed 1 --light 8000         # another seed, more images attacked
+    python -m benchmarks.size --work /tmp/size --table results               # with --base-seed 1: of that base
 
 One network is trained with PGD-AT; every row trains it on, for the same number of epochs with the same learning rate
 and the same steps of the inner attack, and differs in nothing but what `ROWS` says of it. Weights are then rounded to
@@ -15,7 +16,7 @@ epoch, an evaluation after the last chunk of images that was finished.
 import argparse
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,19 @@ class Table:
         setting: a row of `SETTINGS`.
         seed: of the rows' training.
         base_seed: of the base's; that of the rows by default.
+        light: test images of the suite `light`; the setting's number by default.
 
     Attributes:
         bases: options of the phases that the base is trained in, one after the other; rows begin at the last.
         names: the rows that the setting has.
     """
 
-    def __init__(self, work: Path, setting: str, seed: int = 0, base_seed: int | None = None) -> None:
+    def __init__(
+        self, work: Path, setting: str, seed: int = 0, base_seed: int | None = None, light: int | None = None
+    ) -> None:
         self.setting: Setting = SETTINGS[setting]
+        if light is not None:
+            self.setting = replace(self.setting, light=light)
         self.seed, self.work = seed, work
         self.base_seed = seed if base_seed is None else base_seed
         self.runs = work / setting / "runs"
@@ -154,10 +160,11 @@ class Table:
         measured.save(file)
 
     def measured(self) -> list[Measured]:
-        """Return what there is of every row, with whatever seed."""
+        """Return what there is of every row from the base of this seed, with whatever seed of its own."""
         found = []
         for name, row in ROWS.items():
-            for path in sorted(self.runs.glob(f"{name}-s*")):
+            begun = f"{name}-s{self.base_seed}"
+            for path in sorted([*self.runs.glob(begun), *self.runs.glob(f"{begun}-*")]):
                 folder = RunFolder(path)
                 files = [*sorted(folder.evaluations_path.glob("*.json")), folder.path / f"{BY_SUM}.json"]
                 contents = {file.stem: json.loads(file.read_text()) for file in files if file.is_file()}
@@ -192,16 +199,20 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, help="the data set's archive, where it has to be prepared first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base-seed", type=int, help="of the base, where rows of another seed begin at it")
+    parser.add_argument("--light", type=int, help="test images of the suite light, instead of the setting's number")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=ROWS, help="rows to make; all by default")
     parser.add_argument("--train", action="store_true", help="train the rows and do not attack them yet")
     parser.add_argument("--parts", nargs="+", metavar="PART", choices=PARTS, default=PARTS, help="ways to attack them")
-    parser.add_argument("--table", type=Path, metavar="DIR", help="write what there is of all settings; make no rows")
+    parser.add_argument("--table", type=Path, metavar="DIR", help="write what there is of a base's seed; make no rows")
     arguments = parser.parse_args()
     if arguments.table is not None:
-        made = {name: Table(arguments.work, name).measured() for name in SETTINGS}
-        write({name: rows for name, rows in made.items() if rows}, arguments.table)
+        seed = arguments.base_seed or 0
+        made = {name: rows for name in SETTINGS if (rows := Table(arguments.work, name, seed).measured())}
+        if not made:
+            parser.error(f"--table: {arguments.work} has no evaluated row from a base of seed {seed}: see --base-seed")
+        write(made, arguments.table, seed)
         return
-    table = Table(arguments.work, arguments.setting, arguments.seed, arguments.base_seed)
+    table = Table(arguments.work, arguments.setting, arguments.seed, arguments.base_seed, arguments.light)
     if missing := [name for name in arguments.only or () if name not in table.names]:
         parser.error(
             f"--only: setting {arguments.setting} has no row {missing[0]}: choose from {', '.join(table.names)}"

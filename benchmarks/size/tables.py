@@ -20,10 +20,10 @@ from ducat.runs import RunFolder
 
 HEAD = """# The paper's table, larger: its rows
 
-Written by `python -m benchmarks.size --table results`. [size.md](size.md): how they were measured, and what they say.
-Accuracies in %, with 95 % intervals.
+Written by `python -m benchmarks.size --table results{options}`. [size.md](size.md): how they were measured, and what
+they say. Accuracies in %, with 95 % intervals.
 """
-FIRST = "0"  # the seed of all rows
+FIRST = "0"  # the seed that goes without saying
 BY_SUM = "by-sum"  # name of the evaluation with the other recovery
 SUITES = {
     ("light", "linf"): "The suite `light`",
@@ -52,6 +52,11 @@ class Measured:
     def title(self) -> str:
         """What tables call it."""
         return self.kind + (f", seed {self.seed}" if self.seed != FIRST else "")
+
+    @property
+    def alike(self) -> bool:
+        """Whether its seed is that of its base."""
+        return "-" not in self.seed
 
     def by(self, suite: str, norm: str) -> Mapping[str, str]:
         """Return names of the evaluations of a suite in a ball, by title: of one title the one on most images."""
@@ -139,7 +144,7 @@ def section(name: str, setting: Setting, rows: Sequence[Measured]) -> str:
         test = "p by McNemar's exact test, by Holm's method for the number of pairs"
         text += [title, f"In points, suite `light`; {test}.\n", differences]
     # The evaluation that speaks for a run is its strongest; not all rows may have it yet.
-    first = [row for row in rows if row.seed == FIRST]
+    first = [row for row in rows if row.alike]
     counts = Counter(_measured_by(row.folder) for row in first)
     several = [how for how, number in counts.items() if number > 1]
     text += ["### Samples that always fail\n"] * bool(several)
@@ -150,17 +155,21 @@ def section(name: str, setting: Setting, rows: Sequence[Measured]) -> str:
     return "\n".join(text)
 
 
-def write(made: Mapping[str, Sequence[Measured]], out: Path) -> None:
-    """Write the tables and figures of the settings, and everything that was measured."""
+def write(made: Mapping[str, Sequence[Measured]], out: Path, seed: int = 0) -> None:
+    """Write the tables and figures of the settings, all rows from bases of one seed, and everything that was measured.
+
+    The first seed's files have plain names: `size-tables.md`, `size.json`. Those of others end in `-seed-N`.
+    """
     out.mkdir(exist_ok=True)
-    text, content = [HEAD], {}
+    ending, options = (f"-seed-{seed}", f" --base-seed {seed}") if str(seed) != FIRST else ("", "")
+    text, content = [HEAD.format(options=options)], {}
     for name, rows in made.items():
         text.append(section(name, SETTINGS[name], rows))
-        firsts = (row for row in rows if row.seed == FIRST)
+        firsts = (row for row in rows if row.alike)
         shown = {title: [row.evaluations[one]] for row in firsts for title, one in row.by("light", "linf").items()}
         if len(shown) > 1:
             figure = plots.trade_off(shown, SETTINGS[name].about.partition(";")[0])
-            plots.save(figure, out / f"size-{name}.svg")
+            plots.save(figure, out / f"size-{name}{ending}.svg")
         content[name] = {
             row.title: {
                 "evaluations": row.evaluations,
@@ -170,5 +179,5 @@ def write(made: Mapping[str, Sequence[Measured]], out: Path) -> None:
             }
             for row in rows
         }
-    checkpoint.write_text(out / "size.json", json.dumps(content) + "\n")
-    checkpoint.write_text(out / "size-tables.md", "\n".join(text))
+    checkpoint.write_text(out / f"size{ending}.json", json.dumps(content) + "\n")
+    checkpoint.write_text(out / f"size-tables{ending}.md", "\n".join(text))

@@ -54,6 +54,27 @@ def test_rows_are_made_once_from_one_base_and_told_with_both_numbers(
     assert "dummy classes, recovery-aware, by logsumexp | 20 |" in page
     assert "autoattack-recovered" in page
     assert "second-opinion" not in page
+    monkeypatch.setattr(sys, "argv", ["size", "--work", str(tmp_path), "--table", "out", "--base-seed", "1"])
+    with pytest.raises(SystemExit):
+        size.main()
+    assert "has no evaluated row from a base of seed 1: see --base-seed" in capsys.readouterr().err
+
+
+def test_tables_of_another_base_leave_those_of_the_first_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = {"suite": "light", "threat": {"norm": "linf"}, "samples": 3, "fingerprint": "one"}
+    for name in ("base-s1", "published-s1", "published-s1-2", "base-s0", "base-s11"):
+        file = tmp_path / "toy" / "runs" / name / "evaluations" / "light.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(content))
+    rows = size.Table(tmp_path, "toy", base_seed=1).measured()
+    assert [(row.seed, row.alike) for row in rows] == [("1", True), ("1", True), ("1-2", False)]
+    assert size.Table(tmp_path, "toy", light=7).setting.light == 7
+    monkeypatch.setattr(tables, "section", lambda *_: "")
+    tables.write({"toy": []}, tmp_path / "out")
+    tables.write({"toy": []}, tmp_path / "out", 1)
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["size-seed-1.json", "size-tables-seed-1.md", "size-tables.md", "size.json"]
+    assert "--table results --base-seed 1`" in (tmp_path / "out" / "size-tables-seed-1.md").read_text()
 
 
 @pytest.mark.parametrize("setting", size.SETTINGS)
