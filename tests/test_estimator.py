@@ -15,6 +15,7 @@ from sklearn.utils.estimator_checks import check_estimator
 import ducat
 from ducat import RobustClassifier
 from ducat.cli import main
+from ducat.runs import RunFolder
 
 TINY = {"epochs": 2, "steps": 1, "batch_size": 32, "random_state": 0}
 IN_PLACE = "scikit-learn's Pipeline fits its steps in place, whatever they are"
@@ -72,6 +73,16 @@ def test_a_run_folder_is_left_that_the_commands_take(
         classifier.fit(flat, y[:200])
     deployed = ducat.load(run, "last")(torch.from_numpy(x[:20, None])).argmax(1)
     np.testing.assert_array_equal(classifier.predict(flat[:20]), classifier.classes_[deployed])
+
+
+def test_the_images_of_another_run_are_not_overwritten(digits: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    x, y = digits
+    classifier = RobustClassifier(**TINY, run_folder=tmp_path / "run").fit(x[:60], y[:60])
+    (tmp_path / "run").rename(tmp_path / "first")
+    with pytest.raises(FileExistsError, match=r"run-data/arrays\.safetensors holds the images of another run"):
+        classifier.fit(1 - x[:60], y[:60])
+    RunFolder.open(tmp_path / "first").dataset()  # which refuses other images
+    classifier.fit(x[:60], y[:60])  # the same may be shared
 
 
 @pytest.mark.parametrize(

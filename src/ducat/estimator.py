@@ -115,7 +115,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
 
         Raises:
             ValueError: if they cannot be used, a pixel is outside [0, 1], or a setting is out of its range.
-            FileExistsError: if there is something at `run_folder`.
+            FileExistsError: if there is something at `run_folder`, or images of another run beside it.
         """
         X, y = validate_data(self, X, y, dtype=np.float32, allow_nd=True, ensure_min_samples=2)  # noqa: N806
         check_classification_targets(y)
@@ -264,7 +264,14 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):
         test = held_out.select(torch.arange(len(held_out)))
         tensors = named_tensors(training, held_out, test)
         header = cache.Header(spec, tuple(map(str, self.classes_)), fingerprint(tensors), "arrays", "")
-        cache.write(cache.entry(settings.name, settings.root), tensors, header)
+        entry = cache.entry(settings.name, settings.root)
+        try:
+            cache.write(entry, tensors, header, replace=False)
+        except ValueError as error:
+            raise FileExistsError(
+                f"run_folder: {entry} holds the images of another run, which are never overwritten: give another "
+                "run_folder"
+            ) from error
         return test
 
     def __sklearn_tags__(self) -> Any:
