@@ -71,8 +71,13 @@ class Architecture:
                 f"the network is a {self.name.removeprefix(GIVEN)} that was given to train, which no run folder can "
                 "build: make it as before, load ducat.weights.read(RUN).weights into it, or give it to resume as model="
             )
-        model = self._foreign(pretrained) if is_foreign(self.name) else self._ours(pretrained, init)
-        return self.doubled(model)[1] if self.dummy_classes else model
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)  # as images and checkpoints are, whatever the caller's default is
+        try:
+            model = self._foreign(pretrained) if is_foreign(self.name) else self._ours(pretrained, init)
+            return self.doubled(model)[1] if self.dummy_classes else model
+        finally:
+            torch.set_default_dtype(dtype)
 
     def doubled(self, model: nn.Module, dummies: str = "random") -> tuple[Architecture, nn.Module]:
         """Add dummy classes to the network, and return its description with them, and the network."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ducat.architecture import Architecture
 from ducat.models import MODELS, Normalize, build
 
 pytestmark = pytest.mark.slow
@@ -174,3 +175,14 @@ def test_convolutions_begin_as_asked(init: str, deviation: float) -> None:
         weight = build("resnet18-bottleneck", 10, width=64, init=init).network.layer2[1].conv2.weight
     # 3 x 3 x 128 in and out: sqrt(2 / 1152), and sqrt(1 / (3 * 1152)).
     assert weight.std().item() == pytest.approx(deviation, rel=0.01)
+
+
+@pytest.mark.parametrize("dummy_classes", [False, True])
+def test_a_described_network_takes_float32_images_whatever_the_default_is(dummy_classes):
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = Architecture("small", 10, dummy_classes, 1, (0.5,), (0.5,), width=4).build()
+        assert torch.get_default_dtype() == torch.float64
+        assert model(torch.rand(2, 1, 8, 8, dtype=torch.float32)).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
