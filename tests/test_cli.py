@@ -135,7 +135,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(
         ("train:\n  epoch: 3\n", "train.epoch is unknown: did you mean train.epochs?"),
         ("train:\n  epochs: many\n", "train.epochs: expected int. Got value: many"),
         ("train: {epochs: -3}\n", "train.epochs=-3 must be at least 1"),
-        ("- 1\n", "Unexpected config"),
+        ("- 1\n", "it holds no settings"),
+        ("train: {epochs: 3}\ndata: {name: digits}\ntrain: {seed: 1}\n", "train is there twice"),
     ],
 )
 def test_a_bad_file_of_settings_is_named(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

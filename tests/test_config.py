@@ -150,6 +150,21 @@ def test_a_bad_file_is_named_in_one_line(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {epochs: 1}\ndata: {name: digits}\ntrain: {seed: 1}\n", r"bad\.yaml: train is there twice"),
+        ("train:\n  epochs: 1\n  seed: 2\n  epochs: 3\n", r"bad\.yaml: train\.epochs is there twice"),
+        ("# train: {epochs: 1}\n", r"bad\.yaml: it holds no settings"),
+    ],
+)
+def test_nothing_in_a_file_is_silently_left_out(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Config.from_yaml(path)
+
+
 def test_every_setting_is_explained_on_the_command_line() -> None:
     text = " ".join(config_parser().format_help().split())
     for section, part in vars(Config()).items():

@@ -534,8 +534,10 @@ class Config:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
         try:
+            text = path.read_text(encoding="utf-8")
             if whole:
-                return copy.deepcopy(_read_whole(path.read_text(encoding="utf-8")))
+                return copy.deepcopy(_read_whole(text))
+            check_keys(text)
             parser = _reader()
             return cls(**vars(parser.instantiate(parser.parse_path(str(path)))))
         except (ArgumentError, ValueError, TypeError, OverflowError, yaml.YAMLError) as error:
@@ -556,6 +558,7 @@ def config_parser(parser: ArgumentParser | None = None) -> ArgumentParser:
 @functools.lru_cache
 def _read_whole(text: str) -> Config:
     """Read settings of a run, which are asked for again and again: reading them takes a quarter of a second."""
+    check_keys(text)
     _check_whole(yaml.safe_load(text))
     parser = _reader()
     return Config(**vars(parser.instantiate(parser.parse_string(text))))
@@ -565,6 +568,18 @@ def _read_whole(text: str) -> Config:
 def _reader() -> ArgumentParser:
     """Return the parser that files are read with, which takes half a second to make."""
     return config_parser()
+
+
+def check_keys(text: str) -> None:
+    """Raise ValueError if a YAML text holds no settings, or one of them twice: its readers keep the last alone."""
+    whole = yaml.compose(text)
+    if not isinstance(whole, yaml.MappingNode):
+        raise ValueError("it holds no settings, such as train: {epochs: 10}")
+    for prefix, section in [("", whole), *((f"{key.value}.", value) for key, value in whole.value)]:
+        names = [key.value for key, _ in section.value] if isinstance(section, yaml.MappingNode) else []
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{prefix}{twice} is there twice, and the last alone would be read: make them one")
 
 
 # Keys that configs of earlier versions have not; the defaults are what those versions did, but for TRADES and MART,

@@ -14,13 +14,14 @@ from jsonargparse import ActionConfigFile, ArgumentError, Namespace
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from yaml import YAMLError
 
 from ducat import checkpoint, data, models, training
 from ducat import demo as demo_room
 from ducat.attacks.suites import SUITES
 from ducat.cli.overview import BAD_INPUT, check, complain
 from ducat.cli.parser import Parser, told
-from ducat.config import DERIVED, Config, DataConfig, ModelConfig, ThreatConfig, config_parser
+from ducat.config import DERIVED, Config, DataConfig, ModelConfig, ThreatConfig, check_keys, config_parser
 from ducat.data.loading import find_spec
 from ducat.evaluation import kept
 from ducat.evaluation.audit import FAILURE
@@ -102,6 +103,12 @@ class _File(ActionConfigFile):
     """`--config`: what a run's config.yaml has written out of defaults follows the options that come after it."""
 
     def __call__(self, parser: Any, given: Any, value: Any, option: str | None = None) -> None:
+        try:
+            check_keys(Path(value).read_text(encoding="utf-8"))
+        except (OSError, YAMLError, UnicodeDecodeError):  # which is told by what reads it
+            pass
+        except ValueError as error:
+            raise ArgumentError(None, f"{value}: {error}") from error
         super().__call__(parser, given, value, option)
         try:
             run = Config.from_yaml(str(given[self.dest][-1]), whole=True)
