@@ -169,3 +169,42 @@ def test_names_that_would_steer_a_terminal_are_escaped(tmp_path: Path) -> None:
     with open_files(path) as files, pytest.raises(ValueError, match="truncated or corrupt") as caught:
         files.read(0)
     assert "\x1b" not in str(caught.value)
+
+
+def test_links_in_a_folder_are_followed(tmp_path: Path) -> None:
+    for place in ("images/train/a", "elsewhere/test/a", "one"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "1.png").write_bytes(b"")
+    (tmp_path / "images" / "test").symlink_to(tmp_path / "elsewhere" / "test")
+    (tmp_path / "images" / "train" / "b").symlink_to("../../one")
+    (tmp_path / "images" / "train" / "a" / "2.png").symlink_to("1.png")
+    (tmp_path / "images" / "train" / "a" / ".#1.png").symlink_to("user@host")  # an editor's lock
+    with open_files(tmp_path / "images") as files:
+        assert files.names == ("test/a/1.png", "train/a/1.png", "train/a/2.png", "train/b/1.png")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"), [("gone.png", "a/link is a link to nothing"), ("..", "a/link is a link to a folder that it")]
+)
+def test_links_that_lead_nowhere_are_named(target: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "link").symlink_to(target)
+    with pytest.raises(ValueError, match=message), open_files(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scanned = os.scandir
+
+    def refusing(path: str) -> object:
+        if os.path.basename(path) in ("test", "lost+found"):
+            raise PermissionError(13, "Permission denied", path)
+        return scanned(path)
+
+    (tmp_path / "lost+found").mkdir()
+    monkeypatch.setattr(os, "scandir", refusing)
+    with open_files(tmp_path) as files:
+        assert not files.names
+    (tmp_path / "test").mkdir()
+    with pytest.raises(ValueError, match="test cannot be read"), open_files(tmp_path):
+        pass

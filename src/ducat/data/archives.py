@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 # No data set shrinks twentyfold when it is packed, and small archives may hold blank images.
 LARGEST_EXPANSION = 20
 ALWAYS_ALLOWED = 2**30
+LEFT_BEHIND = ("__MACOSX", "Thumbs.db", "desktop.ini", "lost+found")
 
 _PACKERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 
@@ -99,7 +100,7 @@ def shown(name: str) -> str:
 
 def is_hidden(name: str) -> bool:
     """Tell whether a file is one that systems and tools leave behind: a part of its name begins with a dot, or so."""
-    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini") for part in name.split("/"))
+    return any(part.startswith(".") or part in LEFT_BEHIND for part in name.split("/"))
 
 
 @contextmanager
@@ -109,7 +110,8 @@ def open_files(path: Path) -> Iterator[Files]:
     Raises:
         FileNotFoundError: there is nothing at `path`.
         ValueError: the archive is damaged, or is not safe: it has links, devices, absolute names, names with "..", or
-            more unpacked bytes than any honest archive of its size; or it is a pipe or a device.
+            more unpacked bytes than any honest archive of its size; or it is a pipe or a device; or a folder in the
+            folder cannot be read, or a link in it leads nowhere or in a circle. Other links in a folder are followed.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
@@ -128,11 +130,24 @@ def _line(error: BaseException) -> str:
 
 
 def _folder(path: Path) -> Files:
+    def unreadable(error: OSError) -> None:  # else the walk goes on without a word
+        if not is_hidden(os.path.relpath(error.filename, path)):
+            raise ValueError(f"{path}: the folder {shown(str(error.filename))} cannot be read ({error.strerror})")
+
     names, folders = [], []
-    for place, inner, files in os.walk(path):
-        prefix = Path(place).relative_to(path).as_posix()
-        prefix = "" if prefix == "." else f"{prefix}/"
-        names += [prefix + name for name in files if os.path.isfile(os.path.join(place, name))]
+    for place, inner, files in os.walk(path, onerror=unreadable, followlinks=True):
+        relative = Path(place).relative_to(path)
+        prefix = "" if relative == Path() else f"{relative.as_posix()}/"
+        around = {os.path.realpath(path / above) for above in (relative, *relative.parents)}
+        for name in inner:
+            if os.path.realpath(os.path.join(place, name)) in around:
+                raise ValueError(f"{path}: {shown(prefix + name)} is a link to a folder that it lies in: remove it")
+        for name in files:
+            file = os.path.join(place, name)
+            if os.path.isfile(file):
+                names.append(prefix + name)
+            elif os.path.islink(file) and not is_hidden(prefix + name) and not os.path.exists(file):
+                raise ValueError(f"{path}: {shown(prefix + name)} is a link to nothing: mend it, or remove it")
         folders += [prefix + name for name in inner]
     names.sort()
     return Files(path, names, lambda position: (path / names[position]).read_bytes(), folders)
