@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from ducat import runs
-from ducat.config import Config
+from ducat.config import Config, DataConfig
+from ducat.data.specs import SPECS
 from ducat.runs import RunFolder, environment
 
 DATA = {"name": "digits", "title": "Digits", "fingerprint": "f", "train": 1, "validation": 1, "test": 1}
@@ -45,6 +46,24 @@ def test_what_is_there_is_never_overwritten_even_if_it_came_meanwhile(tmp_path: 
         with pytest.raises(FileExistsError, match="never overwritten"):
             make()
         assert [path.name for path in tmp_path.rglob("*")] == ["run", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            DataConfig("mine", root=Path("cache")),
+            r"not prepared in cache .* --root cache .*; data\.root in .* is cache,",
+        ),
+        (DataConfig("folder:photos"), r"photos is not a folder.*; data\.name in .* is photos, which counts from"),
+    ],
+)
+def test_data_whose_place_counts_from_another_folder_are_told_of(
+    folder: RunFolder, data: DataConfig, message: str
+) -> None:
+    folder.write_config(Config(name="run", data=data).resolve(SPECS["digits"]))
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        folder.dataset()
 
 
 def test_a_line_of_metrics_that_was_cut_short_is_left_out(folder: RunFolder) -> None:

@@ -23,6 +23,7 @@ from ducat.architecture import Architecture
 from ducat.config import Config
 from ducat.data import Dataset
 from ducat.data import load as load_data
+from ducat.data.streams import parse
 from ducat.dummy import RecoveredClassifier, dummy_head
 
 HOLDS = ("model", "position", "optimizer", "averaged", "random", "spent")  # what a checkpoint's state always has
@@ -187,9 +188,26 @@ class RunFolder:
             ValueError: if other images are prepared under their name.
         """
         settings = self.config.data
-        dataset = load_data(settings.name, samples=settings.samples, root=settings.root, held_out=settings.held_out)
+        try:
+            dataset = load_data(settings.name, samples=settings.samples, root=settings.root, held_out=settings.held_out)
+        except (FileNotFoundError, ValueError) as error:
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{error}{self._where_data_count_from()}") from error
         self.check_data(dataset)
         return dataset
+
+    def _where_data_count_from(self) -> str:
+        """Say of a place of the data that it is another one in another folder; nothing if it is not."""
+        settings = self.config.data
+        kind, place = parse(settings.name) or ("", "")
+        places = {"data.root": settings.root, "data.name": Path(place) if kind in ("folder", "wds") else None}
+        for name, path in places.items():
+            if path is not None and not path.expanduser().is_absolute():
+                return (
+                    f"; {name} in {self.config_path} is {path}, which counts from the folder that training began in: "
+                    "go there, or write the whole path"
+                )
+        return ""
 
     def check_data(self, dataset: Dataset) -> None:
         """Refuse data other than those that the run was trained on.

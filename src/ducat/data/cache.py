@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -205,7 +206,8 @@ def read(
     path = entry(name, root)
     if not path.is_file():
         known = "" if name in SPECS else f" ({known_names(name)})"
-        raise FileNotFoundError(f"data set {name} is not prepared{known}: run {_command(name)}")
+        where, option = ("", "") if root is None else (f" in {root}", f" --root {shlex.quote(str(root))}")
+        raise FileNotFoundError(f"data set {name} is not prepared{where}{known}: run {_command(name, option)}")
     header = _read_header(path)
     tensors = Layout.read(path).open(path)
     if verify and not header.get("stream"):
@@ -215,9 +217,9 @@ def read(
     return tensors, _header(name, header)
 
 
-def _command(name: str, replace: str = "") -> str:
+def _command(name: str, options: str = "") -> str:
     source = "[--from ARCHIVE]" if name in SPECS and SPECS[name].sources else "--from FOLDER-OR-ZIP"
-    return f"`ducat data prepare {name}{replace} {source}`"
+    return f"`ducat data prepare {name}{options} {source}`"
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def resume(
     config = folder.config
     if objective is None and "objective" in folder.manifest:
         raise ValueError(f"{path} minimises an objective of its own: give it again, to ducat.training.resume")
-    dataset = _dataset(config, data)
+    dataset = folder.dataset() if data is None else data
     folder.check_data(dataset)
     read = _written(folder)
     tensors, state, notice = checkpoint.read_or_previous(folder.checkpoint_path("last"), holds=HOLDS)
