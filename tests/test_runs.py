@@ -1,6 +1,8 @@
 import errno
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,9 @@ import pytest
 from ducat import runs
 from ducat.config import Config, DataConfig
 from ducat.data.specs import SPECS
+from ducat.reporting.compare import Run
 from ducat.runs import RunFolder, environment
+from ducat.training import Interrupted
 
 DATA = {"name": "digits", "title": "Digits", "fingerprint": "f", "train": 1, "validation": 1, "test": 1}
 
@@ -64,6 +68,17 @@ def test_data_whose_place_counts_from_another_folder_are_told_of(
     folder.write_config(Config(name="run", data=data).resolve(SPECS["digits"]))
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         folder.dataset()
+
+
+def test_commands_in_messages_are_as_a_shell_takes_them(folder: RunFolder, tmp_path: Path) -> None:
+    spaced = RunFolder(folder.path.rename(tmp_path / "my run"))
+    typed = re.escape(shlex.quote(str(spaced.path)))
+    with pytest.raises(Interrupted, match=f"ducat train --resume {typed}$"):
+        raise Interrupted(2, spaced)
+    with pytest.raises(FileExistsError, match=f"--resume {typed}$"), RunFolder.making(spaced.path):
+        pass
+    with pytest.raises(FileNotFoundError, match=f"`ducat evaluate {typed}`"):
+        Run.read(spaced.path)
 
 
 def test_a_line_of_metrics_that_was_cut_short_is_left_out(folder: RunFolder) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,7 @@ class RunFolder:
             path.mkdir(parents=True)
         except FileExistsError:
             raise FileExistsError(
-                f"{path} exists, and a run is never overwritten: give another --name, or --resume {path}"
+                f"{path} exists, and a run is never overwritten: give another --name, or --resume {cls(path).quoted}"
             ) from None
         (path / "checkpoints").mkdir()
         return cls(path)
@@ -60,7 +61,7 @@ class RunFolder:
         Raises:
             FileExistsError: if something is there already; nothing is overwritten.
         """
-        taken = f"{path} exists, and a run is never overwritten: give another --name, or --resume {path}"
+        taken = f"{path} exists, and a run is never overwritten: give another --name, or --resume {cls(path).quoted}"
         if path.exists():
             raise FileExistsError(taken)
         hidden = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -90,6 +91,11 @@ class RunFolder:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def quoted(self) -> str:
+        """The path as a shell takes it, for commands that a message names."""
+        return shlex.quote(str(self.path))
 
     @property
     def config_path(self) -> Path:

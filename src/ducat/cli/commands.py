@@ -84,7 +84,7 @@ def _print_trained(console: Console, folder: RunFolder) -> None:
     if "robust" in last:
         shares = ", ".join(f"{name} {100 * last[name]:.1f}" for name in ("clean", "blind", "robust"))
         told, which = f"validation {shares} (last epoch)", ""
-    _print(console, f"{folder.path}: {told}. Next: ducat evaluate {folder.path}{which}")
+    _print(console, f"{folder.path}: {told}. Next: ducat evaluate {folder.quoted}{which}")
 
 
 def _check_resume(given: Namespace) -> None:
@@ -454,7 +454,8 @@ def _run_calibrate(arguments: Namespace, console: Console) -> None:
         console,
         f"{folder.rejection_path}: refuses images whose {made['signal']} is below {made['threshold']:.4g}, "
         f"{100 * made['reject']:g} % of the correctly classified among {made['images']} validation images. "
-        f"What that withstands: ducat evaluate {folder.path} --which {made['checkpoint']} --reject {made['reject']:g}",
+        f"What that withstands: ducat evaluate {folder.quoted} --which {made['checkpoint']} "
+        f"--reject {made['reject']:g}",
     )
 
 

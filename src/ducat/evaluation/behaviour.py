@@ -258,7 +258,7 @@ def read(folder: RunFolder) -> dict[str, Any] | None:
     path = _path(folder)
     if not path.is_file():
         return None
-    content = records.read(path, records.Behaviour, f"run `ducat evaluate {folder.path}` again")
+    content = records.read(path, records.Behaviour, f"run `ducat evaluate {folder.quoted}` again")
     return content if content["evaluation"] == _digest(folder.evaluation_path) else None
 
 

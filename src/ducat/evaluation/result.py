@@ -332,7 +332,7 @@ class Evaluation:
         path = Path(path)
         file = (RunFolder(path).evaluation_path if path.is_dir() else path).with_suffix(".safetensors")
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist: run `ducat evaluate {path}` first")
+            raise FileNotFoundError(f"{file} does not exist: run `ducat evaluate {RunFolder(path).quoted}` first")
         tensors, state = checkpoint.read(file, holds=("evaluation",))
         content = state["evaluation"]
         measured = content["audit"]

@@ -270,7 +270,7 @@ def read_calibration(folder: RunFolder, which: Which) -> dict[str, Any] | None:
     """
     if not folder.rejection_path.is_file():
         return None
-    remedy = f"run `ducat calibrate {folder.path}` again, or delete it"
+    remedy = f"run `ducat calibrate {folder.quoted}` again, or delete it"
     content: dict[str, Any] = records.read(folder.rejection_path, records.Calibration, remedy)
     if content["checkpoint"] != which:
         return None

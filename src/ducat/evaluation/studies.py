@@ -403,7 +403,7 @@ def _evaluations(runs: Sequence[Path]) -> dict[str, Evaluation]:
     for folder, evaluation in zip(folders, evaluations, strict=True):
         if not kept.is_current(folder, evaluation.to_dict()):
             raise ValueError(
-                f"{folder.path} has been trained on since it was evaluated: run `ducat evaluate {folder.path}` again"
+                f"{folder.path} has been trained on since it was evaluated: run `ducat evaluate {folder.quoted}` again"
             )
     names = [run.name for run in runs]
     repeated = len(set(names)) < len(names)

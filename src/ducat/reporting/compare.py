@@ -72,13 +72,13 @@ class Run:
             return cls._of_file(path, name)
         folder = RunFolder.open(path)
         if not folder.evaluation_path.is_file():
-            raise FileNotFoundError(f"{path} has no evaluation yet: run `ducat evaluate {path}`")
+            raise FileNotFoundError(f"{path} has no evaluation yet: run `ducat evaluate {folder.quoted}`")
         return cls._of_folder(folder, name, None)
 
     @classmethod
     def _of_folder(cls, folder: RunFolder, name: str | None, file: Path | None) -> "Run":
         chosen = file or folder.evaluation_path
-        evaluation = keeping.read(chosen, f"run `ducat evaluate {folder.path}` again")
+        evaluation = keeping.read(chosen, f"run `ducat evaluate {folder.quoted}` again")
         seen = behaviour.read(folder) if file is None else None
         return cls(
             name or folder.name,
@@ -530,9 +530,10 @@ def _state_notes(runs: Sequence[Run]) -> list[str]:
         if run.manifest.get("status", "finished") != "finished"
     ]
     notes += [
-        f"{run.name} has been trained on since it was evaluated: run `ducat evaluate {run.path}` again"
+        f"{run.name} has been trained on since it was evaluated: "
+        f"run `ducat evaluate {RunFolder(run.path).quoted}` again"
         for run in runs
-        if not run.current
+        if run.path is not None and not run.current
     ]
     changed = [run.name for run in runs if (run.manifest.get("git") or {}).get("changed")]
     return notes + ([f"made with uncommitted changes to the code: {', '.join(changed)}"] if changed else [])

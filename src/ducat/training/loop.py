@@ -622,7 +622,7 @@ class _Loop:
             try:
                 self.folder.save(which, tensors, state)
             except OSError as error:
-                resume = f"ducat train --resume {self.folder.path}"
+                resume = f"ducat train --resume {self.folder.quoted}"
                 raise OSError(error.errno, f"{error.strerror}; the checkpoint before it is whole: {resume}") from error
         self.saved_at = time.monotonic()
 

@@ -5,6 +5,7 @@ the global batch, and random draws are made for the global batch. An attack runs
 exchanged inside it: in evaluation mode batch norm reads the running statistics, which are the same everywhere.
 """
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ def lost_processes_named(run: Path) -> Iterator[None]:
             raise
         raise OSError(
             "another process of this training has ended or cannot be reached: its own message says why; go on with the "
-            f"same launcher and: ducat train --resume {run}"
+            f"same launcher and: ducat train --resume {shlex.quote(str(run))}"
         ) from error
 
 

@@ -16,7 +16,7 @@ class Interrupted(KeyboardInterrupt):
     """A signal stopped the run after a whole step; `signum` is the signal, and the run is saved."""
 
     def __init__(self, signum: int, folder: RunFolder, *, finished: bool = False) -> None:
-        rest = f"{folder.path} is finished" if finished else f"continue with: ducat train --resume {folder.path}"
+        rest = f"{folder.path} is finished" if finished else f"continue with: ducat train --resume {folder.quoted}"
         super().__init__(f"stopped by {signal.Signals(signum).name}; {rest}")
         self.signum = signum
 
