@@ -324,6 +324,14 @@ def test_what_processes_had_finished_when_one_was_killed_is_kept(templates: Temp
     assert not [line for line in said if line.endswith("samples 11 to 20")], "a finished chunk is attacked again"
 
 
+def test_two_evaluations_do_not_share_a_folder(templates: Templates, tmp_path: Path) -> None:
+    def second(attack: str) -> None:
+        with pytest.raises(ValueError, match="parts is in use by another evaluation: wait for it"):
+            evaluate(templates, parts=tmp_path / "parts")
+
+    evaluate(templates, parts=tmp_path / "parts", progress=second)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     config = Config(

@@ -289,16 +289,37 @@ def shared(
     processes = PartialState()
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{number:05d}.safetensors" for number in range(len(chunks))]
-    for number in range(processes.process_index, len(chunks), processes.num_processes):
-        if _read(files[number], key) is None:
-            _write(files[number], key, attacked(number))
-        spooled.release(x)
-    processes.wait_for_everyone()
-    for file in files:
-        part = _read(file, key)
-        if part is None:
-            raise RuntimeError(f"{file} is gone: do two evaluations use {folder}?")
-        yield part
+    with _alone(folder) if processes.is_main_process else contextlib.nullcontext():
+        for number in range(processes.process_index, len(chunks), processes.num_processes):
+            if _read(files[number], key) is None:
+                _write(files[number], key, attacked(number))
+            spooled.release(x)
+        processes.wait_for_everyone()
+        for file in files:
+            part = _read(file, key)
+            if part is None:
+                raise RuntimeError(f"{file} is gone: do two evaluations use {folder}?")
+            yield part
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep a second evaluation of the same kind from doing the work again, and from taking the chunks away.
+
+    Raises:
+        ValueError: if another one is at work.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / "lock", blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{folder} is in use by another evaluation: wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _write(file: Path, key: Key, part: Part) -> None:

@@ -364,7 +364,7 @@ def _evaluate_and_save(
     processes.wait_for_everyone()
     if path is not None and parts is not None and processes.is_main_process:
         evaluation.save(path, replace=True)  # whether it may be replaced was settled before hours of work
-        shutil.rmtree(parts)
+        shutil.rmtree(parts, ignore_errors=True)  # another one, which took the chunks up, may have done it
     return evaluation.to_dict()
 
 
