@@ -1,3 +1,4 @@
+import io
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from ducat.cli.commands import COMMANDS
 from ducat.cli.overview import OTHERS, SUMMARIES
 from ducat.config import Config
 from ducat.data import SPECS
-from ducat.runs import RunFolder
+from ducat.runs import RunFolder, environment
 
 pytestmark = pytest.mark.slow
 
@@ -445,3 +446,14 @@ def test_runs_are_analysed_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert "give one run" in said(capsys)[1]
     assert main(["analyze", "always-failed", "runs/s0"]) == 2
     assert "at least two" in said(capsys)[1]
+
+
+def test_what_a_terminal_cannot_show_does_not_end_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {"name": "digits", "title": "Digits", "fingerprint": "f", "train": 1, "validation": 1, "test": 1}
+    with RunFolder.making(tmp_path / "r\xfcn") as made:
+        made.write_config(Config(name="r\xfcn"))
+        made.update_manifest({"status": "finished", "data": data, **environment()})
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    assert main(["train", "--resume", str(tmp_path / "r\xfcn")]) == 0
+    assert b"r\\xfcn is finished" in written.getvalue()

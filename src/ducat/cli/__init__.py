@@ -1,5 +1,6 @@
 """The command line. What is here imports no PyTorch: help, version, completion and wrong commands answer at once."""
 
+import io
 import os
 import signal
 import sys
@@ -15,6 +16,8 @@ HELP, VERSION = ("-h", "--help", "help"), ("-V", "--version")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a letter that cannot be shown is no failure of the work
     arguments = list(sys.argv[1:] if argv is None else argv)
     traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]
