@@ -657,6 +657,7 @@ def _conclude(
             nature=nature.names,
             draws=nature.draws,
             repeats=last,
+            whole_batches=subject.network.batch_size,
             folded=job.folded is not None,
             not_finite=job.not_finite(adversarial, batch_size),
             opinion=opinion,
