@@ -162,6 +162,7 @@ class Scrutiny(TypedDict):
     nature: list[str]
     draws: int
     repeats: int
+    whole_batches: NotRequired[int | None]
     folded: bool
     not_finite: int
     opinion: Opinion | None

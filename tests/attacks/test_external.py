@@ -66,6 +66,22 @@ def test_images_stay_in_the_ball_and_nothing_else_changes(
 
 
 @pytest.mark.parametrize(("attack", "norm"), ATTACKS)
+def test_a_network_that_seeds_the_global_generator_does_not_repeat_the_attacks_draws(
+    attack: Callable[..., torch.Tensor], norm: str, network: nn.Module, images: torch.Tensor, labels: torch.Tensor
+) -> None:
+    class Seeding(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.manual_seed(0)
+            logits: torch.Tensor = network(x)
+            return logits
+
+    network.eval()
+    threat = ducat.ThreatModel(norm, EPS[norm] / 2)
+    found = [attack(model, images, labels, threat, torch.Generator().manual_seed(1)) for model in (network, Seeding())]
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("attack", "norm"), ATTACKS)
 def test_no_images_are_no_error(
     attack: Callable[..., torch.Tensor], norm: str, network: nn.Module, images: torch.Tensor, labels: torch.Tensor
 ) -> None:

@@ -505,6 +505,24 @@ def test_an_attack_of_the_callers_own_joins_the_worst_case(templates: Templates)
         evaluate(templates, idle, attacks=[towards_the_next, towards_the_next])
 
 
+def test_a_network_that_seeds_itself_does_not_repeat_the_draws_of_the_callers_own_attack(templates: Templates) -> None:
+    model, x, y = templates
+    drawn = []
+
+    def seeding(images: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return model(images)
+
+    def search(classifier: nn.Module, x: torch.Tensor, *rest: object) -> torch.Tensor:
+        for _ in range(2):
+            drawn.append(torch.rand(()))
+            classifier(x)
+        return x
+
+    evaluate((seeding, x, y), idle_suite(), attacks=[search])
+    assert drawn[0] != drawn[1]
+
+
 def idle_suite() -> Suite:
     return Suite((Attack("idle", False, lambda model, x, *rest: x),), audit=False)
 

@@ -94,6 +94,21 @@ def test_a_network_that_refuses_small_batches_by_a_value_error_gets_full_ones(te
         evaluate(lambda images: images, x, y)
 
 
+def test_images_that_meet_are_seen_where_a_network_takes_one_size_of_batch_alone(templates: Templates) -> None:
+    model, x, y = templates
+
+    def company(images: torch.Tensor) -> torch.Tensor:
+        assert len(images) == 40
+        benign = (images[:, None] == x[None]).flatten(2).all(2).any(1)
+        # An adversarial image among benign ones meets the network, many of them meet another that withstands.
+        return model(images if int((~benign).sum()) < 3 else images.round(decimals=0))
+
+    found = evaluate(company, x, y)
+    assert found.scrutiny.nature == ["batch-dependent"]
+    assert found.at_most
+    assert "it takes 40 images at a time alone" in " ".join(found.warnings)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_attacked_like_float32(templates: Templates, dtype: torch.dtype) -> None:
     model, x, y = templates

@@ -146,11 +146,51 @@ def _autoattack(model: nn.Module, x: Tensor, threat: ThreatModel, seed: int) -> 
     from pyautoattack import AutoAttack
 
     norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[threat.norm]
-    attack = AutoAttack(model, norm=norm, eps=threat.eps, seed=seed, device=x.device)
+    attack = AutoAttack(Apart(model, x.device), norm=norm, eps=threat.eps, seed=seed, device=x.device)
     # What AutoAttack has to say about the model, `ducat.evaluate` says in its own warnings.
     silent = logging.Logger("autoattack", level=logging.CRITICAL + 1)
     attack.logger = attack.apgd.logger = attack.apgd_targeted.logger = silent
     return attack
+
+
+class Apart(nn.Module):
+    """A network whose random numbers are a stream apart from that of who asks it.
+
+    Libraries draw from PyTorch's global generators. A network that seeds these whenever it is asked, so that its noise
+    is always the same, would let a random search try one step again and again.
+
+    Args:
+        model: the network.
+        device: where it is.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training  # its own alone: layers inside may be in another mode than what holds them
+        self.generators = [torch.random.default_generator]
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self.generators.append(torch.cuda.default_generators[index])
+        self.states = self._states()
+
+    def _states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self.generators]
+
+    def _go_on(self, states: list[Tensor]) -> list[Tensor]:
+        """Go on with other streams, and return where those are that are left."""
+        left = self._states()
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.set_state(state)
+        return left
+
+    def forward(self, x: Tensor) -> Tensor:
+        others = self._go_on(self.states)
+        try:
+            logits: Tensor = self.model(x)
+            return logits
+        finally:
+            self.states = self._go_on(others)
 
 
 def _closest(

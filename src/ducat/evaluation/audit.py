@@ -219,11 +219,17 @@ def _sink_gap(evaluation: Evaluation) -> str | None:
 
 def _nature(evaluation: Evaluation) -> Sequence[str]:
     scrutiny = evaluation.scrutiny
+    met = (
+        f"it takes {scrutiny.whole_batches} images at a time alone, so each was judged among others that were attacked "
+        "too, and an attacker who sends it in other company may do better"
+        if scrutiny.whole_batches
+        else "each image was attacked and judged alone and as the last of a benign batch, and must withstand both"
+    )
     told = {
         "random": f"the network is random: gradients were averaged over {scrutiny.draws} draws, and robust accuracy is "
         f"the expected one over {scrutiny.repeats} passes; a better average may lower it",
         "batch-dependent": "the network is batch-dependent: what it says of 1 image depends on the rest of its batch; "
-        "each image was attacked and judged alone and as the last of a benign batch, and must withstand both",
+        + met,
         "stateful": "the network is stateful: it answers otherwise after it was asked; each of its passes began with "
         "what it held at first, and an attacker who may ask it more than 1 time may do better",
     }

@@ -14,6 +14,7 @@ from torch.backends import cudnn, mkldnn
 
 from ducat import losses
 from ducat.attacks.adaptive import SilentDummies, is_recovered, with_dummy_classes
+from ducat.attacks.external import Apart
 from ducat.attacks.guides import Replaced, Softened, classifiers_inside, narrowed
 from ducat.attacks.pgd import attackable
 from ducat.attacks.suites import Attack, RunAttack, Suite, attack_name, find_suite, through
@@ -256,7 +257,7 @@ def _own(attacks: Sequence[Attack | RunAttack], subject: _Subject) -> list[Attac
         def run(
             model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, noise: torch.Generator, own: RunAttack = attack
         ) -> Tensor:
-            return own(RecoveredClassifier(model), x, y, threat, noise)
+            return own(RecoveredClassifier(Apart(model, x.device)), x, y, threat, noise)
 
         rows.append(Attack(f"own-{name}", subject.how is not None, run))
     return rows
@@ -656,6 +657,7 @@ def _conclude(
             nature=nature.names,
             draws=nature.draws,
             repeats=last,
+            whole_batches=subject.network.batch_size,
             folded=job.folded is not None,
             not_finite=job.not_finite(adversarial, batch_size),
             opinion=opinion,

@@ -134,6 +134,7 @@ class Scrutiny:
         nature: "random", "batch-dependent" and "stateful", those that apply.
         draws: passes that each gradient was averaged over.
         repeats: passes that judged each image in the end.
+        whole_batches: the only size of batch that the network takes; None for any.
         folded: whether the attacks used a copy with folded batch norm, which agreed with the network on all images.
         not_finite: adversarial images for which the network's outputs are not finite; they count as wrong.
         opinion: the second opinion; None if the suite asks for none.
@@ -143,6 +144,7 @@ class Scrutiny:
     nature: Sequence[str] = ()
     draws: int = 1
     repeats: int = 1
+    whole_batches: int | None = None
     folded: bool = False
     not_finite: int = 0
     opinion: Opinion | None = None

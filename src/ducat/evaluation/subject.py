@@ -342,11 +342,10 @@ def _draws(outputs: Float[Tensor, "draws rows classes"]) -> int:
 
 def _meet(network: Measured, probe: Tensor, benign: int, together: Tensor, generator: torch.Generator) -> bool:
     """Tell whether images of a batch meet."""
-    if network.batch_size:
-        return False
     order = torch.randperm(len(probe), generator=generator, device=generator.device).to(probe.device)
     half = len(probe) // 2
-    rows = torch.arange(0, len(probe), max(1, len(probe) // 24), device=probe.device)
+    some = 4 if network.batch_size else 24  # each costs a whole batch where the network takes no less
+    rows = torch.arange(0, len(probe), max(1, len(probe) // some), device=probe.device)
     company = probe[: min(COMPANY, benign)]
     others = [
         (network(probe[order]), together[order]),
@@ -397,7 +396,8 @@ class Averaged(nn.Module):
 
 def views(network: Measured, nature: Nature, x: Tensor) -> list[nn.Module]:
     """Return every way in which an image may meet the network: it has to withstand all of them."""
-    if not nature.batch_dependent:
+    # Where a network takes whole batches alone, a batch for each image would take too long.
+    if not nature.batch_dependent or network.batch_size:
         return [network]
     return [Alone(network), InCompany(network, x[:COMPANY].to(network.device))]
 
