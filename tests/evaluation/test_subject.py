@@ -1,6 +1,7 @@
 """What people bring, and what kind of function it is."""
 
 import contextlib
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -213,6 +214,20 @@ def moves(net: Net, x: torch.Tensor) -> torch.Tensor:
     return net.inside(x + net.shift)
 
 
+def learns(net: Net, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        for weight in net.inside.parameters():
+            weight.add_(1)
+    return net.inside(x)
+
+
+def replaces(net: Net, x: torch.Tensor) -> torch.Tensor:
+    for module in net.inside.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(-module.weight.detach())
+    return net.inside(x)
+
+
 def mixes(net: Net, x: torch.Tensor) -> torch.Tensor:
     return net.inside(x - x.mean(0, keepdim=True))
 
@@ -228,6 +243,8 @@ def noisy(net: Net, x: torch.Tensor) -> torch.Tensor:
         (drifts, ["stateful"]),
         (remembers, ["stateful"]),
         (moves, ["stateful"]),
+        (learns, ["stateful"]),
+        (replaces, ["stateful"]),
         (mixes, ["batch-dependent"]),
         (noisy, ["random"]),
     ],
@@ -235,7 +252,11 @@ def noisy(net: Net, x: torch.Tensor) -> torch.Tensor:
 def test_the_nature_of_a_network_is_found(
     templates: Templates, forward: Callable[[Net, torch.Tensor], torch.Tensor], names: list[str]
 ) -> None:
-    assert nature(Net(templates[0], forward).eval(), templates).names == names
+    net = Net(copy.deepcopy(templates[0]), forward).eval()
+    before = copy.deepcopy(net.state_dict())
+    found = evaluate(net, *templates[1:])
+    assert found.scrutiny.nature == names
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
 def test_keeping_a_note_of_a_pass_is_no_fault(templates: Templates) -> None:

@@ -414,11 +414,11 @@ def _internal(name: str) -> bool:
 
 
 class State:
-    """What a network holds besides its parameters, as it was when this was made.
+    """What a network holds, as it was when this was made.
 
-    Buffers, and what plain attributes, containers, objects and closures of its modules hold, also of modules that a
-    function names as globals. Sources of random numbers are left to run on. What is kept elsewhere (any other global, a
-    file) is not seen.
+    Parameters and buffers, of which it keeps copies, and what plain attributes, containers, objects and closures of its
+    modules hold, also of modules that a function names as globals. Sources of random numbers are left to run on. What
+    is kept elsewhere (any other global, a file) is not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -467,7 +467,7 @@ class State:
 
     def _look(self, thing: Any, depth: int) -> None:
         """Note what `thing` holds, and what is in it."""
-        skipped = isinstance(thing, (*_SOURCES, *_PLAIN, type, ModuleType, nn.Parameter))
+        skipped = isinstance(thing, (*_SOURCES, *_PLAIN, type, ModuleType))
         if skipped or id(thing) in self._seen or not depth:
             return
         self._seen[id(thing)] = thing
@@ -503,7 +503,7 @@ class State:
             self._holders.append((holder, kept))
             inside = list(kept.values())
             if isinstance(thing, nn.Module):
-                inside += [thing._buffers, *thing._modules.values()]
+                inside += [thing._parameters, thing._buffers, *thing._modules.values()]
         for one in inside:
             self._look(one, depth - 1)
 
