@@ -128,6 +128,14 @@ def test_the_pages_have_the_numbers_that_were_measured_on_photographs() -> None:
         numbers = [f"{100 * each:.1f}" for each in (light["clean"]["accuracy"], light["blind"], light["robust"])]
         assert f"| ours, width 32, {on_page} | {' | '.join(numbers)} |" in page
         assert all(number in sentence for number in numbers), title
+    again = json.loads((ROOT / "results" / "size-seed-1.json").read_text())["cpu"]
+    sentence = " ".join(readme.partition("Trained anew with another seed")[2].partition("\n\n")[0].split())
+    for title, (_, on_page) in titles.items():
+        light = _in_linf(again[f"{title}, seed 1"])["light"]
+        assert light["samples"] == 8000
+        numbers = [f"{100 * each:.1f}" for each in (light["clean"]["accuracy"], light["blind"], light["robust"])]
+        assert f"| ours, seed 1, {on_page} | {' | '.join(numbers)} |" in page
+        assert all(number in sentence for number in numbers), title
     for title, (_, on_page) in titles.items():
         suites = _in_linf(settings["tiny"][title])
         light, standard = suites["light"], suites["standard"]
