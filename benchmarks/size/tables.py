@@ -8,10 +8,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from benchmarks.size.settings import SETTINGS, Setting
 from ducat import checkpoint
+from ducat.data.images import stratified_order
 from ducat.evaluation.engine import FOLLOWING
 from ducat.evaluation.statistics import holm, mcnemar
 from ducat.evaluation.studies import always_failed
@@ -111,6 +113,25 @@ def paired(rows: Sequence[Measured]) -> str:
     return head + "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
+def fewer(rows: Sequence[Measured], samples: int) -> str:
+    """Return what is left of the first `samples` images of those that rows were attacked on, as a table; "" of none.
+
+    An evaluation on fewer images takes just these: the subset of the same test images.
+    """
+    text = []
+    for row in rows:
+        name = row.by("light", "linf").get(row.title)
+        if name is not None and row.evaluations[name]["samples"] > samples:
+            flags = load_file(row.folder.evaluations_path / f"{name}.safetensors")
+            order = stratified_order(row.folder.dataset().test.labels)
+            attacked = order[: row.evaluations[name]["samples"]].sort().values
+            these = torch.isin(attacked, order[:samples])
+            shares = [f"{100 * flags[kind][these].double().mean():.1f}" for kind in ("clean", "robust")]
+            text.append(f"| {row.title} | {int(these.sum())} | {' | '.join(shares)} |\n")
+    head = "| network | images | clean | robust |\n| --- | ---: | ---: | ---: |\n"
+    return head + "".join(text) if text else ""
+
+
 def trained(rows: Sequence[Measured]) -> str:
     """Return what each training took, as a table in Markdown."""
     text = [
@@ -138,6 +159,9 @@ def section(name: str, setting: Setting, rows: Sequence[Measured]) -> str:
         found = [(heading, row.evaluations[name]) for row in rows for heading, name in row.by(suite, norm).items()]
         if found:
             text += [f"### {title}\n", table(found)]
+    few = fewer(rows, setting.light)
+    if few:
+        text += [f"### Of these images, the {setting.light} that the setting itself attacks\n", few]
     differences = paired(rows)
     if differences:
         title = "### Differences on the same images\n"

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,26 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, as `write_atomically` does."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def locked(lock: Path, taken: str) -> Iterator[None]:
+    """Keep other processes from what a file stands for; the system lets go of the lock when the process dies.
+
+    Raises:
+        ValueError: if it is held already, with the message `taken`.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(lock, blocking=False)
+    try:
+        held.acquire()
+    except Timeout:
+        raise ValueError(taken) from None
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def previous_of(path: Path) -> Path:

@@ -153,17 +153,9 @@ class RunFolder:
         Raises:
             ValueError: if another process holds it.
         """
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.path / ".lock", blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(f"{self.path} is being trained by another process: wait for it, or stop it") from None
-        try:
+        taken = f"{self.path} is being trained by another process: wait for it, or stop it"
+        with checkpoint.locked(self.path / ".lock", taken):
             yield
-        finally:
-            lock.release()
 
     def clean(self, from_epoch: int) -> None:
         """Remove what a killed process left: temporary files, and the metrics of epochs that will be run again."""

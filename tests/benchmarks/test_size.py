@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from benchmarks.size import __main__ as size
 from benchmarks.size import tables
 from ducat import checkpoint
 from ducat.cli import commands
+from ducat.data.images import Images, stratified_subset
 from ducat.runs import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -75,6 +77,23 @@ def test_tables_of_another_base_leave_those_of_the_first_alone(tmp_path: Path, m
     made = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert made == ["size-seed-1.json", "size-tables-seed-1.md", "size-tables.md", "size.json"]
     assert "--table results --base-seed 1`" in (tmp_path / "out" / "size-tables-seed-1.md").read_text()
+
+
+def test_of_many_images_those_are_told_that_an_evaluation_on_fewer_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = torch.arange(40) % 4
+    images = Images(torch.zeros(40, 1, 2, 2, dtype=torch.uint8), labels, torch.arange(40))
+    folder = RunFolder(tmp_path)
+    monkeypatch.setattr(RunFolder, "dataset", lambda folder: SimpleNamespace(test=images))
+    folder.evaluations_path.mkdir()
+    few = torch.isin(torch.arange(40), stratified_subset(images, 8).ids)
+    kept = stratified_subset(images, 20).ids
+    save_file({"clean": few[kept], "robust": ~few[kept]}, folder.evaluations_path / "light-20.safetensors")
+    content = {"suite": "light", "threat": {"norm": "linf"}, "samples": 20}
+    row = tables.Measured("one", "1", folder, {"light-20": content})
+    assert tables.fewer([row], 8).endswith("| one, seed 1 | 8 | 100.0 | 0.0 |\n")
+    assert tables.fewer([row], 20) == ""
 
 
 @pytest.mark.parametrize("setting", size.SETTINGS)

@@ -289,7 +289,9 @@ def shared(
     processes = PartialState()
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{number:05d}.safetensors" for number in range(len(chunks))]
-    with _alone(folder) if processes.is_main_process else contextlib.nullcontext():
+    # A second evaluation of the same kind would do the work again, and its end would take the chunks away.
+    taken = f"{folder} is in use by another evaluation: wait for it, or stop it"
+    with checkpoint.locked(folder / "lock", taken) if processes.is_main_process else contextlib.nullcontext():
         for number in range(processes.process_index, len(chunks), processes.num_processes):
             if _read(files[number], key) is None:
                 _write(files[number], key, attacked(number))
@@ -300,26 +302,6 @@ def shared(
             if part is None:
                 raise RuntimeError(f"{file} is gone: do two evaluations use {folder}?")
             yield part
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keep a second evaluation of the same kind from doing the work again, and from taking the chunks away.
-
-    Raises:
-        ValueError: if another one is at work.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / "lock", blocking=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"{folder} is in use by another evaluation: wait for it, or stop it") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _write(file: Path, key: Key, part: Part) -> None:

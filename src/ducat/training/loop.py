@@ -409,7 +409,7 @@ class _Loop:
                 if isinstance(self.listener, Watcher):
                     self.listener.begin(self._plan())
                 with (
-                    lost_processes_named(self.folder.path),
+                    lost_processes_named(self.folder),
                     collected(launched=self.accelerator.num_processes > 1) as self.received,
                 ):
                     while self.position.epoch < settings.epochs:

@@ -5,10 +5,8 @@ the global batch, and random draws are made for the global batch. An attack runs
 exchanged inside it: in evaluation mode batch norm reads the running statistics, which are the same everywhere.
 """
 
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +17,17 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from ducat.runs import RunFolder
+
 PIXELS = (0, 2, 3)  # all dimensions of activations but the channels
 
 
 @contextmanager
-def lost_processes_named(run: Path) -> Iterator[None]:
+def lost_processes_named(run: RunFolder) -> Iterator[None]:
     """Say in one line that another process has gone, instead of where an exchange with it failed.
 
     Args:
-        run: the folder of the run that they train.
+        run: what they train.
 
     Raises:
         OSError: an exchange with another process failed.
@@ -40,7 +40,7 @@ def lost_processes_named(run: Path) -> Iterator[None]:
             raise
         raise OSError(
             "another process of this training has ended or cannot be reached: its own message says why; go on with the "
-            f"same launcher and: ducat train --resume {shlex.quote(str(run))}"
+            f"same launcher and: ducat train --resume {run.quoted}"
         ) from error
 
 
