@@ -368,6 +368,13 @@ def test_classes_without_test_images_are_said(image_folder: Path, picture: Calla
     assert data.prepare("insects", image_folder).notice == "no test image of: fly, wasp"
 
 
+def test_test_images_that_are_trained_on_are_counted(image_folder: Path) -> None:
+    for number, path in enumerate(sorted((image_folder / "train" / "ant").iterdir())[:3]):
+        shutil.copy(path, image_folder / "test" / "bee" / f"again-{number}{path.suffix}")
+    notice = data.prepare("insects", image_folder).notice
+    assert notice == "3 test images are among those for training or validation, pixel by pixel"
+
+
 def test_what_an_image_folder_leaves_out_is_said(image_folder: Path, picture: Callable[..., bytes]) -> None:
     for name in ("train/ant/notes.txt", "train/bee/x.tga", "train/bee/y.tga", "train/.cache/x.png"):
         add(name, picture(1))(image_folder)

@@ -33,6 +33,10 @@ RULE = [
     ([content("light", 1000, 0.45), content("standard", 500, 0.5)], 0),
     ([content("light", 500, 0.6), content("light", 500, 0.55, seed=1)], 1),
     ([content("ours", 500, 0.9), content("light", 100, 0.6)], 1),
+    # A harder suite does not hide what an easier one, helped by surrogates say, has broken of as many images.
+    ([content("light", 500, 0.5), content("standard", 500, 0.7)], 0),
+    ([content("light", 500, 0.5), content("standard", 500, 0.7, at_most=True)], 0),
+    ([content("light", 400, 0.5), content("standard", 500, 0.7)], 1),
     # What is known to be an upper bound is not hidden by a measurement that could not see why.
     ([content("light", 1000, 0.45), content("standard", 200, 0.5, at_most=True)], 1),
     # No easier ball, and no other norm, however many images.

@@ -33,6 +33,42 @@ def test_a_suite_that_attacks_nothing_is_called_a_failure_of_ours(templates: Tem
     assert torch.equal(found.robust, found.clean & (model(found.adversarial).argmax(1) == y))
 
 
+def test_images_of_eight_bits_are_tried_too(templates: Templates) -> None:
+    """To a network that shrinks every change of an image off the steps of 1/255, stored images are the weak spot."""
+    model, x, y = templates
+    x = (x * 255).round() / 255
+
+    class Shrinking(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            nearest = x[torch.cdist(images.flatten(1), x.flatten(1)).argmin(1)]
+            stored = (images * 255 - (images * 255).round()).abs().flatten(1).amax(1) < 1e-3
+            shrunk = nearest + 0.3 * (images - nearest)
+            return model(torch.where(stored[:, None, None, None], images, shrunk))
+
+    threat = ducat.ThreatModel(eps=0.12)
+    found = ducat.evaluate(Shrinking(), x, y, threat, "light", num_classes=4)
+    assert found.scrutiny.opinion is not None
+    assert found.scrutiny.opinion.broken > 10
+    assert found.at_most
+    assert threat.allows(found.adversarial, x).all()
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("l2", 0.7), ("l1", 9.0)])
+def test_images_of_eight_bits_have_eight_bits_and_are_in_the_ball(norm: str, eps: float) -> None:
+    x = torch.randint(0, 256, (6, 1, 8, 8), generator=torch.Generator().manual_seed(0)) / 255
+    seen: list[torch.Tensor] = []
+
+    class Watched(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(images.detach())
+            return torch.stack([images.flatten(1).sum(1), 1e3 + 0 * images.flatten(1).sum(1)], 1) * 1e-3
+
+    found = plain_pgd(Watched(), x, torch.ones(6, dtype=torch.long), norm, eps, None, seed=0)
+    assert torch.equal(found, (found * 255).round() / 255), "the last start is of 8 bits"
+    assert not torch.equal(found, x)
+    assert all(bool(ducat.ThreatModel(norm, eps).allows(images, x).all()) for images in seen)
+
+
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.12), ("l2", 0.9), ("l1", 9.0)])
 @pytest.mark.parametrize("recovery", [None, "max", "logsumexp"])
 def test_it_comes_to_what_the_closed_form_allows(

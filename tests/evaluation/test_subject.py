@@ -196,7 +196,7 @@ def test_outputs_that_are_not_finite_under_attack_count_as_wrong(templates: Temp
 def nature(model: nn.Module, templates: Templates) -> Any:
     x = templates[1]
     network = classifier(model, x, 40)
-    return examine(network, x, None, THREAT, torch.Generator().manual_seed(0))
+    return examine(network, x, None, THREAT, torch.Generator().manual_seed(0), len(x))
 
 
 def drifts(net: Net, x: torch.Tensor) -> torch.Tensor:
@@ -232,6 +232,18 @@ def mixes(net: Net, x: torch.Tensor) -> torch.Tensor:
     return net.inside(x - x.mean(0, keepdim=True))
 
 
+def infers(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return net.inside(x) * (-1 if torch.is_inference_mode_enabled() else 1)
+
+
+def records(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return net.inside(x) * (-1 if torch.is_grad_enabled() else 1)
+
+
+def leads(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return net.inside(x) * (-1 if x.requires_grad else 1)
+
+
 def noisy(net: Net, x: torch.Tensor) -> torch.Tensor:
     return net.inside(x + 0.1 * torch.randn_like(x))
 
@@ -246,6 +258,9 @@ def noisy(net: Net, x: torch.Tensor) -> torch.Tensor:
         (learns, ["stateful"]),
         (replaces, ["stateful"]),
         (mixes, ["batch-dependent"]),
+        (infers, ["mode-dependent"]),
+        (records, ["mode-dependent"]),
+        (leads, ["mode-dependent"]),
         (noisy, ["random"]),
     ],
 )
@@ -366,6 +381,48 @@ def test_images_that_meet_are_judged_alone_and_in_benign_company(templates: Temp
     found = evaluate(Net(model, forward), x, y)
     assert found.scrutiny.nature == ["batch-dependent"]
     assert not found.robust.any()
+
+
+def test_a_batch_larger_than_those_that_are_looked_at_is_looked_at_too(templates: Templates) -> None:
+    model, x, y = templates
+
+    def forward(net: Net, images: torch.Tensor) -> torch.Tensor:
+        return net.inside(images) * (3 if len(images) > 100 else 1)
+
+    found = evaluate(Net(model, forward), x.repeat(3, 1, 1, 1), y.repeat(3))
+    assert found.scrutiny.nature == ["batch-dependent"]
+    assert found.at_most
+
+
+@pytest.mark.parametrize("weak", [torch.is_inference_mode_enabled, lambda: not torch.is_grad_enabled()])
+def test_every_mode_is_to_be_withstood(templates: Templates, weak: Callable[[], bool]) -> None:
+    """In a mode of which attacks get no gradient, every image that was moved is misclassified."""
+    model, x, y = templates
+
+    def forward(net: Net, images: torch.Tensor) -> torch.Tensor:
+        logits = net.inside(images)
+        moved = torch.cdist(images.flatten(1), x.flatten(1)).amin(1) > 0.05
+        return torch.where((moved & weak())[:, None], -logits, logits)
+
+    found = evaluate(Net(model, forward), x, y)
+    assert found.scrutiny.nature == ["mode-dependent"]
+    assert found.clean.float().mean() > 0.9
+    assert not found.robust.any()
+    assert any("the network is mode-dependent" in warning for warning in found.warnings)
+
+
+def test_a_network_that_takes_gradients_itself_is_not_asked_in_inference_mode(templates: Templates) -> None:
+    model, x, y = templates
+
+    def forward(net: Net, images: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            moved = images.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(net.inside(moved).sum(), moved, create_graph=True)
+        return net.inside(images + 0 * slope)
+
+    found = evaluate(Net(model, forward), x, y)
+    assert found.scrutiny.nature == []
+    assert torch.equal(found.robust, evaluate(model, x, y).robust)
 
 
 def test_a_random_network_gets_its_expected_accuracy(templates: Templates) -> None:

@@ -321,7 +321,8 @@ def _threats(arguments: Namespace, norm: Norm) -> list[ThreatConfig | None]:
     """Return the balls that are asked for, None for the run's own; `norm` is that of the run."""
     if not arguments.eps:
         return [ThreatConfig(arguments.norm) if arguments.norm else None]
-    return [ThreatConfig(arguments.norm or norm, eps) for eps in arguments.eps]
+    threats = [ThreatConfig(arguments.norm or norm, eps) for eps in arguments.eps]
+    return list({threat.ball: threat for threat in threats}.values())
 
 
 def _evaluate_checkpoint(arguments: Namespace, console: Console) -> None:

@@ -156,11 +156,25 @@ def prepare(
             everything = {key: value.source() if isinstance(value, Stored) else value for key, value in written.items()}
             assert spec is not None
             row = measured(spec, everything, held_out) if own else spec
-            return cache.Header(row, classes, fingerprint(everything), origin, "; ".join(notices))
+            shown = "; ".join(notice for notice in (*notices, _repeated(everything)) if notice)
+            return cache.Header(row, classes, fingerprint(everything), origin, shown)
 
         draft = cache.Header(spec, classes, f"sha256:{64 * '0'}", origin, "; ".join(notices))
         cache.write(entry, tensors, draft, stamp=stamp, finish=finish, replace=replace)
     return _status(name, root)
+
+
+def _repeated(tensors: Mapping[str, Tensor | Source]) -> str:
+    """Say how many test images are trained on or chosen by as well, pixel by pixel; nothing where none is."""
+
+    def marks(part: str) -> Iterator[bytes]:
+        images = tensors.get(f"{part}.images")
+        for chunk in images.chunks() if isinstance(images, Source) else ():
+            yield from (hashlib.sha256(image.contiguous().numpy().data).digest() for image in chunk.images)
+
+    learnt = {*marks("train"), *marks("validation")}
+    count = sum(mark in learnt for mark in marks("test"))
+    return f"{count:,} test images are among those for training or validation, pixel by pixel" if count else ""
 
 
 def _stream(

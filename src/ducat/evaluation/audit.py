@@ -201,9 +201,9 @@ def _opinion(evaluation: Evaluation) -> str | None:
     if opinion is None or not opinion.broken or "random" in evaluation.scrutiny.nature:  # luck breaks some of these
         return None
     return (
-        f"{FAILURE}: a plain PGD on the network as it was given breaks {opinion.broken} of {opinion.samples} "
-        "samples that the whole suite had left standing; they count as broken, and robust accuracy may be lower still; "
-        "please report this network"
+        f"{FAILURE}: a plain PGD on the network as it was given, also on images of 8 bits, breaks {opinion.broken} of "
+        f"{opinion.samples} samples that the whole suite had left standing; they count as broken, and robust accuracy "
+        "may be lower still; please report this network"
     )
 
 
@@ -232,6 +232,9 @@ def _nature(evaluation: Evaluation) -> Sequence[str]:
         + met,
         "stateful": "the network is stateful: it answers otherwise after it was asked; each of its passes began with "
         "what it held at first, and an attacker who may ask it more than 1 time may do better",
+        "mode-dependent": "the network is mode-dependent: what it says of 1 image depends on whether gradients are "
+        "recorded, or on inference mode; each image must withstand every mode, but attacks follow gradients where they "
+        "are recorded",
     }
     return [told[name] for name in scrutiny.nature]
 

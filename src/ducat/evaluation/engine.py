@@ -36,6 +36,7 @@ from ducat.evaluation.subject import (
     examine,
     given_back,
     images_and_labels,
+    modes,
     spread,
     views,
 )
@@ -124,7 +125,8 @@ def evaluate(
         others = [classifier(other, x, batch_size) for other in surrogates]
         with given_back(subject.network, *others), attackable(subject.network), attackable(nn.ModuleList(others)):
             common: Callable[[Any], Any] = agreed if parts is not None else lambda value: value
-            nature = common(examine(subject.network, x, None, threat, generator(seed, "evaluate", "nature")))
+            largest = min(len(x), batch_size)
+            nature = common(examine(subject.network, x, None, threat, generator(seed, "evaluate", "nature"), largest))
             fold = True
             rows = [*chosen.attacks, *_own(attacks, subject), *_transfers(others, subject)]
             _check_distinct(row for row in rows if threat.norm in row.norms)
@@ -133,9 +135,8 @@ def evaluate(
                 nature = replace(nature, draws=max(nature.draws, draws if nature.random else 1))
                 job = _Job.of(subject, nature, threat, rows, seed, x, fold, bool(reject), others, asked)
                 outcome = _Outcome.of(job, x, y, batch_size, progress, parts, chosen.name)
-                seen = common(
-                    examine(subject.network, x, outcome.adversarial, threat, generator(seed, "nature"), nature)
-                )
+                noise = generator(seed, "nature")
+                seen = common(examine(subject.network, x, outcome.adversarial, threat, noise, largest, nature))
                 faithful = common(job.agrees(x, outcome.adversarial, batch_size))
                 if faithful and (seen.names, seen.remembers) == (nature.names, nature.remembers):
                     break
@@ -312,16 +313,17 @@ class _Job:
         folded = None
         if fold and subject.led is network and not (nature.names or nature.remembers):
             folded = _fold(network, x, threat, seed)
-        judges = views(network, nature, x)
+        met = views(network, nature, x)
         if folded is not None:
             attacked: Sequence[nn.Module] = [folded]
         elif subject.led is not network:
-            attacked = [subject.led, *(judge for judge in judges if judge is not network)]
+            attacked = [subject.led, *(view for view in met if view is not network)]
         else:
-            attacked = judges
+            attacked = met
         if nature.random:
             attacked = [Averaged(one, nature.draws) for one in attacked]
         watched = watched and not nature.names
+        judges = [*met, *modes(network, nature)]
         return cls(subject, nature, judges, attacked, folded, threat, attacks, seed, watched, others, asked)
 
     @property

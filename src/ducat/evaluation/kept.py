@@ -122,10 +122,12 @@ def strongest(contents: Sequence[Content], ball: tuple[str, float]) -> int:
 
     1. Those in the ball that the run was trained in; if there are none, those of its norm at the largest eps, and
        without these those at the largest eps of all.
-    2. Of these, those that no other outdoes: by a suite at least as hard, on at least as many test images, and by more
+    2. Of these, those that no other refutes: on at least as many test images, by a 95 % interval of robust accuracy
+       that lies wholly below.
+    3. Of these, those that no other outdoes: by a suite at least as hard, on at least as many test images, and by more
        in one of the two. A suite of one's own is as hard as itself alone.
-    3. Of what is left, the one that claims least: an upper bound before a measurement, then the one with the lowest
-       upper end of the 95 % interval of robust accuracy. Of equal ones, the one that measured refusing too.
+    4. Of what is left, the one that claims least: an upper bound before a measurement, then the one with the lowest
+       upper end of the interval. Of equal ones, the one that measured refusing too.
 
     Args:
         contents: contents of evaluation.json, at least one.
@@ -140,7 +142,8 @@ def strongest(contents: Sequence[Content], ball: tuple[str, float]) -> int:
 
     nearest = max(map(near, contents))
     left = [place for place, content in enumerate(contents) if near(content) == nearest]
-    left = [place for place in left if not any(_outdoes(contents[other], contents[place]) for other in left)]
+    for better in (_refutes, _outdoes):
+        left = [place for place in left if not any(better(contents[other], contents[place]) for other in left)]
     return min(
         left,
         key=lambda place: (
@@ -151,6 +154,11 @@ def strongest(contents: Sequence[Content], ball: tuple[str, float]) -> int:
             place,
         ),
     )
+
+
+def _refutes(first: Content, second: Content) -> bool:
+    lower = first["robust_ci95"][1] < second["robust_ci95"][0]
+    return lower and first["samples"] >= second["samples"]
 
 
 def _outdoes(first: Content, second: Content) -> bool:

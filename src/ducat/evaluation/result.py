@@ -131,7 +131,7 @@ class Scrutiny:
     """How the network behaved while it was measured.
 
     Attributes:
-        nature: "random", "batch-dependent" and "stateful", those that apply.
+        nature: "random", "batch-dependent", "stateful" and "mode-dependent", those that apply.
         draws: passes that each gradient was averaged over.
         repeats: passes that judged each image in the end.
         whole_batches: the only size of batch that the network takes; None for any.

@@ -21,7 +21,10 @@ def plain_pgd(
     recovery: str | None,
     seed: int,
 ) -> Float[Tensor, "samples channels height width"]:
-    """Attack samples by their difference of logits, once from each image itself and once from a random point.
+    """Attack samples by their difference of logits: from each image itself, from a random point, and in 8 bits.
+
+    Stored images have 8 bits a pixel, and a network may tell them from others. So the third time every point is rounded
+    to the steps of 1/255 before the network sees it, towards the benign image, which leaves it in every ball.
 
     Args:
         network: images in [0, 1] to outputs, (samples, C) or (samples, 2C), as the caller gave it.
@@ -48,6 +51,13 @@ def plain_pgd(
             change = change * (eps / length.clamp(min=1e-30)).clamp(max=1)[:, None, None, None]
         return (images.double() + change).clamp(0, 1).to(images.dtype)
 
+    def stored(points: Tensor) -> Tensor:
+        scaled = points * 255
+        rounded = torch.where(points > images, (scaled + 1e-3).floor(), (scaled - 1e-3).ceil()) / 255
+        # Where no step of 1/255 lies between, the pixel stays benign.
+        beyond = (rounded - images).abs() > (points - images).abs() + 1e-5
+        return torch.where(beyond | ((rounded - images) * (points - images) < 0), images, rounded)
+
     def lead(points: Tensor) -> Tensor:
         outputs = network(points)
         if recovery is not None:
@@ -61,16 +71,17 @@ def plain_pgd(
 
     direction = torch.rand(images.shape, generator=noise).to(images) * 2 - 1
     size = eps if norm == "linf" else eps / direction.flatten(1).norm(p=2 if norm == "l2" else 1, dim=1).max()
-    for start in (images, pulled_back(images + size * direction)):
+    far = pulled_back(images + size * direction)
+    for start, seen in ((images, torch.clone), (far, torch.clone), (images, stored)):
         points = start.clone()
         for step in range(STEPS + 1):
             with torch.enable_grad():
-                points = points.detach().requires_grad_()
-                ahead = lead(points)
-                gradient = torch.autograd.grad(ahead.sum(), points)[0].nan_to_num()
-            points = points.detach()
+                shown = seen(points.detach()).requires_grad_()
+                ahead = lead(shown)
+                gradient = torch.autograd.grad(ahead.sum(), shown)[0].nan_to_num()
+            shown = shown.detach()
             fooled = ~(ahead.detach() <= 0) & ~broken
-            kept[fooled] = points[fooled]
+            kept[fooled] = shown[fooled]
             broken |= fooled
             if step == STEPS or bool(broken.all()):
                 break
@@ -80,5 +91,5 @@ def plain_pgd(
             else:
                 unit = gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
                 points = pulled_back(points + length * unit)
-        kept[~broken] = points[~broken]
+        kept[~broken] = shown[~broken]
     return kept

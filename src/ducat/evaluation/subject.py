@@ -1,14 +1,14 @@
 """What is measured: images, labels and a network as people bring them, and what kind of function the network is.
 
 An evaluation needs one function of one image. Before the first attack this room makes one of whatever was given, or
-says in a line why it cannot; and it finds out whether the network is random, remembers, or lets the images of a batch
-meet.
+says in a line why it cannot; and it finds out whether the network is random, remembers, lets the images of a batch
+meet, or minds how PyTorch runs it.
 """
 
 import collections
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
@@ -230,6 +230,7 @@ class Nature:
         random: the same batch twice gives other outputs.
         batch_dependent: an image's output depends on the other images of its batch.
         stateful: what it answers depends on what it was asked before.
+        mode_dependent: an image's output depends on whether gradients are recorded, or on inference mode.
         remembers: it changes something in itself when it is asked, whether that shows in its answers or not.
         gradient: whether its outputs pass any gradient to the images.
         draws: passes that a gradient is averaged over; 1 unless it is random.
@@ -238,6 +239,7 @@ class Nature:
     random: bool = False
     batch_dependent: bool = False
     stateful: bool = False
+    mode_dependent: bool = False
     remembers: bool = False
     gradient: bool = True
     draws: int = 1
@@ -245,7 +247,12 @@ class Nature:
     @property
     def names(self) -> Sequence[str]:
         """What a reader must know of it, in words."""
-        kinds = {"random": self.random, "batch-dependent": self.batch_dependent, "stateful": self.stateful}
+        kinds = {
+            "random": self.random,
+            "batch-dependent": self.batch_dependent,
+            "stateful": self.stateful,
+            "mode-dependent": self.mode_dependent,
+        }
         return [name for name, applies in kinds.items() if applies]
 
 
@@ -270,9 +277,10 @@ def examine(
     found: Float[Tensor, "samples channels height width"] | None,
     threat: ThreatModel,
     generator: torch.Generator,
+    batch_size: int,
     known: Nature | None = None,
 ) -> Nature:
-    """Repeat, permute, split and copy a batch, and see whether the network minds.
+    """Repeat, permute, split and copy a batch, run it in every mode, and see whether the network minds.
 
     What it remembers is put back before every pass from then on (`Measured.state`).
 
@@ -282,6 +290,7 @@ def examine(
         found: adversarial images to look at as well, the more telling the better; None to disturb the benign ones.
         threat: the ball, for the disturbed ones.
         generator: source of the disturbance and the order.
+        batch_size: the largest batch that the network is to be asked.
         known: what an earlier look has found; what was found stays found.
     """
     known = known or Nature()
@@ -308,8 +317,9 @@ def examine(
     draws = known.draws
     if noisy:
         draws = max(draws, _draws(torch.stack([network(probe) for _ in range(REPEATS)])))
-    batch = known.batch_dependent or (not noisy and _meet(network, probe, len(x), first, generator))
-    return Nature(noisy, batch, stateful, remembers, known.gradient and _passes(network, x), draws)
+    batch = known.batch_dependent or (not noisy and _meet(network, probe, len(x), first, generator, batch_size))
+    mode = known.mode_dependent or (not noisy and _minds_mode(network, probe[spread(len(probe), batch_size)]))
+    return Nature(noisy, batch, stateful, mode, remembers, known.gradient and _passes(network, x), draws)
 
 
 def _one_step(network: Measured, x: Tensor, threat: ThreatModel) -> Tensor:
@@ -340,7 +350,9 @@ def _draws(outputs: Float[Tensor, "draws rows classes"]) -> int:
     return int(min(DRAWS[1], max(DRAWS[0], round(8 * float(noise.median())))))
 
 
-def _meet(network: Measured, probe: Tensor, benign: int, together: Tensor, generator: torch.Generator) -> bool:
+def _meet(
+    network: Measured, probe: Tensor, benign: int, together: Tensor, generator: torch.Generator, batch_size: int
+) -> bool:
     """Tell whether images of a batch meet."""
     order = torch.randperm(len(probe), generator=generator, device=generator.device).to(probe.device)
     half = len(probe) // 2
@@ -354,7 +366,41 @@ def _meet(network: Measured, probe: Tensor, benign: int, together: Tensor, gener
         (torch.cat([network(probe[row.repeat(3)])[:1] for row in rows]), together[rows]),
         (torch.cat([network(torch.cat([company, probe[row : row + 1]]))[-1:] for row in rows]), together[rows]),
     ]
+    if batch_size > len(probe) and not network.batch_size:
+        crowd = torch.arange(batch_size, device=probe.device) % len(probe)
+        others.append((network(probe[crowd]), together[crowd]))
     return any(bool(differs(expected, other, network.coarse).any()) for other, expected in others)
+
+
+def _minds_mode(network: Measured, probe: Tensor) -> bool:
+    """Tell whether the network answers otherwise where gradients are recorded, or in inference mode."""
+    expected = network(probe)
+    found = [InMode(network, "recording")(probe)]
+    with suppress(RuntimeError):  # a network that takes gradients itself answers nothing in inference mode
+        found.append(InMode(network, "inference")(probe))
+    if network.origin.changed():
+        network.origin.restore()
+    return any(bool(differs(expected, other, network.coarse).any()) for other in found)
+
+
+MODES = ("recording", "inference")  # beside the usual, in which gradients are not recorded
+
+
+class InMode(nn.Module):
+    """The network run with gradients recorded, or in inference mode; its outputs pass none."""
+
+    def __init__(self, network: nn.Module, mode: str) -> None:
+        super().__init__()
+        self.network, self.mode = network, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "recording":
+            with torch.enable_grad():
+                logits: Tensor = self.network(x.detach().clone().requires_grad_())
+            return logits.detach()
+        with torch.inference_mode():
+            logits = self.network(x)
+        return logits.clone()
 
 
 class Alone(nn.Module):
@@ -395,11 +441,16 @@ class Averaged(nn.Module):
 
 
 def views(network: Measured, nature: Nature, x: Tensor) -> list[nn.Module]:
-    """Return every way in which an image may meet the network: it has to withstand all of them."""
+    """Return every company in which an image may meet the network: it has to withstand all of them."""
     # Where a network takes whole batches alone, a batch for each image would take too long.
     if not nature.batch_dependent or network.batch_size:
         return [network]
     return [Alone(network), InCompany(network, x[:COMPANY].to(network.device))]
+
+
+def modes(network: Measured, nature: Nature) -> list[nn.Module]:
+    """Return the other modes that an image has to withstand the network in; attacks get no gradient of them."""
+    return [InMode(network, mode) for mode in MODES] if nature.mode_dependent else []
 
 
 _SOURCES = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
