@@ -411,7 +411,7 @@ def test_a_run_can_be_evaluated_in_another_ball(capsys: pytest.CaptureFixture[st
     assert json.loads(Path("runs/mine/evaluation.json").read_text())["threat"]["norm"] == "linf"
     # Another evaluation replaces nothing, and what was measured is not measured again.
     before = {path: path.read_bytes() for path in Path("runs/mine/evaluations").iterdir()}
-    curve = ["--eps", "0.05", "0.2", "--figure", "curve.svg", "--json", "curve.json"]
+    curve = ["--eps", "0.05", "0.2", "1/20", "--figure", "curve.svg", "--json", "curve.json"]
     capsys.readouterr()
     assert main(["evaluate", "runs/mine", "--suite", "quick", "--samples", "20", *curve]) == 0
     out, _ = said(capsys)

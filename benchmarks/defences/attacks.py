@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import ducat
 
-JUDGEMENTS = ("plain", "random", "company", "fresh")
+JUDGEMENTS = ("plain", "random", "company", "fresh", "inference")
 FEW, MANY = 24, 400  # draws of a random defence while it is attacked, and of the image that is chosen in the end
 STEPS, EVERY = 40, 10
 TARGETS = 6, 2  # of networks that are not random, and of random ones
@@ -38,7 +38,7 @@ class Judge:
     Args:
         build: makes the network, afresh.
         how: "plain"; "random", over draws; "company", the worst of alone, among benign images and with the other
-            adversarial ones; "fresh", a new network for every look.
+            adversarial ones; "fresh", a new network for every look; "inference", in inference mode.
         x: benign images.
         y: their labels.
         classes: C; a network with 2C outputs is recovered by max.
@@ -52,8 +52,8 @@ class Judge:
     def logits(self, images: Tensor) -> Tensor:
         """Return (B, C) logits in float64 of one look; a row that has NaN in it is NaN."""
         model = self.build().eval() if self.how == "fresh" else self.model
-        with torch.no_grad():
-            logits = logits_of(model(images.clone())).double()
+        with torch.inference_mode() if self.how == "inference" else torch.no_grad():
+            logits = logits_of(model(images.clone())).double().clone()
         return ducat.recover(logits) if logits.shape[1] == 2 * self.classes else logits
 
     def _right(self, images: Tensor, y: Tensor) -> Tensor:

@@ -415,15 +415,15 @@ class Remembering(nn.Module):
         return logits
 
 
-class NoticesGradients(nn.Module):
-    """Answers by another network while somebody wants its gradient."""
+class Wary(nn.Module):
+    """Answers by the second network where something about the whole batch, or about how it is run, is so."""
 
-    def __init__(self, used: nn.Module, shown: nn.Module) -> None:
+    def __init__(self, usual: nn.Module, other: nn.Module, notices: Callable[[Tensor], bool]) -> None:
         super().__init__()
-        self.used, self.shown = used, shown
+        self.usual, self.other, self.notices = usual, other, notices
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = (self.shown if x.requires_grad else self.used)(x)
+        logits: Tensor = (self.other if self.notices(x) else self.usual)(x)
         return logits
 
 

@@ -38,7 +38,6 @@ from benchmarks.defences.parts import (
     Mean,
     Nearest,
     Neighbours,
-    NoticesGradients,
     Placed,
     Projected,
     Prototypes,
@@ -48,6 +47,7 @@ from benchmarks.defences.parts import (
     Switch,
     Unseen,
     Votes,
+    Wary,
     Wrapped,
     activated,
     attracted,
@@ -159,6 +159,17 @@ def _between(bases: Bases, x: Tensor, y: Tensor, eps: float) -> Sequence[Tensor]
 def _undetected(bases: Bases, x: Tensor, y: Tensor, eps: float) -> Sequence[Tensor]:
     detector = bases("detector")
     return [selective(bases("natural"), lambda images: detector(images).squeeze(1), x, y, eps)]
+
+
+def _of_eight_bits(x: Tensor) -> Tensor:
+    scaled = x * 255
+    return (scaled - scaled.round()).abs().flatten(1).amax(1) < 1e-3
+
+
+def _in_eight_bits(bases: Bases, x: Tensor, y: Tensor, eps: float) -> Sequence[Tensor]:
+    smaller = ducat.ThreatModel("linf", eps - 1 / 255)
+    found = ducat.attacks.adaptive(bases("natural"), x, y, smaller, generator=torch.Generator().manual_seed(0))
+    return [(found * 255).round() / 255]
 
 
 def _smooth(bases: Bases, x: Tensor, y: Tensor, eps: float) -> Sequence[Tensor]:
@@ -288,9 +299,30 @@ ROWS: dict[str, Row] = {
     ),
     "notices-gradients": Row(
         "answers by a robust network while a gradient is wanted, else by a natural one",
-        lambda bases: NoticesGradients(bases("natural"), bases("robust")),
+        lambda bases: Wary(bases("natural"), bases("robust"), lambda x: x.requires_grad),
         _of(),
         inside=("natural",),
+    ),
+    "inference-mode": Row(
+        "answers by a natural network in inference mode, else by a robust one",
+        lambda bases: Wary(bases("robust"), bases("natural"), lambda x: torch.is_inference_mode_enabled()),
+        _of(),
+        inside=("natural",),
+        judged="inference",
+    ),
+    "large-batches": Row(
+        "batches of more than 80 meet a robust network, smaller ones a natural one",
+        lambda bases: Wary(bases("natural"), bases("robust"), lambda x: len(x) > 80),
+        _of(),
+        inside=("natural",),
+        judged="company",
+    ),
+    "eight-bits": Row(
+        "images of 8 bits meet a natural network, all others a robust one",
+        lambda bases: Switch(_of_eight_bits, bases("natural"), bases("robust")),
+        _of(),
+        guesses=_in_eight_bits,
+        inside=("robust",),
     ),
     "foreign-gradient": Row(
         "the logits of a natural network with the gradient of a robust one",
