@@ -37,9 +37,9 @@ Made by `python -m benchmarks.defences --markdown results/defences.md`, from [de
 attacks of the zoo's own, written for each defence with knowledge of it, by the images that `ducat.evaluate` found,
 and by those that fool the network inside. It is an upper bound too. A row is "ok" if the two are within {close:.0f}
 points, or if the evaluator says "at most" and why; an honest network must get a measurement, and no warning but a
-true sink gap. {samples} test images of digits at L-inf {eps} unless the row says otherwise, seed {seed}, float32 on an
-AVX2 machine; recovery is known to the attacker wherever the network has dummy classes. The suite differs, and
-stands in its column: `light` has no AutoAttack. Seconds are wall time on a busy machine.
+true sink gap. {samples} test images of digits at L-inf {eps} unless the row says otherwise, seed {seed}, float32;
+recovery is known to the attacker wherever the network has dummy classes. The suite differs, and stands in its
+column: `light` has no AutoAttack. Seconds are wall time on busy machines.
 
 """
 SAMPLES, SEED = 100, 0  # what the first rows, which do not say, were measured with

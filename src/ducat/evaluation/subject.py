@@ -31,6 +31,7 @@ CHANGED_HALF = 0.1
 DRAWS = (4, 24)
 COMPANY = 3  # benign images that each image is judged with, where the images of a batch meet
 ROWS = 64  # images that are looked at at once before the first attack
+MODES = ("recording", "inference")  # beside the usual, in which gradients are not recorded
 CAPTURED = 10_000  # entries of one container that are looked into
 
 Network = nn.Module | Callable[[Tensor], Any]
@@ -381,9 +382,6 @@ def _minds_mode(network: Measured, probe: Tensor) -> bool:
     if network.origin.changed():
         network.origin.restore()
     return any(bool(differs(expected, other, network.coarse).any()) for other in found)
-
-
-MODES = ("recording", "inference")  # beside the usual, in which gradients are not recorded
 
 
 class InMode(nn.Module):
