@@ -14,7 +14,7 @@ from torch import nn
 
 import ducat
 from ducat import checkpoint
-from ducat.attacks.adaptive import BUDGETS, Round
+from ducat.attacks.adaptive import BUDGETS, Round, SilentDummies
 from ducat.attacks.suites import SUITES, Suite
 from ducat.cli import main
 from ducat.evaluation import Evaluation, kept, rejection
@@ -360,3 +360,42 @@ def test_a_card_says_whether_its_own_threshold_was_attacked(run: Path, tmp_path:
 def test_outputs_that_are_not_finite_are_not_accepted() -> None:
     logits = torch.tensor([[5.0, 0.0, -9.0, -9.0], [torch.inf, 0.0, -9.0, -9.0], [torch.nan, 0.0, -9.0, -9.0]])
     assert accepted(logits, "confidence", -1e9).tolist() == [True, False, False]
+
+
+class Agreeing(nn.Module):
+    """The upper rows say the class, with an honest gradient; how sure it is, without one, the lower rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        upper, lower = (half.flatten(1).mean(1) - 0.5 for half in x.split([2, 6], dim=2))
+        agree = torch.where(upper > 0, lower, -lower) > 0.02
+        value = upper * torch.where(agree, 40.0, 1.0)
+        return torch.stack([-value, value], dim=1)
+
+
+def test_a_signal_that_hides_what_it_depends_on_is_seen_though_the_classes_are_honest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for budgets in (rejection.WRONG_BUDGETS, rejection.DENIAL_STEPS):
+        monkeypatch.setitem(budgets, "standard", budgets["quick"])
+    x = torch.full((8, 1, 8, 8), 0.45) + torch.arange(8)[:, None, None, None] / 1000
+    y, threat = torch.zeros(8, dtype=torch.long), ducat.ThreatModel(eps=0.1)
+    suite = Suite(SUITES["quick"].attacks, name="audited")
+    found = ducat.evaluate(Agreeing(), x, y, threat, suite, num_classes=2, reject=[0.0])
+    # With all of eps both halves cross over by more than benign images are away.
+    assert not found.at_most
+    assert found.rejection is not None
+    assert found.rejection.at_most
+    (signal,) = found.rejection.signals
+    assert not signal.robust(signal.thresholds[0.0]).any()
+    assert any("something hides what the signal depends on" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 0.8), ("l1", 6.4)])
+def test_the_search_needs_no_gradient_and_stays_in_the_ball(norm: str, eps: float) -> None:
+    x, y = torch.full((4, 1, 8, 8), 0.47), torch.zeros(4, dtype=torch.long)
+    network, threat = SilentDummies(Agreeing()), ducat.ThreatModel(norm, eps)
+    noise = torch.Generator().manual_seed(0)
+    found = rejection._searched(network, x, y, threat, rejection.find("confidence"), 0.5, noise)
+    assert threat.allows(found, x).all()
+    assert (network(found).argmax(1) == 1).all()
+    assert (log_odds(network(found)).amax(1) >= 0.5).all()

@@ -174,31 +174,49 @@ def _with_rejection(
     subject, audit = job.subject, evaluation.audit
     hidden = audit is not None and suspicious(audit, evaluation.attacks, job.nature, evaluation.scrutiny.opinion)
     leading: list[nn.Module] = list(others)
-    if hidden:
+    if suite.audit:
         few = x[: subject.network.batch_size or 2].to(subject.network.device)
         inside = classifiers_inside(subject.network, subject.network.model, few, num_classes)
         leading += [part for _, part in inside[:LED_INSIDE]]
-    guides: list[nn.Module] = [SilentDummies(narrowed(one, num_classes)) for one in leading]
-    if hidden:
-        guides = [subject.aware(Softened(subject.network, smooth)) for smooth in (True, False)] + guides
-    found = [evaluation.adversarial, *outcome.accepted]
-    measured = rejection.measure(
-        RecoveredClassifier(subject.aware(subject.network)),
-        x,
-        y,
-        job.threat,
-        shares,
-        held_out=held_out,
-        found=found,
-        attacked=subject.aware(job.attacked[0]),
-        guides=guides,
-        budget="standard" if suite.audit else "quick",
-        seed=job.seed,
-        batch_size=evaluation.batch_size,
-        progress=progress,
-    )
+    led: list[nn.Module] = [SilentDummies(narrowed(one, num_classes)) for one in leading]
+    given = led[: len(others)]
+    if suite.audit:
+        led = [subject.aware(Softened(subject.network, smooth)) for smooth in (True, False)] + led
+    found: list[Tensor] = [evaluation.adversarial, *outcome.accepted]
+    deployed = RecoveredClassifier(subject.aware(subject.network))
+
+    def measure(guides: Sequence[nn.Module]) -> rejection.Rejection:
+        return rejection.measure(
+            deployed,
+            x,
+            y,
+            job.threat,
+            shares,
+            held_out=held_out,
+            found=found,
+            attacked=subject.aware(job.attacked[0]),
+            guides=guides,
+            budget="standard" if suite.audit else "quick",
+            seed=job.seed,
+            batch_size=evaluation.batch_size,
+            progress=progress,
+        )
+
+    measured, told = measure(led if hidden else given), []
+    if suite.audit and not hidden:
+        more, hidden = rejection.second_look(
+            deployed, x, y, job.threat, measured, led, seed=job.seed, progress=progress
+        )
+        if more:
+            found += more
+            measured = measure(led if hidden else given)
+        if hidden:
+            told.append(
+                "reject: a second look along other gradients than the network's own, or by none, found images that the "
+                "attack had left; something hides what the signal depends on, and all of refusing is an upper bound"
+            )
     measured = replace(measured, at_most=hidden or evaluation.at_most)
-    return replace(evaluation, rejection=measured, warnings=[*evaluation.warnings, *measured.warnings])
+    return replace(evaluation, rejection=measured, warnings=[*evaluation.warnings, *told, *measured.warnings])
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ducat.attacks.objectives import Goal
 from ducat.attacks.pgd import attackable
 from ducat.dummy import RecoveredClassifier, recover
 from ducat.evaluation.statistics import mcnemar, wilson
+from ducat.evaluation.subject import spread
 from ducat.seeding import generator as seeded
 from ducat.threat import ThreatModel
 
@@ -34,6 +35,9 @@ RADII = (0.25, 0.5, 1.0)  # of eps: where denial is measured
 CURVE = 21  # points of the curve over thresholds
 PER_SAMPLE = ("prediction", "acceptance", "wrong", "right")
 SURE = 0.05  # a p-value below it is no accident
+LOOKED_AT = 50  # samples that are attacked once more, by other gradients and by none
+QUERIES = 300  # of the search without gradients
+CHANCE = 1  # samples that two attacks of the same strength differ by now and then
 
 
 def log_odds(logits: Logits) -> Logits:
@@ -656,6 +660,121 @@ def measure(
     half = torch.cat([part.half for part in parts]).cpu()
     apart = held_out is not None and not _share_an_image(held_out[0], x)
     return Rejection(threat, y.cpu(), len(calibration[1]), apart, half, results)
+
+
+def second_look(
+    model: nn.Module,
+    x: Samples,
+    y: Labels,
+    threat: ThreatModel,
+    measured: Rejection,
+    guides: Sequence[nn.Module],
+    *,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda attack: None,
+) -> tuple[list[Samples], bool]:
+    """Attack some of what is left by other gradients than the network's own, and by a search that needs none.
+
+    A network may hide what its signal depends on, though the gradients of its classes are honest: no attack on the
+    class alone sees that.
+
+    Args:
+        model: as `SelectiveClassifier` takes it.
+        x: benign images in [0, 1], shape (samples, channels, H, W).
+        y: labels, shape (samples,).
+        threat: the ball.
+        measured: what `measure` found; its signals are those in `SIGNALS`.
+        guides: networks of 2C logits whose gradients are followed.
+        seed: of the random starts.
+        progress: told of each signal and share.
+
+    Returns:
+        Images of x's shape for each signal, threshold and aim by which some sample fell that was left, and whether more
+        fell than by chance.
+    """
+    network = with_dummy_classes(model, x)
+    device, found, doubted = _device(network), [], False
+    for result in measured.signals:
+        signal = SIGNALS[result.signal]
+        for share, threshold in result.thresholds.items():
+            progress(f"a second look at {result.signal}, {100 * share:g}% refused")
+            # Whose image is accepted with a wrong class, and whose can be refused or wrong.
+            for attack, left in (
+                (wrong_and_accepted, result.robust(threshold)),
+                (denied, result.right[-1] >= threshold),
+            ):
+                rows = left.nonzero().squeeze(1)
+                rows = rows[spread(len(rows), LOOKED_AT)]
+                given = x[rows.to(x.device)].to(device), y[rows.to(y.device)].to(device)
+                noise = seeded(seed, "reject", "second look", attack.__name__, result.signal, str(threshold))
+                images, standing = given[0].clone(), torch.ones(len(rows), dtype=torch.bool, device=device)
+                for guide in (*guides, None):
+                    some = standing.nonzero().squeeze(1)
+                    if not len(some) or (guide is None and attack is denied):
+                        break
+                    few = given[0][some], given[1][some]
+                    tried = (
+                        _searched(network, *few, threat, signal, threshold, noise)
+                        if guide is None
+                        else attack(network, *few, threat, signal, threshold, "quick", noise, lead=guide)
+                    )
+                    read = _read(network, tried, signal)
+                    fell = read.right(few[1]) < threshold if attack is denied else read.wrong(few[1]) >= threshold
+                    fell &= threat.allows(tried, few[0])
+                    images[some[fell]] = tried[fell]
+                    standing[some[fell]] = False
+                broken = int((~standing).sum())
+                doubted |= broken > CHANCE
+                if broken:
+                    found.append(x.clone())
+                    found[-1][rows.to(x.device)] = images.to(x)
+    return found, doubted
+
+
+@torch.no_grad()
+def _searched(
+    network: nn.Module,
+    x: Samples,
+    y: Labels,
+    threat: ThreatModel,
+    signal: Signal,
+    threshold: float,
+    generator: torch.Generator,
+) -> Samples:
+    """Look for images that are accepted with a wrong class by changing ever smaller squares at random.
+
+    In the manner of Square (Andriushchenko et al. 2020, arXiv 1912.00049).
+    """
+
+    def near(images: Tensor) -> Tensor:
+        with attackable(network):
+            every = nearness(network(images).float(), signal, threshold).nan_to_num(-torch.inf, neginf=-torch.inf)
+        return every.scatter(1, y[:, None], -torch.inf).amax(1)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=generator.device).to(x)
+
+    samples, channels, height, width = x.shape
+    unit = {"linf": 1.0, "l2": (channels * height * width) ** -0.5, "l1": 1.0 / (channels * height * width)}[
+        threat.norm
+    ]
+    best = threat.project(x + threat.eps * unit * (2 * drawn(samples, channels, 1, width).round() - 1), x)
+    reached = near(best)
+    down, right = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
+    for query in range(QUERIES):
+        part = max(0.7 * (1 - query / QUERIES) ** 2, 1 / min(height, width))
+        tall, wide = (max(1, round(part * side)) for side in (height, width))
+        top = (drawn(samples, 1) * (height - tall + 1)).floor()
+        left = (drawn(samples, 1) * (width - wide + 1)).floor()
+        rows, columns = (down >= top) & (down < top + tall), (right >= left) & (right < left + wide)
+        square = (rows[:, :, None] & columns[:, None, :])[:, None].to(x)
+        area = channels * tall * wide
+        step = 2 * threat.eps * {"linf": 1.0, "l2": area**-0.5, "l1": 1.0 / area}[threat.norm]
+        trial = threat.project(best + step * square * (2 * drawn(samples, channels, 1, 1).round() - 1), x)
+        value = near(trial)
+        better = value > reached
+        best[better], reached[better] = trial[better], value[better]
+    return best
 
 
 def _share_an_image(
