@@ -306,3 +306,30 @@ def test_the_verdict_names_what_is_sure_and_an_upper_bound_never_wins() -> None:
     assert verdict.startswith("a has the highest robust accuracy, 60.0 %: not tested against b")
     assert "upper bounds only: c" in verdict
     assert not compare(runs[:1]).sections[0].verdict
+
+
+@pytest.mark.parametrize(
+    ("other", "bounds"),
+    [
+        ({"suite": "standard", "robust": 0.2}, True),
+        ({"suite": "quick", "robust": 0.2}, True),  # helped by surrogates, say
+        ({"suite": "standard", "robust": 0.6, "at_most": True}, True),
+        ({"suite": "standard", "robust": 0.2, "threat": {"norm": "linf", "eps": 0.1}}, True),
+        ({"suite": "standard", "robust": 0.58}, False),
+        ({"suite": "standard", "robust": 0.2, "samples": 400}, False),
+        ({"suite": "standard", "robust": 0.2, "threat": {"norm": "linf", "eps": 0.3}}, False),
+        ({"suite": "standard", "robust": 0.2, "threat": {"norm": "l2", "eps": 0.1}}, False),
+        ({"suite": "standard", "robust": 0.2, "origin": {"weights": "others"}}, False),
+        ({"suite": "quick", "robust": 0.6, "at_most": True}, False),
+    ],
+)
+def test_a_number_that_another_evaluation_has_refuted_is_an_upper_bound(other: dict[str, Any], bounds: bool) -> None:
+    """Where runs share a weak evaluation alone, it does not win by what a stronger one of its own has broken."""
+    weak, strong = evaluation(origin={"weights": "w"}), evaluation(**{"origin": {"weights": "w"}, **other})
+    first = replace(run("a", measured=weak), kept=[weak, strong])
+    compared = compare([first, run("b", config=replace(CONFIG, train=TrainConfig(epochs=7)))])
+    assert compared.sections[0].groups[0].at_most == bounds
+    assert ("| at most 60.0" in to_markdown(compared)) == bounds
+    assert any("another evaluation of these weights" in text for _, text in folded(compared.runs)) == bounds
+    assert compared.sections[0].verdict.startswith("none") == bounds
+    assert compared.runs[0].bounded.evaluation == compared.runs[0].evaluation

@@ -305,6 +305,7 @@ def _print_kept(console: Console, run: Run, before: Mapping[Path, int]) -> None:
 
 def _finish_evaluation(arguments: Namespace, console: Console, runs: Sequence[Run]) -> None:
     """Print what was measured, and write the files that were asked for."""
+    runs = [run.bounded for run in runs]
     if len(runs) > 1:
         print_curve(console, runs)
     else:

@@ -161,6 +161,22 @@ def _refutes(first: Content, second: Content) -> bool:
     return lower and first["samples"] >= second["samples"]
 
 
+def bounds(first: Content, second: Content) -> bool:
+    """Tell whether an evaluation shows that the robust accuracy of another of the same weights is an upper bound only.
+
+    It does in the same ball or a smaller one: by a 95 % interval that lies wholly below on at least as many test
+    images, or by a harder suite to which the number is an upper bound.
+    """
+    weights = [((one.get("origin") or {}).get("weights"), one.get("checkpoint")) for one in (first, second)]
+    balls = [one["threat"] for one in (first, second)]
+    within = balls[0]["norm"] == balls[1]["norm"] and balls[0]["eps"] <= balls[1]["eps"] + 1e-9
+    if weights[0][0] is None or weights[0] != weights[1] or not within:
+        return False
+    harder = all(one["suite"] in HARDNESS for one in (first, second))
+    harder = harder and HARDNESS[first["suite"]] > HARDNESS[second["suite"]]
+    return _refutes(first, second) or (harder and bool(first.get("at_most")))
+
+
 def _outdoes(first: Content, second: Content) -> bool:
     suites = first["suite"], second["suite"]
     if suites[0] == suites[1]:

@@ -125,6 +125,12 @@ class Run:
         return replace(self, evaluation=evaluation, behaviour=None, file=file)
 
     @property
+    def bounded(self) -> "Run":
+        """The run with its numbers as upper bounds, and a warning, where another of its evaluations shows that."""
+        kept = [_bounded(one, self.kept) for one in self.kept]
+        return replace(self, evaluation=_bounded(self.evaluation, self.kept), kept=kept)
+
+    @property
     def measured_at(self) -> Path | None:
         """Where the flags per sample lie, as `Evaluation.load` takes it."""
         return self.file or self.path
@@ -142,6 +148,19 @@ class Run:
         """Return the 95 % interval of a row of `QUANTITIES` other than the sink gap."""
         low, high = self.evaluation["clean"]["ci95"] if quantity == "clean" else self.evaluation[f"{quantity}_ci95"]
         return low, high
+
+
+def _bounded(evaluation: Mapping[str, Any], kept: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    bounds = [one for one in kept if keeping.bounds(one, evaluation)]
+    if not bounds:
+        return evaluation
+    least = min(bounds, key=lambda one: one["robust"])
+    warning = (
+        f"another evaluation of these weights leaves {'at most ' if least.get('at_most') else ''}"
+        f"{100 * least['robust']:.1f} % ({setting(least)}), so that robust accuracy here is an upper bound"
+    )
+    warnings = [one for one in evaluation["warnings"] if one != warning]
+    return {**evaluation, "at_most": True, "warnings": [warning, *warnings]}
 
 
 @dataclass(frozen=True)
@@ -251,6 +270,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice} is given twice")
+    runs = [run.bounded for run in runs]
     sections = []
     for alike in _partition(runs, _measured):
         groups = _groups(alike)
