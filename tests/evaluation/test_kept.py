@@ -1,3 +1,4 @@
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -99,6 +100,25 @@ def test_what_other_attacks_measured_is_measured_anew(run: RunFolder) -> None:
     file.write_text(json.dumps(changed))
     assert evaluate_run(run, "quick", samples=20, notice=told.append)["robust"] == first["robust"]
     assert "was measured by ducat 0.0.1, whose attacks may be others: it is measured anew" in told[0]
+
+
+def test_numbers_of_other_code_are_measured_anew(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of a network may import others, of which no record of the run tells."""
+    file, kinds = tmp_path / "layers_of_a_test.py", []
+    monkeypatch.syspath_prepend(tmp_path)
+    for body in ("x", "(8 * x).round() / 8"):
+        file.write_text(f"from torch import nn\n\n\nclass Front(nn.Module):\n    def forward(self, x): return {body}\n")
+        front = importlib.import_module("layers_of_a_test").Front()
+        kinds.append(runs._code(torch.nn.Sequential(front, torch.nn.ReLU())))
+    assert kinds[0] is not None
+    assert kinds[0] != kinds[1]
+    assert runs._code(run.load()) is None
+    first, told = evaluate_run(run, "quick", samples=20), list[str]()
+    monkeypatch.setattr(runs, "_code", lambda model: kinds[1])
+    assert evaluate_run(run, "quick", samples=20, notice=told.append)["robust"] == first["robust"]
+    assert "was measured with other code of the network's modules: it is measured anew" in told[0]
 
 
 def test_numbers_without_flags_and_images_are_measured_anew(run: RunFolder) -> None:

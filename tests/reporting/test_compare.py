@@ -320,6 +320,7 @@ def test_the_verdict_names_what_is_sure_and_an_upper_bound_never_wins() -> None:
         ({"suite": "standard", "robust": 0.2, "threat": {"norm": "linf", "eps": 0.3}}, False),
         ({"suite": "standard", "robust": 0.2, "threat": {"norm": "l2", "eps": 0.1}}, False),
         ({"suite": "standard", "robust": 0.2, "origin": {"weights": "others"}}, False),
+        ({"suite": "standard", "robust": 0.2, "origin": {"weights": "w", "code": "other"}}, False),
         ({"suite": "quick", "robust": 0.6, "at_most": True}, False),
     ],
 )

@@ -167,10 +167,12 @@ def bounds(first: Content, second: Content) -> bool:
     It does in the same ball or a smaller one: by a 95 % interval that lies wholly below on at least as many test
     images, or by a harder suite to which the number is an upper bound.
     """
-    weights = [((one.get("origin") or {}).get("weights"), one.get("checkpoint")) for one in (first, second)]
+    origins = [one.get("origin") or {} for one in (first, second)]
+    same = all(origins[0].get(name) == origins[1].get(name) for name in ("weights", "code"))
+    same = same and first.get("checkpoint") == second.get("checkpoint")
     balls = [one["threat"] for one in (first, second)]
     within = balls[0]["norm"] == balls[1]["norm"] and balls[0]["eps"] <= balls[1]["eps"] + 1e-9
-    if weights[0][0] is None or weights[0] != weights[1] or not within:
+    if origins[0].get("weights") is None or not same or not within or not second["robust"]:
         return False
     harder = all(one["suite"] in HARDNESS for one in (first, second))
     harder = harder and HARDNESS[first["suite"]] > HARDNESS[second["suite"]]

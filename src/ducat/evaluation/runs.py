@@ -1,6 +1,7 @@
 """Evaluate a run or a checkpoint on its test images, and write down what came of it."""
 
 import hashlib
+import inspect
 import json
 import shutil
 import warnings
@@ -85,6 +86,7 @@ def evaluate_run(
     threat = threat or config.threat.ball
     origin = {
         "weights": weights_digest,
+        "code": _code(model),
         **_asked(reject, surrogates, second_round_seconds),
     }
     adopted = kept.adopt(folder) if _is_main_process(device) else None
@@ -92,7 +94,7 @@ def evaluate_run(
     if adopted is not None and folder.evaluation_path.with_suffix(".safetensors").is_file():
         notice(f"{folder.evaluation_path} is of an earlier version, and was kept as {adopted} as well")
     path = kept.path_for(folder.evaluations_path, find_suite(suite).name, threat, len(test[1]), seed, which, origin)
-    measured = None if again else _kept(path, suite, notice)
+    measured = None if again else _kept(path, suite, origin, notice)
     if measured is None:
         kept.check(folder)
         measured = _evaluate_and_save(
@@ -191,6 +193,7 @@ def evaluate_checkpoint(
     origin = {
         "weights": checkpoint.digest(tensors),
         "measured": _measured(tensors, architecture, test),
+        "code": _code(model),
         **_asked(reject, surrogates, second_round_seconds),
         "source": {
             "checkpoint": str(source),
@@ -205,7 +208,7 @@ def evaluate_checkpoint(
         path = kept.path_for(
             keep, title, threat, len(test[1]), seed, None, origin, f"{source.stem}-{config.data.name}-"
         )
-        if not again and (measured := _kept(path, suite, notice)) is not None:
+        if not again and (measured := _kept(path, suite, origin, notice)) is not None:
             return measured
     return _evaluate_and_save(
         model,
@@ -324,8 +327,19 @@ def _measured(tensors: Mapping[str, Tensor], architecture: Architecture, test: t
     return hashlib.blake2b(f"{described} {made}".encode(), digest_size=16).hexdigest()
 
 
-def _kept(path: Path, suite: str | Suite, notice: Callable[[str], None]) -> dict[str, Any] | None:
-    """Return the evaluation that is kept at `path`, or None if there is none by the attacks of this version."""
+def _code(model: nn.Module) -> str | None:
+    """Return a digest of the files that the network's own modules come from; None where all are installed packages'."""
+    files = {inspect.getsourcefile(kind) for kind in map(type, model.modules()) if kind.__module__ != "__main__"}
+    own = sorted(file for file in files if file is not None and "site-packages" not in file)
+    own = [file for file in own if not Path(file).is_relative_to(Path(ducat.__file__).parent)]
+    contents = b"".join(sorted(hashlib.blake2b(Path(file).read_bytes()).digest() for file in own))
+    return hashlib.blake2b(contents, digest_size=16).hexdigest() if own else None
+
+
+def _kept(
+    path: Path, suite: str | Suite, origin: Mapping[str, Any], notice: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Return the evaluation that is kept at `path`, or None if there is none of this code by this version's attacks."""
     if not path.is_file():
         return None
     if isinstance(suite, Suite):
@@ -338,6 +352,9 @@ def _kept(path: Path, suite: str | Suite, notice: Callable[[str], None]) -> dict
     version = (found.get("origin") or {}).get("ducat", "0.1.0")  # the first ones do not say
     if version != ducat.__version__:
         notice(f"{path} was measured by ducat {version}, whose attacks may be others: it is measured anew")
+        return None
+    if (found.get("origin") or {}).get("code") != origin["code"]:
+        notice(f"{path} was measured with other code of the network's modules: it is measured anew")
         return None
     return found
 
