@@ -237,6 +237,24 @@ def test_images_that_others_found_count_and_those_outside_the_ball_do_not() -> N
     assert (part.wrong[wrong] >= values.amax(1)[wrong] - 1e-5).all()
 
 
+def test_images_that_are_found_afterwards_count_and_those_outside_the_ball_do_not() -> None:
+    model, x = linear(dummies=False), images(20)
+    y, elsewhere = predicted(model, x), images(20, seed=9)
+    before = measure(model, x, y, ducat.ThreatModel(eps=0.0), [0.0], budget="quick")
+    assert rejection.counted(model, x, y, before, [elsewhere]).to_dict() == before.to_dict()
+    wide = replace(before, threat=ducat.ThreatModel(eps=1.0))
+    after = rejection.counted(model, x, y, wide, [elsewhere, x], batch_size=8).signals[0]
+    with torch.no_grad():
+        values = log_odds(model(elsewhere))
+    wrong = values.argmax(1) != y
+    assert (after.wrong[wrong] == values.amax(1)[wrong]).all()
+    assert (
+        after.right[-1] == torch.where(wrong, -torch.inf, torch.minimum(before.signals[0].right[-1], values.amax(1)))
+    ).all()
+    assert (after.right[0] >= after.right[-1]).all()
+    assert (after.right[0] > after.right[-1]).any(), "not all are in the smallest ball"
+
+
 def result(wrong: list[float], acceptance: list[float]) -> SignalResult:
     count = len(wrong)
     return SignalResult(

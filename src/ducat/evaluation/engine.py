@@ -207,14 +207,15 @@ def _with_rejection(
         more, hidden = rejection.second_look(
             deployed, x, y, job.threat, measured, led, seed=job.seed, progress=progress
         )
-        if more:
-            found += more
-            measured = measure(led if hidden else given)
         if hidden:
+            found += more
+            measured = measure(led)
             told.append(
                 "reject: a second look along other gradients than the network's own, or by none, found images that the "
                 "attack had left; something hides what the signal depends on, and all of refusing is an upper bound"
             )
+        elif more:
+            measured = rejection.counted(deployed, x, y, measured, more, batch_size=evaluation.batch_size)
     measured = replace(measured, at_most=hidden or evaluation.at_most)
     return replace(evaluation, rejection=measured, warnings=[*evaluation.warnings, *told, *measured.warnings])
 

@@ -731,6 +731,30 @@ def second_look(
     return found, doubted
 
 
+def counted(
+    model: nn.Module, x: Samples, y: Labels, measured: Rejection, found: Sequence[Samples], *, batch_size: int = 500
+) -> Rejection:
+    """Return what was measured, with images that were found afterwards, each of x's shape."""
+    network, parts = with_dummy_classes(model, x), []
+    for rows in torch.arange(len(x)).split(batch_size):
+        given, labels, *images = (each[rows.to(each.device)].to(_device(network)) for each in (x, y, *found))
+        part = Seen(
+            network, given, labels, measured.threat, {one.signal: SIGNALS[one.signal] for one in measured.signals}
+        )
+        for each in images:
+            part.look(each)
+        parts.append(part)
+    signals = [
+        replace(
+            one,
+            wrong=torch.maximum(one.wrong, torch.cat([part.wrong[one.signal] for part in parts]).cpu()),
+            right=torch.minimum(one.right, torch.cat([part.right[one.signal] for part in parts], dim=1).cpu()),
+        )
+        for one in measured.signals
+    ]
+    return replace(measured, signals=signals, half=measured.half & torch.cat([part.half for part in parts]).cpu())
+
+
 @torch.no_grad()
 def _searched(
     network: nn.Module,

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -329,10 +330,13 @@ def _measured(tensors: Mapping[str, Tensor], architecture: Architecture, test: t
 
 def _code(model: nn.Module) -> str | None:
     """Return a digest of the files that the network's own modules come from; None where all are installed packages'."""
-    files = {inspect.getsourcefile(kind) for kind in map(type, model.modules()) if kind.__module__ != "__main__"}
-    own = sorted(file for file in files if file is not None and "site-packages" not in file)
-    own = [file for file in own if not Path(file).is_relative_to(Path(ducat.__file__).parent)]
-    contents = b"".join(sorted(hashlib.blake2b(Path(file).read_bytes()).digest() for file in own))
+    files: set[str | None] = set()
+    for kind in map(type, model.modules()):
+        with suppress(TypeError):  # its module is in no file, or gone
+            files.add(inspect.getsourcefile(kind) if kind.__module__ != "__main__" else None)
+    own = [Path(file) for file in files if file is not None and "site-packages" not in file]
+    own = [file for file in own if not file.is_relative_to(Path(ducat.__file__).parent)]
+    contents = b"".join(sorted(hashlib.blake2b(file.read_bytes()).digest() for file in own))
     return hashlib.blake2b(contents, digest_size=16).hexdigest() if own else None
 
 
