@@ -1,5 +1,6 @@
 """How many threads of a CPU a network's passes are worth: small ones lose more by sharing than they gain."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,11 @@ from ducat.attacks.pgd import attackable
 WORK = 150_000_000
 """Multiply-adds in a batch's forward pass that are worth a thread: below twice that a second thread gained less than a
 third on 2 idle cores, and made digits 6 times slower on busy ones (docs/performance.md)."""
+
+
+def launched() -> bool:
+    """Tell whether a launcher started this process for CPUs: each of them would work alone, unless told so."""
+    return "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
 
 
 def worth(model: nn.Module, example: Tensor, batch_size: int) -> int:

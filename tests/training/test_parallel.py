@@ -168,7 +168,7 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
     ],
     ids=["accelerate launch", "torchrun"],
 )
-def test_the_commands_of_the_documentation_train_in_two_processes(launcher: list[str], tmp_path: Path) -> None:
+def test_the_commands_of_the_documentation_train_and_evaluate_in_two_processes(launcher: list[str], tmp_path: Path) -> None:
     # Without a word on the device: it is for the run to see that there are no GPUs.
     config = variant("run", threat=L2, train={"device": "auto" if not torch.accelerator.is_available() else "cpu"})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
@@ -179,6 +179,11 @@ def test_the_commands_of_the_documentation_train_in_two_processes(launcher: list
     two = RunFolder(tmp_path / "runs" / "run")
     assert two.manifest["processes"] == 2
     assert_close(train(config, tmp_path), two)
+    command[command.index("train") :] = ["evaluate", "runs/run", "--suite", "quick", "--samples", "40"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Page: runs/run/report.html") == 1
+    assert [path.suffix for path in sorted((two.path / "evaluations").iterdir())] == [".json", ".safetensors"]
 
 
 @pytest.mark.parametrize("draw", [torch.rand, torch.randn])

@@ -124,6 +124,7 @@ def evaluate_run(
         # An evaluation of the zoo comes without its images.
         if folder.evaluation_path.with_suffix(".safetensors").is_file() and not behaviour.is_current(folder):
             behaviour.measure_run(folder, dataset)
+    _processes(device).wait_for_everyone()  # each may read what the first has written
     return measured
 
 
@@ -386,13 +387,14 @@ def _evaluate_and_save(
     if path is not None and parts is not None and processes.is_main_process:
         evaluation.save(path, replace=True)  # whether it may be replaced was settled before hours of work
         shutil.rmtree(parts, ignore_errors=True)  # another one, which took the chunks up, may have done it
+    processes.wait_for_everyone()
     return evaluation.to_dict()
 
 
 def _processes(device: str) -> Any:
     from accelerate import PartialState
 
-    processes = PartialState(cpu=device == "cpu")
+    processes = PartialState(cpu=device == "cpu" or threads.launched())
     if device == "cuda" and processes.device.type != "cuda":
         raise ValueError("device=cuda: PyTorch finds no GPU here; choose cpu or auto")
     return processes

@@ -1,7 +1,6 @@
 """One training step: attack, loss, gradient, optimiser, and averages of the weights; what benchmarks time is this."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ducat import methods
+from ducat import methods, threads
 from ducat.attacks.pgd import attackable
 from ducat.config import Config, TrainConfig
 from ducat.dummy import dummy_heads
@@ -313,9 +312,7 @@ def _accelerator(device: str) -> "Accelerator":
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
-    # Launched processes without an accelerator would each train alone, unless told that they are CPUs.
-    only_cpus = "LOCAL_RANK" in os.environ and not torch.accelerator.is_available()
-    cpu = device == "cpu" or only_cpus or parse_flag_from_env("ACCELERATE_USE_CPU")
+    cpu = device == "cpu" or threads.launched() or parse_flag_from_env("ACCELERATE_USE_CPU")
     before = {**PartialState._shared_state, **AcceleratorState._shared_state}
     if before and (before["_cpu"], before.get("_mixed_precision", "no")) != (cpu, "no"):
         AcceleratorState._reset_state(reset_partial_state=True)  # it is one for the whole process
