@@ -168,7 +168,9 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
     ],
     ids=["accelerate launch", "torchrun"],
 )
-def test_the_commands_of_the_documentation_train_and_evaluate_in_two_processes(launcher: list[str], tmp_path: Path) -> None:
+def test_the_commands_of_the_documentation_train_and_evaluate_in_two_processes(
+    launcher: list[str], tmp_path: Path
+) -> None:
     # Without a word on the device: it is for the run to see that there are no GPUs.
     config = variant("run", threat=L2, train={"device": "auto" if not torch.accelerator.is_available() else "cpu"})
     (tmp_path / "config.yaml").write_text(config.to_yaml())
