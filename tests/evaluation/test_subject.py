@@ -394,8 +394,9 @@ def test_a_batch_larger_than_those_that_are_looked_at_is_looked_at_too(templates
     assert found.at_most
 
 
+@pytest.mark.parametrize("batch_size", [500, 1])
 @pytest.mark.parametrize("weak", [torch.is_inference_mode_enabled, lambda: not torch.is_grad_enabled()])
-def test_every_mode_is_to_be_withstood(templates: Templates, weak: Callable[[], bool]) -> None:
+def test_every_mode_is_to_be_withstood(templates: Templates, weak: Callable[[], bool], batch_size: int) -> None:
     """In a mode of which attacks get no gradient, every image that was moved is misclassified."""
     model, x, y = templates
 
@@ -404,7 +405,7 @@ def test_every_mode_is_to_be_withstood(templates: Templates, weak: Callable[[], 
         moved = torch.cdist(images.flatten(1), x.flatten(1)).amin(1) > 0.05
         return torch.where((moved & weak())[:, None], -logits, logits)
 
-    found = evaluate(Net(model, forward), x, y)
+    found = evaluate(Net(model, forward), x, y, batch_size=batch_size)
     assert found.scrutiny.nature == ["mode-dependent"]
     assert found.clean.float().mean() > 0.9
     assert not found.robust.any()
@@ -423,6 +424,25 @@ def test_a_network_that_takes_gradients_itself_is_not_asked_in_inference_mode(te
     found = evaluate(Net(model, forward), x, y)
     assert found.scrutiny.nature == []
     assert torch.equal(found.robust, evaluate(model, x, y).robust)
+
+
+def test_a_network_that_takes_gradients_itself_may_mind_its_mode(templates: Templates) -> None:
+    """Such a network is judged in the modes that it answers in."""
+    model, x, y = templates
+
+    def forward(net: Net, images: torch.Tensor) -> torch.Tensor:
+        if images.requires_grad:
+            return net.inside(images)
+        with torch.enable_grad():
+            moved = images.clone().requires_grad_()
+            lead = net.inside(moved).logsumexp(1).sum()
+            assert lead.requires_grad
+            (slope,) = torch.autograd.grad(lead, moved)
+        return net.inside(images + 0.2 * slope.sign())
+
+    found = evaluate(Net(model, forward), x, y)
+    assert found.scrutiny.nature == ["mode-dependent"]
+    assert found.at_most
 
 
 def test_a_random_network_gets_its_expected_accuracy(templates: Templates) -> None:

@@ -342,7 +342,7 @@ class _Job:
         if nature.random:
             attacked = [Averaged(one, nature.draws) for one in attacked]
         watched = watched and not nature.names
-        judges = [*met, *modes(network, nature)]
+        judges = [*met, *modes(network, nature, x)]
         return cls(subject, nature, judges, attacked, folded, threat, attacks, seed, watched, others, asked)
 
     @property

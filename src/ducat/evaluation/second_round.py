@@ -100,7 +100,7 @@ def second_round(scene: Scene, settle: bool, progress: Callable[[str], None]) ->
     Args:
         scene: what to attack.
         settle: whether an equal network without signs settles the number: the network is neither random nor
-            batch-dependent nor stateful.
+            batch-dependent nor stateful nor mode-dependent.
         progress: told of each guide and search as it starts.
 
     Returns:

@@ -319,7 +319,7 @@ def examine(
     if noisy:
         draws = max(draws, _draws(torch.stack([network(probe) for _ in range(REPEATS)])))
     batch = known.batch_dependent or (not noisy and _meet(network, probe, len(x), first, generator, batch_size))
-    mode = known.mode_dependent or (not noisy and _minds_mode(network, probe[spread(len(probe), batch_size)]))
+    mode = known.mode_dependent or (not noisy and any(_minds_mode(network, part) for part in probe.split(batch_size)))
     return Nature(noisy, batch, stateful, mode, remembers, known.gradient and _passes(network, x), draws)
 
 
@@ -376,12 +376,18 @@ def _meet(
 def _minds_mode(network: Measured, probe: Tensor) -> bool:
     """Tell whether the network answers otherwise where gradients are recorded, or in inference mode."""
     expected = network(probe)
-    found = [InMode(network, "recording")(probe)]
-    with suppress(RuntimeError):  # a network that takes gradients itself answers nothing in inference mode
-        found.append(InMode(network, "inference")(probe))
+    return any(bool(differs(expected, other, network.coarse).any()) for other in _answers(network, probe).values())
+
+
+def _answers(network: Measured, probe: Tensor) -> dict[str, Tensor]:
+    """Return what the network says in each of the other modes, without those in which it fails."""
+    found = {}
+    for mode in MODES:
+        with suppress(Exception):  # a network that takes gradients itself answers nothing in inference mode
+            found[mode] = InMode(network, mode)(probe)
     if network.origin.changed():
         network.origin.restore()
-    return any(bool(differs(expected, other, network.coarse).any()) for other in found)
+    return found
 
 
 class InMode(nn.Module):
@@ -446,9 +452,11 @@ def views(network: Measured, nature: Nature, x: Tensor) -> list[nn.Module]:
     return [Alone(network), InCompany(network, x[:COMPANY].to(network.device))]
 
 
-def modes(network: Measured, nature: Nature) -> list[nn.Module]:
+def modes(network: Measured, nature: Nature, x: Tensor) -> list[nn.Module]:
     """Return the other modes that an image has to withstand the network in; attacks get no gradient of them."""
-    return [InMode(network, mode) for mode in MODES] if nature.mode_dependent else []
+    if not nature.mode_dependent:
+        return []
+    return [InMode(network, mode) for mode in _answers(network, x[: network.batch_size or 1].to(network.device))]
 
 
 _SOURCES = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
