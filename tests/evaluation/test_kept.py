@@ -38,6 +38,9 @@ RULE = [
     ([content("light", 500, 0.5), content("standard", 500, 0.7)], 0),
     ([content("light", 500, 0.5), content("standard", 500, 0.7, at_most=True)], 0),
     ([content("light", 400, 0.5), content("standard", 500, 0.7)], 1),
+    # The weights of another checkpoint, or other code of the network, refute nothing.
+    ([content("light", 500, 0.5, checkpoint="last"), content("standard", 500, 0.7)], 1),
+    ([content("light", 500, 0.5, origin={"code": "old"}), content("standard", 500, 0.7, origin={"code": "new"})], 1),
     # What is known to be an upper bound is not hidden by a measurement that could not see why.
     ([content("light", 1000, 0.45), content("standard", 200, 0.5, at_most=True)], 1),
     # No easier ball, and no other norm, however many images.

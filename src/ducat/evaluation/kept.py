@@ -122,8 +122,8 @@ def strongest(contents: Sequence[Content], ball: tuple[str, float]) -> int:
 
     1. Those in the ball that the run was trained in; if there are none, those of its norm at the largest eps, and
        without these those at the largest eps of all.
-    2. Of these, those that no other refutes: on at least as many test images, by a 95 % interval of robust accuracy
-       that lies wholly below.
+    2. Of these, those that no other of the same weights and code refutes: on at least as many test images, by a 95 %
+       interval of robust accuracy that lies wholly below.
     3. Of these, those that no other outdoes: by a suite at least as hard, on at least as many test images, and by more
        in one of the two. A suite of one's own is as hard as itself alone.
     4. Of what is left, the one that claims least: an upper bound before a measurement, then the one with the lowest
@@ -156,9 +156,15 @@ def strongest(contents: Sequence[Content], ball: tuple[str, float]) -> int:
     )
 
 
+def _of_one_network(first: Content, second: Content) -> bool:
+    origins = [one.get("origin") or {} for one in (first, second)]
+    same = all(origins[0].get(name) == origins[1].get(name) for name in ("weights", "code"))
+    return same and first.get("checkpoint") == second.get("checkpoint")
+
+
 def _refutes(first: Content, second: Content) -> bool:
     lower = first["robust_ci95"][1] < second["robust_ci95"][0]
-    return lower and first["samples"] >= second["samples"]
+    return lower and first["samples"] >= second["samples"] and _of_one_network(first, second)
 
 
 def bounds(first: Content, second: Content) -> bool:
@@ -167,12 +173,10 @@ def bounds(first: Content, second: Content) -> bool:
     It does in the same ball or a smaller one: by a 95 % interval that lies wholly below on at least as many test
     images, or by a harder suite to which the number is an upper bound.
     """
-    origins = [one.get("origin") or {} for one in (first, second)]
-    same = all(origins[0].get(name) == origins[1].get(name) for name in ("weights", "code"))
-    same = same and first.get("checkpoint") == second.get("checkpoint")
+    same = bool((first.get("origin") or {}).get("weights")) and _of_one_network(first, second)
     balls = [one["threat"] for one in (first, second)]
     within = balls[0]["norm"] == balls[1]["norm"] and balls[0]["eps"] <= balls[1]["eps"] + 1e-9
-    if origins[0].get("weights") is None or not same or not within or not second["robust"]:
+    if not same or not within or not second["robust"]:
         return False
     harder = all(one["suite"] in HARDNESS for one in (first, second))
     harder = harder and HARDNESS[first["suite"]] > HARDNESS[second["suite"]]
