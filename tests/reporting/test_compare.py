@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonargparse import Namespace
+from rich.console import Console
 
-from ducat.cli import main
+from ducat.cli import commands, main
 from ducat.config import Config, DataConfig, DummyConfig, ThreatConfig, TrainConfig
 from ducat.reporting.compare import Comparison, Pair, Run, compare, folded, reached, to_csv, to_latex, to_markdown, told
 from ducat.runs import RunFolder
@@ -334,3 +336,19 @@ def test_a_number_that_another_evaluation_has_refuted_is_an_upper_bound(other: d
     assert any("another evaluation of these weights" in text for _, text in folded(compared.runs)) == bounds
     assert compared.sections[0].verdict.startswith("none") == bounds
     assert compared.runs[0].bounded.evaluation == compared.runs[0].evaluation
+
+
+def test_what_an_evaluation_prints_and_writes_is_bounded_once(tmp_path: Path) -> None:
+    """Bounded twice, the lower number would be at most itself because of the higher one that it refutes."""
+    lower, higher = (
+        evaluation(suite=suite, robust=robust, origin={"weights": "w"})
+        for suite, robust in (("light", 0.4), ("standard", 0.6))
+    )
+    options = Namespace(json=tmp_path / "out.json", checkpoint=None, figure=None)
+    console = Console(file=io.StringIO(), width=500)
+    commands._finish_evaluation(options, console, [replace(run("a", measured=lower), kept=[lower, higher])])
+    assert "upper bound" not in console.file.getvalue()
+    assert json.loads(options.json.read_text()) == lower
+    commands._finish_evaluation(options, console, [replace(run("a", measured=higher), kept=[lower, higher])])
+    assert console.file.getvalue().count("upper bound") == 1
+    assert json.loads(options.json.read_text())["at_most"]

@@ -305,11 +305,13 @@ def _print_kept(console: Console, run: Run, before: Mapping[Path, int]) -> None:
 
 def _finish_evaluation(arguments: Namespace, console: Console, runs: Sequence[Run]) -> None:
     """Print what was measured, and write the files that were asked for."""
-    runs = [run.bounded for run in runs]
     if len(runs) > 1:
+        runs = [run.bounded for run in runs]
         print_curve(console, runs)
     else:
-        print_comparison(console, comparing.compare(runs))
+        compared = comparing.compare(runs)
+        runs = compared.runs
+        print_comparison(console, compared)
     contents = [run.evaluation for run in runs]
     if arguments.json is not None and arguments.checkpoint is None:
         written = contents if len(contents) > 1 else contents[0]
