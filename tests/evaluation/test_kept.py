@@ -1,6 +1,7 @@
 import importlib
 import json
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,23 @@ def test_numbers_of_other_code_are_measured_anew(
     monkeypatch.setattr(runs, "_code", lambda model: kinds[1])
     assert evaluate_run(run, "quick", samples=20, notice=told.append)["robust"] == first["robust"]
     assert "was measured with other code of the network's modules: it is measured anew" in told[0]
+
+
+def test_the_code_of_a_network_is_also_that_of_the_classes_that_it_derives_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base_of_a_test.py"
+    base.write_text("from torch import nn\n\n\nclass Base(nn.Module):\n    scale = 1\n")
+    (tmp_path / "derived_in_a_test.py").write_text("from base_of_a_test import Base\n\n\nclass Derived(Base): ...\n")
+    with zipfile.ZipFile(tmp_path / "zipped.zip", "w") as file:
+        file.writestr("zipped_in_a_test.py", "from torch import nn\n\n\nclass Zipped(nn.Module): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "zipped.zip")
+    model = importlib.import_module("derived_in_a_test").Derived()
+    before = runs._code(model)
+    base.write_text(base.read_text().replace("1", "2"))
+    assert runs._code(model) != before
+    assert runs._code(importlib.import_module("zipped_in_a_test").Zipped()) is None
 
 
 def test_numbers_without_flags_and_images_are_measured_anew(run: RunFolder) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -330,12 +331,16 @@ def _measured(tensors: Mapping[str, Tensor], architecture: Architecture, test: t
 
 
 def _code(model: nn.Module) -> str | None:
-    """Return a digest of the files that the network's own modules come from; None where all are installed packages'."""
-    files: set[str | None] = set()
-    for kind in map(type, model.modules()):
-        with suppress(TypeError):  # its module is in no file, or gone
-            files.add(inspect.getsourcefile(kind) if kind.__module__ != "__main__" else None)
-    own = [Path(file) for file in files if file is not None and "site-packages" not in file]
+    """Return a digest of the files that the network's own classes, and those that they derive from, come from.
+
+    None where all are Python's or installed packages', or in no file of their own.
+    """
+    files: set[Path] = set()
+    for kind in {kind for module in model.modules() for kind in type(module).__mro__}:
+        if kind.__module__.partition(".")[0] not in {"__main__", *sys.stdlib_module_names}:
+            with suppress(TypeError):  # its module is in no file, or gone
+                files.add(Path(inspect.getsourcefile(kind) or ""))
+    own = [file for file in files if file.is_file() and "site-packages" not in file.parts]
     own = [file for file in own if not file.is_relative_to(Path(ducat.__file__).parent)]
     contents = b"".join(sorted(hashlib.blake2b(file.read_bytes()).digest() for file in own))
     return hashlib.blake2b(contents, digest_size=16).hexdigest() if own else None
