@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -388,6 +389,22 @@ def test_a_signal_that_hides_what_it_depends_on_is_seen_though_the_classes_are_h
     (signal,) = found.rejection.signals
     assert not signal.robust(signal.thresholds[0.0]).any()
     assert any("something hides what the signal depends on" in warning for warning in found.warnings)
+
+
+def test_a_second_look_keeps_the_images_of_what_fell_alone() -> None:
+    x = torch.full((80, 1, 8, 8), 0.45) + torch.arange(80)[:, None, None, None] / 10000
+    y, threat = torch.zeros(80, dtype=torch.long), ducat.ThreatModel(eps=0.1)
+    nothing = ducat.ThreatModel(eps=0.0)
+    left = replace(rejection.measure(Agreeing(), x, y, nothing, [0.0], budget="quick"), threat=threat)
+    found, doubted = rejection.second_look(Agreeing(), x, y, threat, left, [])
+    assert doubted
+    ((rows, images),) = found
+    assert 1 < len(rows) <= rejection.LOOKED_AT
+    assert len(images) == len(rows)
+    assert threat.allows(images, x[rows]).all()
+    assert (Agreeing()(images).argmax(1) != y[rows]).all()
+    (signal,) = rejection.counted(Agreeing(), x, y, left, found).signals
+    assert (~signal.robust(signal.thresholds[0.0])).nonzero().squeeze(1).tolist() == rows.tolist()
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 0.8), ("l1", 6.4)])

@@ -241,9 +241,11 @@ def test_images_that_are_found_afterwards_count_and_those_outside_the_ball_do_no
     model, x = linear(dummies=False), images(20)
     y, elsewhere = predicted(model, x), images(20, seed=9)
     before = measure(model, x, y, ducat.ThreatModel(eps=0.0), [0.0], budget="quick")
-    assert rejection.counted(model, x, y, before, [elsewhere]).to_dict() == before.to_dict()
+    every = torch.arange(20)
+    assert rejection.counted(model, x, y, before, [(every, elsewhere)]).to_dict() == before.to_dict()
     wide = replace(before, threat=ducat.ThreatModel(eps=1.0))
-    after = rejection.counted(model, x, y, wide, [elsewhere, x], batch_size=8).signals[0]
+    some = [(rows, elsewhere[rows]) for rows in (every[::2], every[1::2])]
+    after = rejection.counted(model, x, y, wide, [*some, (every, x)]).signals[0]
     with torch.no_grad():
         values = log_odds(model(elsewhere))
     wrong = values.argmax(1) != y

@@ -208,14 +208,17 @@ def _with_rejection(
             deployed, x, y, job.threat, measured, led, seed=job.seed, progress=progress
         )
         if hidden:
-            found += more
+            starts = spooled.empty(x.shape)
+            starts.copy_(evaluation.adversarial)
+            for rows, images in more:
+                starts[rows] = images
+            found.append(starts)
             measured = measure(led)
             told.append(
                 "reject: a second look along other gradients than the network's own, or by none, found images that the "
                 "attack had left; something hides what the signal depends on, and all of refusing is an upper bound"
             )
-        elif more:
-            measured = rejection.counted(deployed, x, y, measured, more, batch_size=evaluation.batch_size)
+        measured = rejection.counted(deployed, x, y, measured, more)
     measured = replace(measured, at_most=hidden or evaluation.at_most)
     return replace(evaluation, rejection=measured, warnings=[*evaluation.warnings, *told, *measured.warnings])
 

@@ -30,6 +30,7 @@ Flags = Bool[Tensor, " samples"]
 Logits = Float[Tensor, "batch outputs"]
 PerClass = Float[Tensor, "batch classes"]
 PerSample = Float[Tensor, " samples"]
+Found = tuple[Int[Tensor, " rows"], Float[Tensor, "rows channels height width"]]
 
 RADII = (0.25, 0.5, 1.0)  # of eps: where denial is measured
 CURVE = 21  # points of the curve over thresholds
@@ -672,7 +673,7 @@ def second_look(
     *,
     seed: int = 0,
     progress: Callable[[str], None] = lambda attack: None,
-) -> tuple[list[Samples], bool]:
+) -> tuple[list[Found], bool]:
     """Attack some of what is left by other gradients than the network's own, and by a search that needs none.
 
     A network may hide what its signal depends on, though the gradients of its classes are honest: no attack on the
@@ -689,11 +690,12 @@ def second_look(
         progress: told of each signal and share.
 
     Returns:
-        Images of x's shape for each signal, threshold and aim by which some sample fell that was left, and whether more
-        fell than by chance.
+        For each signal, threshold and aim by which some samples fell that were left, their rows and images, on the CPU;
+        and whether more fell than by chance.
     """
     network = with_dummy_classes(model, x)
-    device, found, doubted = _device(network), [], False
+    device, doubted = _device(network), False
+    found: list[Found] = []
     for result in measured.signals:
         signal = SIGNALS[result.signal]
         for share, threshold in result.thresholds.items():
@@ -723,36 +725,27 @@ def second_look(
                     fell &= threat.allows(tried, few[0])
                     images[some[fell]] = tried[fell]
                     standing[some[fell]] = False
-                broken = int((~standing).sum())
-                doubted |= broken > CHANCE
-                if broken:
-                    found.append(x.clone())
-                    found[-1][rows.to(x.device)] = images.to(x)
+                broken = (~standing).cpu()
+                doubted |= int(broken.sum()) > CHANCE
+                if broken.any():
+                    found.append((rows[broken], images.cpu()[broken]))
     return found, doubted
 
 
-def counted(
-    model: nn.Module, x: Samples, y: Labels, measured: Rejection, found: Sequence[Samples], *, batch_size: int = 500
-) -> Rejection:
-    """Return what was measured, with images that were found afterwards, each of x's shape."""
-    network, parts = with_dummy_classes(model, x), []
-    for rows in torch.arange(len(x)).split(batch_size):
-        given, labels, *images = (each[rows.to(each.device)].to(_device(network)) for each in (x, y, *found))
-        part = Seen(
-            network, given, labels, measured.threat, {one.signal: SIGNALS[one.signal] for one in measured.signals}
-        )
-        for each in images:
-            part.look(each)
-        parts.append(part)
-    signals = [
-        replace(
-            one,
-            wrong=torch.maximum(one.wrong, torch.cat([part.wrong[one.signal] for part in parts]).cpu()),
-            right=torch.minimum(one.right, torch.cat([part.right[one.signal] for part in parts], dim=1).cpu()),
-        )
-        for one in measured.signals
-    ]
-    return replace(measured, signals=signals, half=measured.half & torch.cat([part.half for part in parts]).cpu())
+def counted(model: nn.Module, x: Samples, y: Labels, measured: Rejection, found: Sequence[Found]) -> Rejection:
+    """Return what was measured, with images that were found afterwards for some rows of x."""
+    network, table = with_dummy_classes(model, x), {one.signal: SIGNALS[one.signal] for one in measured.signals}
+    signals = [replace(one, wrong=one.wrong.clone(), right=one.right.clone()) for one in measured.signals]
+    half = measured.half.clone()
+    for rows, images in found:
+        given, labels = (each[rows.to(each.device)].to(_device(network)) for each in (x, y))
+        seen = Seen(network, given, labels, measured.threat, table)
+        seen.look(images.to(given))
+        for one in signals:
+            one.wrong[rows] = torch.maximum(one.wrong[rows], seen.wrong[one.signal].cpu())
+            one.right[:, rows] = torch.minimum(one.right[:, rows], seen.right[one.signal].cpu())
+        half[rows] &= seen.half.cpu()
+    return replace(measured, signals=signals, half=half)
 
 
 @torch.no_grad()
