@@ -445,6 +445,23 @@ def test_a_network_that_takes_gradients_itself_may_mind_its_mode(templates: Temp
     assert found.at_most
 
 
+def test_what_a_network_keeps_in_inference_mode_is_put_back(templates: Templates) -> None:
+    """Such tensors take part in no gradient, which attacks would ask for afterwards."""
+    model, x, y = templates
+
+    def forward(net: Net, images: torch.Tensor) -> torch.Tensor:
+        if torch.is_inference_mode_enabled() and net.kept is None:
+            net.kept = torch.full((1, 4), 3.0)
+        return net.inside(images) * (1 if net.kept is None else net.kept)
+
+    network = Net(model, forward)
+    network.kept = None
+    found = evaluate(network, x, y)
+    assert found.scrutiny.nature == ["mode-dependent"]
+    assert torch.equal(found.robust, evaluate(model, x, y).robust)
+    assert network.kept is None
+
+
 def test_a_random_network_gets_its_expected_accuracy(templates: Templates) -> None:
     model, x, y = templates
 

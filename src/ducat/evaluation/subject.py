@@ -320,6 +320,7 @@ def examine(
         draws = max(draws, _draws(torch.stack([network(probe) for _ in range(REPEATS)])))
     batch = known.batch_dependent or (not noisy and _meet(network, probe, len(x), first, generator, batch_size))
     mode = known.mode_dependent or (not noisy and any(_minds_mode(network, part) for part in probe.split(batch_size)))
+    remembers = network.state is not None
     return Nature(noisy, batch, stateful, mode, remembers, known.gradient and _passes(network, x), draws)
 
 
@@ -385,7 +386,8 @@ def _answers(network: Measured, probe: Tensor) -> dict[str, Tensor]:
     for mode in MODES:
         with suppress(Exception):  # a network that takes gradients itself answers nothing in inference mode
             found[mode] = InMode(network, mode)(probe)
-    if network.origin.changed():
+    if network.origin.changed():  # tensors that are kept in inference mode take part in no gradient
+        network.state = network.origin
         network.origin.restore()
     return found
 
