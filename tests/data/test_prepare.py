@@ -372,7 +372,7 @@ def test_test_images_that_are_trained_on_are_counted(image_folder: Path) -> None
     for number, path in enumerate(sorted((image_folder / "train" / "ant").iterdir())[:3]):
         shutil.copy(path, image_folder / "test" / "bee" / f"again-{number}{path.suffix}")
     notice = data.prepare("insects", image_folder).notice
-    assert notice == "3 test images are among those for training or validation, pixel by pixel"
+    assert notice == "test images that are among those for training or validation, pixel by pixel: 3"
 
 
 def test_what_an_image_folder_leaves_out_is_said(image_folder: Path, picture: Callable[..., bytes]) -> None:

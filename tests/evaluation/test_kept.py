@@ -123,6 +123,13 @@ def test_numbers_of_other_code_are_measured_anew(
     monkeypatch.setattr(runs, "_code", lambda model: kinds[1])
     assert evaluate_run(run, "quick", samples=20, notice=told.append)["robust"] == first["robust"]
     assert "was measured with other code of the network's modules: it is measured anew" in told[0]
+    # Nor does what a harder suite has left of the earlier code speak for the run.
+    path = next(run.evaluations_path.glob("quick*.json"))
+    now = json.loads(path.read_text())
+    harder = {**now, "suite": "standard", "origin": {**now["origin"], "code": "earlier"}}
+    (run.evaluations_path / "standard.json").write_text(json.dumps(harder))
+    assert kept.promote(run, kinds[1]) == path
+    assert kept.promote(run, "earlier").name == "standard.json"
 
 
 def test_the_code_of_a_network_is_also_that_of_the_classes_that_it_derives_from(

@@ -412,7 +412,7 @@ def test_every_mode_is_to_be_withstood(templates: Templates, weak: Callable[[], 
     assert any("the network is mode-dependent" in warning for warning in found.warnings)
 
 
-def test_a_network_that_takes_gradients_itself_is_not_asked_in_inference_mode(templates: Templates) -> None:
+def test_a_network_that_takes_gradients_itself_answers_nothing_in_inference_mode(templates: Templates) -> None:
     model, x, y = templates
 
     def forward(net: Net, images: torch.Tensor) -> torch.Tensor:

@@ -174,7 +174,7 @@ def _repeated(tensors: Mapping[str, Tensor | Source]) -> str:
 
     learnt = {*marks("train"), *marks("validation")}
     count = sum(mark in learnt for mark in marks("test"))
-    return f"{count:,} test images are among those for training or validation, pixel by pixel" if count else ""
+    return f"test images that are among those for training or validation, pixel by pixel: {count:,}" if count else ""
 
 
 def _stream(

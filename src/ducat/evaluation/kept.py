@@ -231,20 +231,22 @@ def check(folder: RunFolder) -> None:
         raise ValueError(f"{error}: delete it and the .json beside it") from error
 
 
-def _strongest(folder: RunFolder) -> Path | None:
+def _strongest(folder: RunFolder, code: str | None = None) -> Path | None:
     found = evaluations(folder)
     current = {path: content for path, content in found.items() if is_current(folder, content)} or found
+    current = {path: one for path, one in current.items() if (one.get("origin") or {}).get("code") == code} or current
     threat = folder.config.threat
     ball = (threat.norm, threat.ball.eps)
     return list(current)[strongest(list(current.values()), ball)] if current else None
 
 
-def promote(folder: RunFolder) -> Path:
+def promote(folder: RunFolder, code: str | None = None) -> Path:
     """Let the strongest evaluation of a run's present checkpoints be evaluation.json; return where it lies itself.
 
-    Evaluations of checkpoints that have been trained on since are kept, and speak for the run only if all are of such.
+    Evaluations of checkpoints that have been trained on since, or of other code of the network than `code`, are kept,
+    and speak for the run only if all are of such.
     """
-    path = _strongest(folder)
+    path = _strongest(folder, code)
     assert path is not None, "called after an evaluation"
     for suffix in (".safetensors", ".json"):
         if path.with_suffix(suffix).is_file():

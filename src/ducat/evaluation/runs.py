@@ -121,7 +121,7 @@ def evaluate_run(
             notice=notice,
         )
     if _is_main_process(device):
-        kept.promote(folder)
+        kept.promote(folder, origin["code"])
         # An evaluation of the zoo comes without its images.
         if folder.evaluation_path.with_suffix(".safetensors").is_file() and not behaviour.is_current(folder):
             behaviour.measure_run(folder, dataset)

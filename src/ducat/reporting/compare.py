@@ -155,10 +155,10 @@ def _bounded(evaluation: Mapping[str, Any], kept: Sequence[Mapping[str, Any]]) -
     if not bounds:
         return evaluation
     least = min(bounds, key=lambda one: one["robust"])
-    warning = (
-        f"another evaluation of these weights leaves {'at most ' if least.get('at_most') else ''}"
-        f"{100 * least['robust']:.1f} % ({setting(least)}), so that robust accuracy here is an upper bound"
-    )
+    left = f"leaves {'at most ' if least.get('at_most') else ''}{100 * least['robust']:.1f} %"
+    if least["robust"] >= evaluation["robust"]:
+        left = "found signs by which its number is an upper bound"
+    warning = f"another evaluation of these weights ({setting(least)}) {left}: robust accuracy here is an upper bound"
     warnings = [one for one in evaluation["warnings"] if one != warning]
     return {**evaluation, "at_most": True, "warnings": [warning, *warnings]}
 
