@@ -128,7 +128,16 @@ def test_the_pages_have_the_numbers_that_were_measured_on_photographs() -> None:
         numbers = [f"{100 * each:.1f}" for each in (light["clean"]["accuracy"], light["blind"], light["robust"])]
         assert f"| ours, width 32, {on_page} | {' | '.join(numbers)} |" in page
         assert all(number in sentence for number in numbers), title
-    again = json.loads((ROOT / "results" / "size-seed-1.json").read_text())["cpu"]
+    seed_1 = json.loads((ROOT / "results" / "size-seed-1.json").read_text())
+    base = _in_linf(seed_1["wide"]["the base, trained longer, seed 1"])["light"]
+    clean, worst, *interval = (
+        f"{100 * each:.1f}" for each in (base["clean"]["accuracy"], base["robust"], *base["robust_ci95"])
+    )
+    assert base["samples"] == 8000
+    assert not base["at_most"]
+    assert f"such a base has {clean} clean and {worst} [{', '.join(interval)}] robust" in page
+    assert f"has {clean} clean and {worst} robust." in sentence
+    again = seed_1["cpu"]
     sentence = " ".join(readme.partition("Trained anew with another seed")[2].partition("\n\n")[0].split())
     for title, (_, on_page) in titles.items():
         light = _in_linf(again[f"{title}, seed 1"])["light"]
