@@ -409,7 +409,6 @@ class Config:
         # The setting, what it may be where it is not read, whether it is, and what makes it so.
         table: tuple[tuple[str, Collection[Any], bool, str], ...] = (
             ("method.weight", (None,), row.reads_weight, method),
-            ("method.attack", (MethodConfig.attack,), row.objective is not None, method),
             ("method.clip_start", (True,), begins, attack),
             ("threat.steps", (ThreatConfig.steps,), steps, attack),
             ("threat.step_size", (None,), steps or usual_step, attack),

@@ -152,7 +152,6 @@ def test_what_is_chosen_from_given_data_is_refused(chosen: dict[str, int], tmp_p
             {"method": MethodConfig("consistency", clip_start=False)},
             r"clip_start=False has no effect with .*consistency",
         ),
-        ({"method": MethodConfig("natural", attack="n-fgsm")}, "attack=n-fgsm has no effect with method.name=natural"),
         ({"method": MethodConfig("mart", clip_start=False, attack="n-fgsm")}, "clip_start=False has .*attack=n-fgsm"),
         ({"train": replace(TINY.train, batch_norm="separate")}, r"train\.batch_norm=separate has no effect with"),
         ({"method": MethodConfig(attack="pgd-cosine")}, r"threat\.steps=2 has no .*=pgd-cosine: leave it out, or at"),
