@@ -30,7 +30,7 @@ Flags = Bool[Tensor, " samples"]
 Logits = Float[Tensor, "batch outputs"]
 PerClass = Float[Tensor, "batch classes"]
 PerSample = Float[Tensor, " samples"]
-Found = tuple[Int[Tensor, " rows"], Float[Tensor, "rows channels height width"]]
+Found = tuple[Int[Tensor, " _"], Float[Tensor, "_ channels height width"]]  # rows, as many as fell, and images
 
 RADII = (0.25, 0.5, 1.0)  # of eps: where denial is measured
 CURVE = 21  # points of the curve over thresholds
