@@ -16,6 +16,7 @@ from torch import nn
 import ducat
 from ducat import checkpoint
 from ducat.attacks.adaptive import BUDGETS, Round, SilentDummies
+from ducat.attacks.queries import decisions
 from ducat.attacks.suites import SUITES, Suite
 from ducat.cli import main
 from ducat.evaluation import Evaluation, kept, rejection
@@ -407,12 +408,24 @@ def test_a_second_look_keeps_the_images_of_what_fell_alone() -> None:
     assert (~signal.robust(signal.thresholds[0.0])).nonzero().squeeze(1).tolist() == rows.tolist()
 
 
+class Bright(nn.Module):
+    """Says class 1 of images that are brighter than grey, as surely as they are; lower pixels count for more."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        value = 40 * ((x.flatten(1) - 0.5) * torch.linspace(0.5, 1.5, 64)).mean(1)
+        return torch.stack([-value, value], dim=1)
+
+
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 0.8), ("l1", 6.4)])
-def test_the_search_needs_no_gradient_and_stays_in_the_ball(norm: str, eps: float) -> None:
+def test_a_search_by_decisions_alone_finds_what_is_accepted_with_a_wrong_class(norm: str, eps: float) -> None:
     x, y = torch.full((4, 1, 8, 8), 0.47), torch.zeros(4, dtype=torch.long)
-    network, threat = SilentDummies(Agreeing()), ducat.ThreatModel(norm, eps)
-    noise = torch.Generator().manual_seed(0)
-    found = rejection._searched(network, x, y, threat, rejection.find("confidence"), 0.5, noise)
+    network, threat, signal = SilentDummies(Bright()), ducat.ThreatModel(norm, eps), rejection.find("confidence")
+    judge = rejection.Accepting(network, y, signal, 0.5)
+    # Of these 4 images the first is right, the second wrong and refused, the third wrong and accepted.
+    shown = torch.tensor([0.499, 0.502, 0.54, 0.499])[:, None, None, None].expand_as(x)
+    assert log_odds(network(shown)).amax(1).ge(0.5).tolist() == [False, False, True, False]
+    assert judge(shown).argmax(1).tolist() == [0, 0, 1, 0]
+    found = decisions(judge, x, y, threat, torch.Generator().manual_seed(0))
     assert threat.allows(found, x).all()
     assert (network(found).argmax(1) == 1).all()
     assert (log_odds(network(found)).amax(1) >= 0.5).all()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ducat.attacks.adaptive import Round, SilentDummies, ascended, tournament, with_dummy_classes
 from ducat.attacks.objectives import Goal
 from ducat.attacks.pgd import attackable
+from ducat.attacks.queries import decisions
 from ducat.dummy import RecoveredClassifier, recover
 from ducat.evaluation.statistics import mcnemar, wilson
 from ducat.evaluation.subject import spread
@@ -37,7 +38,6 @@ CURVE = 21  # points of the curve over thresholds
 PER_SAMPLE = ("prediction", "acceptance", "wrong", "right")
 SURE = 0.05  # a p-value below it is no accident
 LOOKED_AT = 50  # samples that are attacked once more, by other gradients and by none
-QUERIES = 300  # of the search without gradients
 CHANCE = 1  # samples that two attacks of the same strength differ by now and then
 
 
@@ -674,7 +674,7 @@ def second_look(
     seed: int = 0,
     progress: Callable[[str], None] = lambda attack: None,
 ) -> tuple[list[Found], bool]:
-    """Attack some of what is left by other gradients than the network's own, and by a search that needs none.
+    """Attack some of what is left by other gradients than the network's own, and by decisions alone.
 
     A network may hide what its signal depends on, though the gradients of its classes are honest: no attack on the
     class alone sees that.
@@ -716,7 +716,7 @@ def second_look(
                         break
                     few = given[0][some], given[1][some]
                     tried = (
-                        _searched(network, *few, threat, signal, threshold, noise)
+                        decisions(Accepting(network, few[1], signal, threshold), *few, threat, noise)
                         if guide is None
                         else attack(network, *few, threat, signal, threshold, "quick", noise, lead=guide)
                     )
@@ -748,50 +748,18 @@ def counted(model: nn.Module, x: Samples, y: Labels, measured: Rejection, found:
     return replace(measured, signals=signals, half=half)
 
 
-@torch.no_grad()
-def _searched(
-    network: nn.Module,
-    x: Samples,
-    y: Labels,
-    threat: ThreatModel,
-    signal: Signal,
-    threshold: float,
-    generator: torch.Generator,
-) -> Samples:
-    """Look for images that are accepted with a wrong class by changing ever smaller squares at random.
+class Accepting(nn.Module):
+    """One-hot rows that say the label of each image of a batch, unless a wrong class is accepted there."""
 
-    In the manner of Square (Andriushchenko et al. 2020, arXiv 1912.00049).
-    """
+    def __init__(self, network: nn.Module, y: Labels, signal: Signal, threshold: float) -> None:
+        super().__init__()
+        self.network, self.y, self.signal, self.threshold = network, y, signal, threshold
 
-    def near(images: Tensor) -> Tensor:
-        with attackable(network):
-            every = nearness(network(images).float(), signal, threshold).nan_to_num(-torch.inf, neginf=-torch.inf)
-        return every.scatter(1, y[:, None], -torch.inf).amax(1)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator, device=generator.device).to(x)
-
-    samples, channels, height, width = x.shape
-    unit = {"linf": 1.0, "l2": (channels * height * width) ** -0.5, "l1": 1.0 / (channels * height * width)}[
-        threat.norm
-    ]
-    best = threat.project(x + threat.eps * unit * (2 * drawn(samples, channels, 1, width).round() - 1), x)
-    reached = near(best)
-    down, right = torch.arange(height, device=x.device), torch.arange(width, device=x.device)
-    for query in range(QUERIES):
-        part = max(0.7 * (1 - query / QUERIES) ** 2, 1 / min(height, width))
-        tall, wide = (max(1, round(part * side)) for side in (height, width))
-        top = (drawn(samples, 1) * (height - tall + 1)).floor()
-        left = (drawn(samples, 1) * (width - wide + 1)).floor()
-        rows, columns = (down >= top) & (down < top + tall), (right >= left) & (right < left + wide)
-        square = (rows[:, :, None] & columns[:, None, :])[:, None].to(x)
-        area = channels * tall * wide
-        step = 2 * threat.eps * {"linf": 1.0, "l2": area**-0.5, "l1": 1.0 / area}[threat.norm]
-        trial = threat.project(best + step * square * (2 * drawn(samples, channels, 1, 1).round() - 1), x)
-        value = near(trial)
-        better = value > reached
-        best[better], reached[better] = trial[better], value[better]
-    return best
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.network(x).float()
+        prediction, acceptance = _outcome(logits, self.signal)
+        said = torch.where(acceptance >= self.threshold, prediction, self.y)
+        return nn.functional.one_hot(said, logits.shape[1]).float()
 
 
 def _share_an_image(
