@@ -191,7 +191,8 @@ def write(made: Mapping[str, Sequence[Measured]], out: Path, seed: int = 0) -> N
         text.append(section(name, SETTINGS[name], rows))
         firsts = (row for row in rows if row.alike)
         shown = {title: [row.evaluations[one]] for row in firsts for title, one in row.by("light", "linf").items()}
-        if len(shown) > 1:
+        images = {content["fingerprint"] for (content,) in shown.values()}
+        if len(shown) > 1 and len(images) == 1:  # the images differ in how hard they are
             figure = plots.trade_off(shown, SETTINGS[name].about.partition(";")[0])
             plots.save(figure, out / f"size-{name}{ending}.svg")
         content[name] = {

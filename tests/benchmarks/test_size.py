@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,24 @@ def test_tables_of_another_base_leave_those_of_the_first_alone(tmp_path: Path, m
     made = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert made == ["size-seed-1.json", "size-tables-seed-1.md", "size-tables.md", "size.json"]
     assert "--table results --base-seed 1`" in (tmp_path / "out" / "size-tables-seed-1.md").read_text()
+
+
+def test_a_figure_is_of_rows_that_were_attacked_on_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(tables, "section", lambda *_: "")
+    monkeypatch.setattr(tables.plots, "trade_off", lambda shown, title: shown)
+    monkeypatch.setattr(tables.plots, "save", lambda figure, path: drawn.append(list(figure)))
+    folder: Any = SimpleNamespace(manifest={}, metrics=[], config_path=SimpleNamespace(read_text=str))
+
+    def row(kind: str, images: str) -> tables.Measured:
+        content = {"suite": "light", "threat": {"norm": "linf"}, "samples": 3, "fingerprint": images}
+        return tables.Measured(kind, "0", folder, {"light": content})
+
+    tables.write({"toy": [row("one", "few"), row("other", "few")]}, tmp_path)
+    tables.write({"toy": [row("one", "few"), row("other", "all")]}, tmp_path)
+    assert drawn == [["one", "other"]]
 
 
 def test_of_many_images_those_are_told_that_an_evaluation_on_fewer_takes(
