@@ -43,7 +43,12 @@ class Server:
         command = [sys.executable, "-m", "ducat.cli", "serve", str(run), "--port", "0"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout is not None
-        self.place = urlsplit(self.process.stdout.readline().split()[1]).netloc
+        said = self.process.stdout.readline().split()
+        if len(said) < 2:
+            self.process.kill()
+            self.process.communicate()
+            raise RuntimeError(f"the server did not start: see what `ducat serve {run}` says")
+        self.place = urlsplit(said[1]).netloc
 
     @property
     def peak(self) -> int:

@@ -142,6 +142,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"them evaluated (`quick`), {len(refused)} refused in one line, {len(others)} neither. Seconds are of one core "
         "that has other work, too.",
         "",
+        "Images are of 64 pixels a side, or of 84 or 96 where the network does not take 64, or are resized to its own "
+        "size where it takes no other. Of each module the smallest classifier is taken, or one of the smallest; where "
+        "a module has encoders too, as gemma4_vit, those are refused in one line: they return no logits.",
+        "",
         "| module | network | parameters | pixels a side | heads | predictions unchanged | images evaluated | else |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]

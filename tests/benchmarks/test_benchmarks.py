@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ducat
-from benchmarks import batch_norm, others, timm_networks, training_step, zoo
+from benchmarks import batch_norm, others, serving, timm_networks, training_step, zoo
 from benchmarks.cure import __main__ as cure
 from benchmarks.cure import fronts, networks
 from benchmarks.cure.fronts import Point, above, front
@@ -363,3 +363,8 @@ def test_a_card_is_of_the_ball_of_training_and_of_as_many_images_as_are_told(
     assert zoo.make(tmp_path, tmp_path) == dict.fromkeys(runs, "digest")
     assert packed == [{"kept": run} for run in runs.values()]
     assert asked == [{"suite": "standard", "samples": samples, "which": "last"}] * len(runs)
+
+
+def test_a_server_that_does_not_start_is_no_measurement(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=f"did not start: see what `ducat serve {tmp_path / 'none'}` says"):
+        serving.Server(tmp_path / "none")
