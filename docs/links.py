@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Return a page's text with links that hold on the site."""
     if not page.file.src_uri.startswith("results/"):
-        return markdown
+        return markdown.replace("](../results/", "](results/")
 
     def held(link: re.Match[str]) -> str:
         return link[0] if (RESULTS / link[2]).is_file() else link[1]
