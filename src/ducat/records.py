@@ -164,6 +164,7 @@ class Scrutiny(TypedDict):
     repeats: int
     whole_batches: NotRequired[int | None]
     folded: bool
+    hard_steps: NotRequired[bool]
     not_finite: int
     opinion: Opinion | None
     second_round: SecondRound | None

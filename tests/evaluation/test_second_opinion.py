@@ -1,12 +1,16 @@
 """A fault of the suite does not stay silent."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import ducat
 from ducat.attacks.suites import Attack, Suite
+from ducat.evaluation.audit import causes, find_warnings
 from ducat.evaluation.second_opinion import plain_pgd
+from ducat.evaluation.subject import Function
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +55,53 @@ def test_images_of_eight_bits_are_tried_too(templates: Templates) -> None:
     assert found.scrutiny.opinion.broken > 10
     assert found.at_most
     assert threat.allows(found.adversarial, x).all()
+
+
+class Smoothness(nn.Module):
+    """Shrinks every change of a rough image; smoother ones are the weak spot."""
+
+    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
+        super().__init__()
+        self.model, self.x = model, x
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        nearest = self.x[torch.cdist(images.flatten(1), self.x.flatten(1)).argmin(1)]
+        smooth = self.roughness(images) < 0.6 * self.roughness(nearest)
+        shrunk = nearest + 0.2 * (images - nearest)
+        return self.model(torch.where(smooth[:, None, None, None], images, shrunk))
+
+    @staticmethod
+    def roughness(images: torch.Tensor) -> torch.Tensor:
+        return images.diff(dim=3).abs().mean((1, 2, 3))
+
+
+def test_it_begins_at_blurred_images_too(templates: Templates) -> None:
+    model, x, y = templates
+    threat = ducat.ThreatModel(eps=0.15)
+    found = ducat.evaluate(Smoothness(model, x), x, y, threat, "light", num_classes=4)
+    assert found.scrutiny.opinion is not None
+    assert found.scrutiny.opinion.broken > 10
+    assert found.warnings[0].startswith("a failure of ours: a plain PGD")
+    assert threat.allows(found.adversarial, x).all()
+
+
+def test_hard_steps_ask_for_a_second_round_which_settles_the_number(templates: Templates) -> None:
+    model, x, y = templates
+    harmless = Function(lambda images: model(torch.where(images > 0.5, images, images.clone())))
+    found = ducat.evaluate(harmless, x, y, ducat.ThreatModel(eps=0.09), "light", num_classes=4)
+    assert found.scrutiny.hard_steps
+    assert found.scrutiny.second_round is not None
+    assert found.scrutiny.second_round.through
+    assert 0 < found.robust.float().mean() < 1
+    assert not found.at_most
+    assert not found.warnings
+    unsettled = replace(found.scrutiny, second_round=replace(found.scrutiny.second_round, through=None))
+    assert causes(replace(found, scrutiny=unsettled)) == ["the network has hard steps"]
+    assert find_warnings(replace(found, scrutiny=unsettled))[0].startswith("hard steps: ")
+    plain = ducat.evaluate(model, x, y, ducat.ThreatModel(eps=0.09), "light", num_classes=4)
+    assert not plain.scrutiny.hard_steps
+    assert plain.scrutiny.second_round is None
+    assert torch.equal(plain.robust, found.robust)
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("l2", 0.7), ("l1", 9.0)])

@@ -31,6 +31,7 @@ __all__ = [
     "Rescaled",
     "Softened",
     "classifiers_inside",
+    "has_hard_steps",
     "mixtures",
     "modules_within",
     "narrowed",
@@ -329,6 +330,16 @@ class Softened(nn.Module):
         return logits
 
 
+def has_hard_steps(model: nn.Module, x: Tensor) -> bool:
+    """Tell whether a network compares, rounds or picks what depends on its images.
+
+    Where it answers otherwise beyond such a step, its gradient does not say so, however well it looks.
+    """
+    with torch.enable_grad(), _Softening(smooth=False) as mode:
+        model(x.detach().clone().requires_grad_())
+    return mode.met
+
+
 class _Through(torch.autograd.Function):
     """The value of the first with the gradient of the second."""
 
@@ -401,6 +412,7 @@ class _Softening(TorchFunctionMode):
     def __init__(self, smooth: bool) -> None:
         super().__init__()
         self.smooth = smooth
+        self.met = False  # whether a step had to be replaced
         self.soft: dict[int, tuple[Tensor, Tensor]] = {}  # of tensors that can have no gradient: what they stand for
         self.chosen: dict[int, tuple[Tensor, Tensor, int | None]] = {}  # of indices: the scores they are the best of
 
@@ -414,10 +426,12 @@ class _Softening(TorchFunctionMode):
         if function in _DETACHED:
             return first
         if function in _TAKEN_OUT and isinstance(first, Tensor):
+            self.met |= first.requires_grad
             return function(first.detach(), *arguments[1:], **keywords)
         if not isinstance(first, Tensor):
             return self._other(function, arguments, keywords)
         if function in _ROUNDED and first.requires_grad:
+            self.met = True
             in_place = getattr(function, "__name__", "").endswith("_")
             hard = function(first.detach().clone(), *arguments[1:], **keywords)
             return first.add_((hard - first).detach()) if in_place else _through(hard, first)
@@ -452,6 +466,7 @@ class _Softening(TorchFunctionMode):
         if function in _PLACED:
             return self._stands(function(*arguments, **keywords), first)
         if function in _DIVIDED and (first.requires_grad or id(first) in self.soft):
+            self.met = True
             real = self._known(first)
             hard = function(first.detach(), *arguments[1:], **keywords)
             soft = real / arguments[1] if "floor" in getattr(function, "__name__", "") else real
@@ -477,6 +492,7 @@ class _Softening(TorchFunctionMode):
         return self._stands(result, soft) if isinstance(soft, Tensor) and soft.shape == result.shape else result
 
     def _stands(self, hard: Tensor, soft: Tensor) -> Tensor:
+        self.met = True
         self.soft[id(hard)] = hard, soft
         return hard
 
@@ -532,6 +548,7 @@ class _Softening(TorchFunctionMode):
             return result
         if scores.ndim != 2 or not scores.requires_grad:
             return result
+        self.met = True
         spread = (scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True)).detach().clamp_min(1e-12)
         share = torch.softmax(SPREAD * scores / spread, dim=1)
         if function in _ONE_HOT or function in _SCATTERED:

@@ -169,7 +169,8 @@ def causes(evaluation: Evaluation) -> list[str]:
     if second is not None and second.through is None and not scrutiny.nature:
         signs = [sign for sign, _ in _signs(audit, evaluation.threat)] if audit is not None else []
         signs += ["AutoAttack beats our ensemble"] * bool(_shortfalls(evaluation.attacks))
-        found += signs or ["the network passes no gradient"] * (not _opinion(evaluation))
+        unseen = "the network has hard steps" if scrutiny.hard_steps else "the network passes no gradient"
+        found += signs or [unseen] * (not _opinion(evaluation))
     return list(dict.fromkeys(found))
 
 
@@ -182,6 +183,7 @@ def find_warnings(evaluation: Evaluation) -> list[str]:
     if not settled:
         if evaluation.audit is not None:
             found += [warning for _, warning in _signs(evaluation.audit, evaluation.threat)]
+        found.append(_hard_steps(evaluation))
         found.append(_second_round(evaluation))
     if evaluation.scrutiny.not_finite:
         found.append(
@@ -201,9 +203,9 @@ def _opinion(evaluation: Evaluation) -> str | None:
     if opinion is None or not opinion.broken or "random" in evaluation.scrutiny.nature:  # luck breaks some of these
         return None
     return (
-        f"{FAILURE}: a plain PGD on the network as it was given, also on images of 8 bits, breaks {opinion.broken} of "
-        f"{opinion.samples} samples that the whole suite had left standing; they count as broken, and robust accuracy "
-        "may be lower still; please report this network"
+        f"{FAILURE}: a plain PGD on the network as it was given, also from blurred images and on images of 8 bits, "
+        f"breaks {opinion.broken} of {opinion.samples} samples that the whole suite had left standing; they count as "
+        "broken, and robust accuracy may be lower still; please report this network"
     )
 
 
@@ -266,6 +268,15 @@ def _unrepeatable(evaluation: Evaluation) -> str | None:
     return (
         f"{evaluation.unrepeatable} saved adversarial images were classified otherwise when they were looked at again; "
         "they count as broken"
+    )
+
+
+def _hard_steps(evaluation: Evaluation) -> str | None:
+    if not evaluation.scrutiny.hard_steps or evaluation.scrutiny.second_round is None:
+        return None
+    return (
+        "hard steps: the network compares, rounds or picks what depends on the image, and its gradient says nothing of "
+        "what it answers beyond such a step"
     )
 
 

@@ -642,7 +642,8 @@ def _conclude(
             subject.aware(job.attacked[0]), led, few[0], few[1], job.threat, few[2], few[3], job.seed
         )
         seconds = time.perf_counter() - began
-        if suspicious(audit, attacks, nature, opinion):
+        # Hard steps are no sign, since honest networks have some: they ask for a second round, which settles it.
+        if nature.hard or suspicious(audit, attacks, nature, opinion):
             progress("second round")
             rows = (least > 0 if nature.random else standing).nonzero().squeeze(1)
             if len(rows):
@@ -683,6 +684,7 @@ def _conclude(
             repeats=last,
             whole_batches=subject.network.batch_size,
             folded=job.folded is not None,
+            hard_steps=nature.hard,
             not_finite=job.not_finite(adversarial, batch_size),
             opinion=opinion,
             second_round=second,

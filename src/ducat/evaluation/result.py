@@ -136,6 +136,7 @@ class Scrutiny:
         repeats: passes that judged each image in the end.
         whole_batches: the only size of batch that the network takes; None for any.
         folded: whether the attacks used a copy with folded batch norm, which agreed with the network on all images.
+        hard_steps: whether the network compares, rounds or picks what depends on its images.
         not_finite: adversarial images for which the network's outputs are not finite; they count as wrong.
         opinion: the second opinion; None if the suite asks for none.
         second_round: the second round; None if nothing asked for one.
@@ -146,6 +147,7 @@ class Scrutiny:
     repeats: int = 1
     whole_batches: int | None = None
     folded: bool = False
+    hard_steps: bool = False
     not_finite: int = 0
     opinion: Opinion | None = None
     second_round: SecondRound | None = None

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ducat.attacks.guides import has_hard_steps
 from ducat.attacks.pgd import OVERSHOOT
 from ducat.data import spooled
 from ducat.models.outputs import NoLogitsError, logits_of
@@ -234,6 +235,7 @@ class Nature:
         mode_dependent: an image's output depends on whether gradients are recorded, or on inference mode.
         remembers: it changes something in itself when it is asked, whether that shows in its answers or not.
         gradient: whether its outputs pass any gradient to the images.
+        hard: whether it compares, rounds or picks what depends on its images.
         draws: passes that a gradient is averaged over; 1 unless it is random.
     """
 
@@ -243,6 +245,7 @@ class Nature:
     mode_dependent: bool = False
     remembers: bool = False
     gradient: bool = True
+    hard: bool = False
     draws: int = 1
 
     @property
@@ -321,7 +324,9 @@ def examine(
     batch = known.batch_dependent or (not noisy and _meet(network, probe, len(x), first, generator, batch_size))
     mode = known.mode_dependent or (not noisy and any(_minds_mode(network, part) for part in probe.split(batch_size)))
     remembers = network.state is not None
-    return Nature(noisy, batch, stateful, mode, remembers, known.gradient and _passes(network, x), draws)
+    passes = known.gradient and _passes(network, x)
+    hard = known.hard or has_hard_steps(network, probe[:batch_size])
+    return Nature(noisy, batch, stateful, mode, remembers, passes, hard, draws)
 
 
 def _one_step(network: Measured, x: Tensor, threat: ThreatModel) -> Tensor:
