@@ -13,6 +13,7 @@ import torch
 import ducat
 from ducat import checkpoint, zoo
 from ducat.cli import main
+from ducat.evaluation import kept
 from ducat.export import Classifier, export, robustbench
 from ducat.export.push import push
 from ducat.reporting import zoo as showing
@@ -59,9 +60,9 @@ def test_a_network_of_photographs_is_the_one_that_its_card_was_measured_on(name:
     assert (evaluation["suite"], evaluation["samples"]) == ("standard", 1000)
     assert evaluation["robust"] <= evaluation["blind"]
     (row,) = (row for row in rows.values() if row["manifest"]["command"][1:] == known["manifest"]["command"][1:])
-    kept = next(kept for kept in row["evaluations"].values() if kept["suite"] == "standard")
-    assert evaluation["origin"] == kept["origin"]  # the digest of the weights is in it
-    assert evaluation["attacks"] == kept["attacks"]
+    there = next(one for one in row["evaluations"].values() if one["suite"] == "standard")
+    assert evaluation["origin"] == there["origin"]  # the digest of the weights is in it
+    assert evaluation["attacks"] == there["attacks"]
 
 
 def test_only_networks_on_data_at_hand_are_attacked_unless_they_are_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,7 +113,7 @@ def test_the_pages_have_the_numbers_that_were_measured_on_photographs() -> None:
     readme, page = (ROOT / "README.md").read_text(), (ROOT / "results" / "size.md").read_text()
     titles = {
         "PGD-AT, trained on": ("PGD-AT", "PGD-AT"),
-        "mixed, half benign": ("half benign, no dummy classes", "half benign, no dummy classes"),
+        "mixed, half benign": ("mixed: half benign, no dummy classes", "half benign, no dummy classes"),
         "dummy classes, published": ("PGD-AT with dummy classes as published", "dummy classes as published"),
         "dummy classes, recovery-aware": ("PGD-AT with recovery-aware dummy classes (ours)", "recovery-aware"),
     }
@@ -128,6 +129,15 @@ def test_the_pages_have_the_numbers_that_were_measured_on_photographs() -> None:
         numbers = [f"{100 * each:.1f}" for each in (light["clean"]["accuracy"], light["blind"], light["robust"])]
         assert f"| ours, width 32, {on_page} | {' | '.join(numbers)} |" in page
         assert all(number in sentence for number in numbers), title
+    whole = json.loads((ROOT / "results" / "size-shipped.json").read_text())
+    for name in PHOTOGRAPHS:
+        light, kind = whole[f"zoo:{name}"], name.removeprefix("cifar10-jpeg-")
+        assert (light["suite"], light["samples"], light["at_most"]) == ("light", 8000, False)
+        assert kept.is_current(RunFolder(zoo.folder(name)), light), "it is not of the network that ships"
+        on_page = {"pgd-at": "PGD-AT", "published": "dummy classes as published"}.get(kind, kind)
+        numbers = [f"{100 * each:.1f}" for each in (light["clean"]["accuracy"], light["blind"], light["robust"])]
+        assert f"| ours, seed 0 on 8,000, {on_page} | {' | '.join(numbers)} |" in page
+        assert all(number in readme for number in numbers), name
     seed_1 = json.loads((ROOT / "results" / "size-seed-1.json").read_text())
     base = _in_linf(seed_1["wide"]["the base, trained longer, seed 1"])["light"]
     clean, worst, *interval = (

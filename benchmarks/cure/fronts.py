@@ -121,9 +121,10 @@ def table(rows: Sequence[Point]) -> str:
     for point in rows:
         distance = above(point, hull)
         shown = "beyond its end" if distance is None else f"{distance:+.1f}"
+        bound = "at most " if ROWS[point.name].at_most else ""
         lines.append(
             f"| {point.name} | {ROWS[point.name].expected} | {', '.join(map(str, point.seeds))} | {point.clean:.1f} | "
-            f"{statistics.fmean(point.blinds):.1f} | {point.robust:.1f} ± {point.error:.1f} | "
+            f"{statistics.fmean(point.blinds):.1f} | {bound}{point.robust:.1f} ± {point.error:.1f} | "
             f"{'on it' if point.front in BASELINES and distance is not None and abs(distance) < 0.05 else shown} |"
         )
     return "\n".join(lines) + "\n"

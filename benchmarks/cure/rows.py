@@ -25,6 +25,7 @@ class Row:
         change: what the branch's objective is made into.
         deployed: what is evaluated, made from the trained network and held-out images.
         of: another row whose network is evaluated, instead of training one.
+        at_most: whether its robust accuracy is an upper bound: it hides its gradients, as results/cure.md tells.
     """
 
     front: str
@@ -35,6 +36,7 @@ class Row:
     change: Change | None = None
     deployed: Callable[[nn.Module, Held], nn.Module] = lambda network, held: network
     of: str | None = None
+    at_most: bool = False
 
 
 _EMA = {"train.averaging": "ema", "train.averaging_decay": 0.995, "train.averaging_start_epoch": 0}
@@ -231,5 +233,6 @@ ROWS: dict[str, Row] = {
         "gate and sharpening chosen on held-out images: at least as good as constants",
         of="joined",
         deployed=calibrated,
+        at_most=True,
     ),
 }

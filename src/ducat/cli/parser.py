@@ -91,7 +91,7 @@ class Parser(ArgumentParser):
             ValueError: if a value is out of its range, or some do not go together.
         """
         words = list(words)
-        self.needed = frozenset(action.dest for action in self._actions if action.required)
+        self.needed = frozenset(action.dest for action in self._actions if action.required and action.nargs != "*")
         for place, word in enumerate(words[:-1]):
             if word in ("-h", "--help") and words[place + 1] == "all":
                 self.every = True
@@ -127,7 +127,7 @@ class Parser(ArgumentParser):
             choices=choices,
             default=_default(action.default) if action.nargs != 0 else "",
             help=" ".join((action.help or "").split()),
-            required=action.required or action.dest in self.needed,
+            required=(action.required and action.nargs != "*") or action.dest in self.needed,
             common=action.dest in COMMON,
         )
 
