@@ -8,6 +8,7 @@ from torch import nn
 
 import ducat
 from ducat.attacks.suites import Attack, Suite
+from ducat.evaluation import second_opinion
 from ducat.evaluation.audit import causes, find_warnings
 from ducat.evaluation.second_opinion import plain_pgd
 from ducat.evaluation.subject import Function
@@ -57,28 +58,23 @@ def test_images_of_eight_bits_are_tried_too(templates: Templates) -> None:
     assert threat.allows(found.adversarial, x).all()
 
 
-class Smoothness(nn.Module):
-    """Shrinks every change of a rough image; smoother ones are the weak spot."""
-
-    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
-        super().__init__()
-        self.model, self.x = model, x
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        nearest = self.x[torch.cdist(images.flatten(1), self.x.flatten(1)).argmin(1)]
-        smooth = self.roughness(images) < 0.6 * self.roughness(nearest)
-        shrunk = nearest + 0.2 * (images - nearest)
-        return self.model(torch.where(smooth[:, None, None, None], images, shrunk))
-
-    @staticmethod
-    def roughness(images: torch.Tensor) -> torch.Tensor:
-        return images.diff(dim=3).abs().mean((1, 2, 3))
+def roughness(images: torch.Tensor) -> torch.Tensor:
+    return images.diff(dim=3).abs().mean((1, 2, 3))
 
 
-def test_it_begins_at_blurred_images_too(templates: Templates) -> None:
+def test_it_begins_at_smoothed_images_too(templates: Templates) -> None:
+    """To a network that shrinks every change, but of images that are smoother than the benign one."""
     model, x, y = templates
+
+    class Shrinking(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            nearest = x[torch.cdist(images.flatten(1), x.flatten(1)).argmin(1)]
+            smooth = roughness(images) < 0.6 * roughness(nearest)
+            shrunk = nearest + 0.2 * (images - nearest)
+            return model(torch.where(smooth[:, None, None, None], images, shrunk))
+
     threat = ducat.ThreatModel(eps=0.15)
-    found = ducat.evaluate(Smoothness(model, x), x, y, threat, "light", num_classes=4)
+    found = ducat.evaluate(Shrinking(), x, y, threat, "light", num_classes=4)
     assert found.scrutiny.opinion is not None
     assert found.scrutiny.opinion.broken > 10
     assert found.warnings[0].startswith("a failure of ours: a plain PGD")
@@ -102,6 +98,26 @@ def test_hard_steps_ask_for_a_second_round_which_settles_the_number(templates: T
     assert not plain.scrutiny.hard_steps
     assert plain.scrutiny.second_round is None
     assert torch.equal(plain.robust, found.robust)
+
+
+def test_where_it_begins() -> None:
+    x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+
+    class Watched(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(images.detach())
+            return torch.stack([0 * images.flatten(1).sum(1), 1 + 0 * images.flatten(1).sum(1)], 1)
+
+    plain_pgd(Watched(), x, torch.ones(3, dtype=torch.long), "linf", 0.1, None, seed=0)
+    begun = seen[:: second_opinion.STEPS + 1]
+    assert len(begun) == 5
+    assert torch.equal(begun[0], x)
+    assert roughness(begun[2]).lt(0.9 * roughness(x)).all()
+    torch.testing.assert_close(
+        begun[2][0, 0, 4, 4], x[0, 0, 3:6, 3:6].mean().clamp(x[0, 0, 4, 4] - 0.1, x[0, 0, 4, 4] + 0.1)
+    )
+    torch.testing.assert_close(begun[3], x + (x.mean((1, 2, 3), keepdim=True) - x).clamp(-0.1, 0.1))
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("l2", 0.7), ("l1", 9.0)])

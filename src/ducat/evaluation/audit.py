@@ -203,7 +203,7 @@ def _opinion(evaluation: Evaluation) -> str | None:
     if opinion is None or not opinion.broken or "random" in evaluation.scrutiny.nature:  # luck breaks some of these
         return None
     return (
-        f"{FAILURE}: a plain PGD on the network as it was given, also from blurred images and on images of 8 bits, "
+        f"{FAILURE}: a plain PGD on the network as it was given, also from smoothed images and on images of 8 bits, "
         f"breaks {opinion.broken} of {opinion.samples} samples that the whole suite had left standing; they count as "
         "broken, and robust accuracy may be lower still; please report this network"
     )

@@ -22,12 +22,12 @@ def plain_pgd(
     recovery: str | None,
     seed: int,
 ) -> Float[Tensor, "samples channels height width"]:
-    """Attack samples by their difference of logits: from each image itself, a random point, blurred, and in 8 bits.
+    """Attack samples by their difference of logits: from each image itself and a random point, smoothed, and in 8 bits.
 
-    Attacks make an image rough, and a network may tell rough images from smooth ones. So the third time begins at the
-    blurred image, and goes in small steps. Stored images have 8 bits a pixel, and a network may tell them from others.
-    So the last time every point is rounded to the steps of 1/255 before the network sees it, towards the benign image,
-    which leaves it in every ball.
+    Attacks make an image rough, and a network may tell rough images from smooth ones. So the third and the fourth time
+    begin at the blurred image and nearest to the image's mean, and go in small steps. Stored images have 8 bits a
+    pixel, and a network may tell them from others. So the last time every point is rounded to the steps of 1/255 before
+    the network sees it, towards the benign image, which leaves it in every ball.
 
     Args:
         network: images in [0, 1] to outputs, (samples, C) or (samples, 2C), as the caller gave it.
@@ -75,11 +75,13 @@ def plain_pgd(
     direction = torch.rand(images.shape, generator=noise).to(images) * 2 - 1
     size = eps if norm == "linf" else eps / direction.flatten(1).norm(p=2 if norm == "l2" else 1, dim=1).max()
     far = pulled_back(images + size * direction)
-    smooth = pulled_back(F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1))
+    blurred = pulled_back(F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1))
+    flat = pulled_back(images.mean((1, 2, 3), keepdim=True).expand_as(images))
     for start, seen, longest in (
         (images, torch.clone, eps / 2),
         (far, torch.clone, eps / 2),
-        (smooth, torch.clone, eps / 8),
+        (blurred, torch.clone, eps / 8),
+        (flat, torch.clone, eps / 8),
         (images, stored, eps / 2),
     ):
         points = start.clone()
