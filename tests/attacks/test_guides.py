@@ -7,7 +7,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ducat.attacks.guides import Inside, Mixture, Replaced, Rescaled, Softened, classifiers_inside, modules_within
+from ducat import models
+from ducat.attacks.guides import (
+    Inside,
+    Mixture,
+    Replaced,
+    Rescaled,
+    Softened,
+    classifiers_inside,
+    has_hard_steps,
+    modules_within,
+)
 from ducat.attacks.pgd import pgd
 from ducat.attacks.queries import decisions
 from ducat.attacks.surrogate import distil
@@ -97,6 +107,47 @@ def test_a_hidden_gradient_is_found_and_the_outputs_stay(name: str, smooth: bool
     gradient = torch.autograd.grad(softened[:, 0].sum(), x)[0]
     assert gradient.abs().max() > 0
     assert F.cosine_similarity(gradient.flatten(), plain.flatten(), dim=0) >= least
+
+
+CONTINUOUS = {"detached", "data", "under no_grad", "negated gradient", "negated gradient, stored"}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_steps_that_compare_round_or_pick_are_seen(name: str) -> None:
+    x = torch.rand(4, 6, generator=torch.Generator().manual_seed(1))
+    assert has_hard_steps(Net(HIDDEN[name][0]), x) == (name not in CONTINUOUS)
+
+
+def branching(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return net.linear(x) if x.mean() > 0.5 else -net.linear(x)
+
+
+def branching_on_a_number(net: Net, x: torch.Tensor) -> torch.Tensor:
+    return net.linear(x) if x.mean().item() > 0.5 else -net.linear(x)
+
+
+def branching_unrecorded(net: Net, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        upper = (x.mean(1, keepdim=True) > 0.5).float()
+    return upper * net.linear(x) - (1 - upper) * net.linear(x)
+
+
+@pytest.mark.parametrize("forward", [branching, branching_on_a_number, branching_unrecorded])
+def test_branches_are_hard_steps(forward: Callable[[Net, torch.Tensor], torch.Tensor]) -> None:
+    assert has_hard_steps(Net(forward), torch.rand(4, 6, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.build("resnet8", 10, width=4),
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Softmax(1)),
+        nn.Sequential(nn.Flatten(2), nn.TransformerEncoderLayer(64, 2, 16, batch_first=True), nn.Flatten()),
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Hardtanh(), nn.Threshold(0.1, 0.0), nn.Dropout(0.5)),
+    ],
+)
+def test_layers_as_others_have_them_are_none(model: nn.Module) -> None:
+    assert not has_hard_steps(model.eval(), torch.rand(2, 3, 8, 8))
 
 
 def test_softening_leaves_a_plain_network_its_gradient() -> None:

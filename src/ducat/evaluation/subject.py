@@ -325,7 +325,9 @@ def examine(
     mode = known.mode_dependent or (not noisy and any(_minds_mode(network, part) for part in probe.split(batch_size)))
     remembers = network.state is not None
     passes = known.gradient and _passes(network, x)
-    hard = known.hard or has_hard_steps(network, probe[:batch_size])
+    hard = known.hard
+    with suppress(Exception):  # a network that cannot be watched while it computes fails in any way there is
+        hard |= has_hard_steps(network, probe[:batch_size])
     return Nature(noisy, batch, stateful, mode, remembers, passes, hard, draws)
 
 
