@@ -31,7 +31,7 @@ from ducat import checkpoint, seeding
 HEAD = """# Does the evaluator tell the truth about defences?
 
 Made by `python -m benchmarks.defences --markdown results/defences.md`, from [defences.json](defences.json) and
-[defences-truth.json](defences-truth.json). {made} of the zoo's {all} rows were made; the others are listed at the end.
+[defences-truth.json](defences-truth.json). {made} of the zoo's {all} rows were made.
 
 "Reported" is what `ducat.evaluate` says of a network without being told what is in it. "True" is what is left by
 attacks of the zoo's own, written for each defence with knowledge of it, by the images that `ducat.evaluate` found,
@@ -236,7 +236,8 @@ def table(rows: dict[str, Any], truths: dict[str, Any], reference: dict[str, Any
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     missing = [f"`{name}`" for name in ROWS if name not in rows]
-    lines += ["## Not made\n", ", ".join(missing) or "None.", ""]
+    if missing:
+        lines += ["## Not made\n", ", ".join(missing), ""]
     return "\n".join(lines)
 
 
