@@ -198,6 +198,16 @@ def test_classifiers_inside_are_found_wherever_they_are(templates: Templates) ->
     assert torch.equal(found["spare"](x), network.spare(x))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_network_cannot_be_listened_to_and_is_asked_directly() -> None:
+    net = Net(lambda net, x: net.linear(x))
+    scripted = torch.jit.script(nn.Sequential(nn.Sequential(net.linear), nn.ReLU()))
+    x = torch.rand(4, 6, generator=torch.Generator().manual_seed(1))
+    name, inside = classifiers_inside(scripted, scripted, x, 3)[0]
+    assert name == "0"
+    torch.testing.assert_close(inside(x), net.linear(x))
+
+
 def test_a_plain_network_has_no_other_classifier_inside(templates: Templates) -> None:
     model, x, _ = templates
     assert classifiers_inside(model, model, x[:2], 4) == []

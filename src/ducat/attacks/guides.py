@@ -211,7 +211,9 @@ def classifiers_inside(
         heard[id(module)].append(output)
 
     with attackable(network), torch.no_grad():
-        handles = [part.register_forward_hook(listen) for _, part in parts]
+        # A scripted part cannot be listened to.
+        open_parts = [part for _, part in parts if not isinstance(part, torch.jit.RecursiveScriptModule)]
+        handles = [part.register_forward_hook(listen) for part in open_parts]
         try:
             outputs.append(network(x))
         finally:
