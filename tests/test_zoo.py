@@ -147,6 +147,10 @@ def test_the_pages_have_the_numbers_that_were_measured_on_photographs() -> None:
     assert not base["at_most"]
     assert f"such a base has {clean} clean and {worst} [{', '.join(interval)}] robust" in page
     assert f"has {clean} clean and {worst} robust." in sentence
+    for title, (_, on_page) in list(titles.items())[:3]:
+        light = _in_linf(seed_1["wide"][f"{title}, seed 1"])["light"]
+        numbers = [f"{100 * each:.1f}" for each in (light["clean"]["accuracy"], light["blind"], light["robust"])]
+        assert f"| ours, width 32, seed 1, {on_page} | {' | '.join(numbers)} |" in page
     again = seed_1["cpu"]
     sentence = " ".join(readme.partition("Trained anew with another seed")[2].partition("\n\n")[0].split())
     for title, (_, on_page) in titles.items():
