@@ -233,7 +233,9 @@ def apart(data: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         by_name = {attack["name"]: attack["accuracy"] for attack in measured["attacks"]}
         left = (by_name["pgd-20"], row["autoattack_blind"]["accuracy"], measured["robust"])
         title = METHODS[row["method"]].title + TITLES[row["dummy_classes"]]
-        lines.append(f"| {title} | {row['seed']} | {' | '.join(f'{100 * each:.1f}' for each in left)} |")
+        *blind, worst = (f"{100 * each:.1f}" for each in left)
+        bound = "at most " if measured.get("at_most") else ""
+        lines.append(f"| {title} | {row['seed']} | {' | '.join(blind)} | {bound}{worst} |")
     return lines
 
 

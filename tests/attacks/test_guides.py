@@ -91,6 +91,7 @@ HIDDEN: dict[str, tuple[Callable[[Net, torch.Tensor], torch.Tensor], float]] = {
     "both bounds": (lambda net, x: net.linear(((x > 0.2) & (x < 0.7)).float()), -1),
     "a switch": (lambda net, x: torch.where((x.amax(1) > 0.5)[:, None], net.linear(x), -net.linear(x)), 0.0),
     "filled": (lambda net, x: net.linear(x.masked_fill(x < 0.3, 0.0)), 0.5),
+    "equality": (lambda net, x: net.linear(torch.where((7 * x).round() / 7 == 2 / 7, 1.0, x)), -1),
     "winners take all": (lambda net, x: net.linear(x * (x >= x.topk(3, 1).values[:, -1:])), 0.5),
 }
 
@@ -132,7 +133,18 @@ def branching_unrecorded(net: Net, x: torch.Tensor) -> torch.Tensor:
     return upper * net.linear(x) - (1 - upper) * net.linear(x)
 
 
-@pytest.mark.parametrize("forward", [branching, branching_on_a_number, branching_unrecorded])
+UNSOFTENED: list[Callable[[Net, torch.Tensor], torch.Tensor]] = [
+    lambda net, x: net.linear(torch.where(x != x.flip(1), x, 0 * x)),
+    lambda net, x: net.linear(x.heaviside(torch.zeros(())) if not x.requires_grad else x - F.hardshrink(x)),
+    lambda net, x: net.linear(x.div(0.1, rounding_mode="floor")),
+    lambda net, x: net.linear(x)[:, net.linear(x).argmin(1)],
+    lambda net, x: net.linear(x.gather(1, x.argsort(1))),
+    lambda net, x: net.linear(x.gather(1, x.argmax(1, keepdim=True).expand_as(x))),
+    lambda net, x: net.linear(x.gather(1, x.topk(6, 1)[1])),
+]
+
+
+@pytest.mark.parametrize("forward", [branching, branching_on_a_number, branching_unrecorded, *UNSOFTENED])
 def test_branches_are_hard_steps(forward: Callable[[Net, torch.Tensor], torch.Tensor]) -> None:
     assert has_hard_steps(Net(forward), torch.rand(4, 6, generator=torch.Generator().manual_seed(1)))
 

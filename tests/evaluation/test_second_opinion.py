@@ -120,6 +120,26 @@ def test_where_it_begins() -> None:
     torch.testing.assert_close(begun[3], x + (x.mean((1, 2, 3), keepdim=True) - x).clamp(-0.1, 0.1))
 
 
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.05), ("l2", 0.5), ("l1", 9.0)])
+def test_from_smoothed_images_it_goes_in_small_steps(norm: str, eps: float) -> None:
+    x = 0.3 + 0.4 * torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    weight, seen = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(1)), list[torch.Tensor]()
+
+    class Watched(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(images.detach())
+            lead = (weight * images).flatten(1).sum(1)
+            return torch.stack([lead, 100 + 0 * lead], 1)
+
+    plain_pgd(Watched(), x, torch.ones(3, dtype=torch.long), norm, eps, None, seed=0)
+    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    for place in (2, 3):
+        first, second = seen[place * (second_opinion.STEPS + 1) :][:2]
+        length = (second - first).flatten(1).norm(p=order, dim=1)
+        assert length.max() < eps / 4
+        assert length.max() > eps / 100
+
+
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 8 / 255), ("l2", 0.7), ("l1", 9.0)])
 def test_images_of_eight_bits_have_eight_bits_and_are_in_the_ball(norm: str, eps: float) -> None:
     x = torch.randint(0, 256, (6, 1, 8, 8), generator=torch.Generator().manual_seed(0)) / 255

@@ -333,11 +333,13 @@ class Softened(nn.Module):
 
 
 def has_hard_steps(model: nn.Module, x: Tensor) -> bool:
-    """Tell whether a network compares, rounds or picks what depends on its images.
+    """Tell whether a network compares, rounds or picks what depends on its images, or may do so out of sight.
 
     Where it answers otherwise beyond such a step, its gradient does not say so, however well it looks.
     """
-    with torch.enable_grad(), _Softening(smooth=False) as mode:
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):  # it computes out of sight
+        return True
+    with torch.enable_grad(), _Watching(smooth=False) as mode:
         model(x.detach().clone().requires_grad_())
     return mode.met
 
@@ -393,6 +395,7 @@ _GRADIENTS = {torch._C._set_grad_enabled}
 _DIVIDED = _names("floor_divide", "__floordiv__", "remainder", "fmod", "__mod__")
 
 
+_WHOLE = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _BEST = _names("max")
 _PLACED = _names("bucketize", "searchsorted")
 _LOGIC: dict[Any, Callable[..., Tensor]] = {
@@ -414,7 +417,6 @@ class _Softening(TorchFunctionMode):
     def __init__(self, smooth: bool) -> None:
         super().__init__()
         self.smooth = smooth
-        self.met = False  # whether a step had to be replaced
         self.soft: dict[int, tuple[Tensor, Tensor]] = {}  # of tensors that can have no gradient: what they stand for
         self.chosen: dict[int, tuple[Tensor, Tensor, int | None]] = {}  # of indices: the scores they are the best of
 
@@ -428,12 +430,10 @@ class _Softening(TorchFunctionMode):
         if function in _DETACHED:
             return first
         if function in _TAKEN_OUT and isinstance(first, Tensor):
-            self.met |= first.requires_grad
             return function(first.detach(), *arguments[1:], **keywords)
         if not isinstance(first, Tensor):
             return self._other(function, arguments, keywords)
         if function in _ROUNDED and first.requires_grad:
-            self.met = True
             in_place = getattr(function, "__name__", "").endswith("_")
             hard = function(first.detach().clone(), *arguments[1:], **keywords)
             return first.add_((hard - first).detach()) if in_place else _through(hard, first)
@@ -465,10 +465,9 @@ class _Softening(TorchFunctionMode):
         if function in _BEST and isinstance(result := function(*arguments, **keywords), tuple):
             self.chosen[id(result[1])] = result[1], first, None
             return result
-        if function in _PLACED:
+        if function in _PLACED and (first.requires_grad or id(first) in self.soft):
             return self._stands(function(*arguments, **keywords), first)
         if function in _DIVIDED and (first.requires_grad or id(first) in self.soft):
-            self.met = True
             real = self._known(first)
             hard = function(first.detach(), *arguments[1:], **keywords)
             soft = real / arguments[1] if "floor" in getattr(function, "__name__", "") else real
@@ -494,7 +493,6 @@ class _Softening(TorchFunctionMode):
         return self._stands(result, soft) if isinstance(soft, Tensor) and soft.shape == result.shape else result
 
     def _stands(self, hard: Tensor, soft: Tensor) -> Tensor:
-        self.met = True
         self.soft[id(hard)] = hard, soft
         return hard
 
@@ -530,7 +528,7 @@ class _Softening(TorchFunctionMode):
     def _cast(self, function: Any, first: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
         result = function(*arguments, **keywords)
         known = self.soft.get(id(first))
-        if result is first or not (known or first.requires_grad):
+        if not isinstance(result, Tensor) or result is first or not (known or first.requires_grad):
             return result
         soft = known[1] if known else first
         if result.is_floating_point():
@@ -550,7 +548,6 @@ class _Softening(TorchFunctionMode):
             return result
         if scores.ndim != 2 or not scores.requires_grad:
             return result
-        self.met = True
         spread = (scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True)).detach().clamp_min(1e-12)
         share = torch.softmax(SPREAD * scores / spread, dim=1)
         if function in _ONE_HOT or function in _SCATTERED:
@@ -572,6 +569,42 @@ class _Softening(TorchFunctionMode):
             return _through(hard, (1 - LEAK) * hard + LEAK * first)
         width = first.detach().abs().mean().clamp_min(1.0)
         return _through(hard, width * function(first / width, *arguments[1:], **keywords))
+
+
+_UNHARMFUL = _names("isnan", "isinf", "isfinite", "isposinf", "isneginf", "equal", "is_same_size", "max_unpool2d")
+_JUMPS = (
+    _ROUNDED
+    | _DIVIDED
+    | _TAKEN_OUT
+    | _names("heaviside", "frac", "hardshrink", "bernoulli", "quantize_per_tensor")
+    | _names("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine")
+)
+
+
+class _Watching(_Softening):
+    """Softens, so that nothing is cut off, and notes each step that has whole numbers or jumps for its result."""
+
+    def __init__(self, smooth: bool) -> None:
+        super().__init__(smooth)
+        self.met = False
+        self.places: dict[int, Tensor] = {}  # of what was largest: a step once they are used
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        given = [one for one in (*_flat(arguments), *(keywords or {}).values()) if isinstance(one, Tensor)]
+        depends = any(one.requires_grad for one in given)
+        result = super().__torch_function__(function, types, arguments, keywords)
+        if function in _UNHARMFUL:
+            return result
+        jumps = function in _JUMPS or bool((keywords or {}).get("rounding_mode"))
+        self.met |= any(id(one) in self.places for one in given) or (depends and jumps)
+        whole = [one for one in _flat((result,)) if isinstance(one, Tensor) and one.dtype in _WHOLE]
+        if depends and (function in _ARGMAX or isinstance(result, tuple)):
+            self.places |= {id(one): one for one in whole}
+        elif depends:
+            self.met |= bool(whole)
+        return result
 
 
 def _let_pass(logits: Tensor) -> None:

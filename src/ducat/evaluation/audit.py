@@ -272,7 +272,8 @@ def _unrepeatable(evaluation: Evaluation) -> str | None:
 
 
 def _hard_steps(evaluation: Evaluation) -> str | None:
-    if not evaluation.scrutiny.hard_steps or evaluation.scrutiny.second_round is None:
+    second = evaluation.scrutiny.second_round
+    if not evaluation.scrutiny.hard_steps or second is None or second.through is not None:
         return None
     return (
         "hard steps: the network compares, rounds or picks what depends on the image, and its gradient says nothing of "

@@ -38,6 +38,7 @@ from ducat.evaluation.subject import (
     images_and_labels,
     modes,
     spread,
+    takes_hard_steps,
     views,
 )
 from ducat.models.folded import fold_batch_norm
@@ -46,6 +47,7 @@ from ducat.threat import ThreatModel
 
 REPEATS = 20  # passes that judge an image of a random network
 LAST_REPEATS = 100  # the same for the image that is kept
+WATCHED = 8  # images and as many adversarial ones that a network is watched with
 SECOND_ROUND, SECOND_OPINION, AUDIT = "second-round", "second-opinion", "audit"  # rows of the result
 FOLLOWING = (SECOND_ROUND, SECOND_OPINION, AUDIT)  # these attack some of the samples that others left standing
 RUNS = 3  # at most: what attacks bring to light of a network may ask for another run
@@ -173,6 +175,7 @@ def _with_rejection(
         return replace(evaluation, warnings=[*evaluation.warnings, refusal])
     subject, audit = job.subject, evaluation.audit
     hidden = audit is not None and suspicious(audit, evaluation.attacks, job.nature, evaluation.scrutiny.opinion)
+    hidden |= evaluation.at_most
     leading: list[nn.Module] = list(others)
     if suite.audit:
         few = x[: subject.network.batch_size or 2].to(subject.network.device)
@@ -584,6 +587,7 @@ def _conclude(
     least = torch.stack([outcome.clean, *(one.correct if one.shares is None else one.shares for one in attacks)])
     least = least.float().amin(0)
     audit = opinion = second = None
+    hard = False
     searched = job.threat.eps > 0 and bool(clean.any())
     guess = subject.deployed(job.attacked[0])
 
@@ -643,7 +647,10 @@ def _conclude(
         )
         seconds = time.perf_counter() - began
         # Hard steps are no sign, since honest networks have some: they ask for a second round, which settles it.
-        if nature.hard or suspicious(audit, attacks, nature, opinion):
+        rows = audited[spread(len(audited), WATCHED)]
+        watched = job.to_device(torch.cat([spooled.take(x, rows), spooled.take(adversarial, rows)]))[0]
+        hard = any(takes_hard_steps(subject.network, part) for part in watched.split(batch_size))
+        if hard or suspicious(audit, attacks, nature, opinion):
             progress("second round")
             rows = (least > 0 if nature.random else standing).nonzero().squeeze(1)
             if len(rows):
@@ -684,7 +691,7 @@ def _conclude(
             repeats=last,
             whole_batches=subject.network.batch_size,
             folded=job.folded is not None,
-            hard_steps=nature.hard,
+            hard_steps=hard,
             not_finite=job.not_finite(adversarial, batch_size),
             opinion=opinion,
             second_round=second,

@@ -108,7 +108,7 @@ class Opinion:
 
 @dataclass(frozen=True)
 class SecondRound:
-    """The attacks that followed because something hid the gradients.
+    """The attacks that followed because something might hide the gradients.
 
     Attributes:
         samples: how many were still standing.
@@ -234,7 +234,7 @@ class Evaluation:
 
     @property
     def at_most(self) -> bool:
-        """Whether robust accuracy is an upper bound only: something hid the gradients, and attacks may have failed."""
+        """Whether robust accuracy is an upper bound only: something may hide the gradients, and attacks may have failed."""
         return bool(self.causes)
 
     @property

@@ -100,7 +100,9 @@ def plain_pgd(
             if norm == "linf":
                 points = pulled_back(points + length * gradient.sign())
             else:
-                unit = gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-30)[:, None, None, None]
+                # In l1 the steps are long, which the small ones may not be.
+                order = 1 if norm == "l1" and longest < eps / 2 else 2
+                unit = gradient / gradient.flatten(1).norm(p=order, dim=1).clamp(min=1e-30)[:, None, None, None]
                 points = pulled_back(points + length * unit)
         kept[~broken] = shown[~broken]
     return kept

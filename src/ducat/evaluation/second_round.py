@@ -1,4 +1,4 @@
-"""The second round: where something hides the gradients, go on and find the lower number.
+"""The second round: where something may hide the gradients, go on and find the lower number.
 
 It attacks what is still standing: through networks that decide alike and hide nothing, along the gradients of softened
 networks, of classifiers inside the network and of their mixtures, of a surrogate distilled from the network's own

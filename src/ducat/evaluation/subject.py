@@ -235,7 +235,6 @@ class Nature:
         mode_dependent: an image's output depends on whether gradients are recorded, or on inference mode.
         remembers: it changes something in itself when it is asked, whether that shows in its answers or not.
         gradient: whether its outputs pass any gradient to the images.
-        hard: whether it compares, rounds or picks what depends on its images.
         draws: passes that a gradient is averaged over; 1 unless it is random.
     """
 
@@ -245,7 +244,6 @@ class Nature:
     mode_dependent: bool = False
     remembers: bool = False
     gradient: bool = True
-    hard: bool = False
     draws: int = 1
 
     @property
@@ -324,11 +322,17 @@ def examine(
     batch = known.batch_dependent or (not noisy and _meet(network, probe, len(x), first, generator, batch_size))
     mode = known.mode_dependent or (not noisy and any(_minds_mode(network, part) for part in probe.split(batch_size)))
     remembers = network.state is not None
-    passes = known.gradient and _passes(network, x)
-    hard = known.hard
-    with suppress(Exception):  # a network that cannot be watched while it computes fails in any way there is
-        hard |= has_hard_steps(network, probe[:batch_size])
-    return Nature(noisy, batch, stateful, mode, remembers, passes, hard, draws)
+    return Nature(noisy, batch, stateful, mode, remembers, known.gradient and _passes(network, x), draws)
+
+
+def takes_hard_steps(network: Measured, x: Float[Tensor, "samples channels height width"]) -> bool:
+    """Tell whether a network compares, rounds or picks what depends on its images; one that cannot be watched may."""
+    try:
+        return has_hard_steps(network, x)
+    except Exception:  # it fails in any way there is
+        return True
+    finally:
+        network.origin.restore(unnoted=True)
 
 
 def _one_step(network: Measured, x: Tensor, threat: ThreatModel) -> Tensor:
@@ -525,6 +529,8 @@ class State:
         for cell, value in self._cells:
             cell.cell_contents = value
         for index, (tensor, copy, version) in enumerate(self._tensors):
+            if tensor.requires_grad and not tensor.is_leaf:  # a pass that cut nothing off has written a graph into it
+                tensor.detach_()
             if tensor._version != version or (unnoted and not _same_numbers(tensor, copy)):
                 tensor.copy_(copy)
                 self._tensors[index] = tensor, copy, tensor._version
