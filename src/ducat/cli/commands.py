@@ -436,7 +436,8 @@ def _evaluate_parser(arguments: Sequence[str]) -> Parser:
         "--second-round-seconds",
         type=float | None,
         metavar="SECONDS",
-        help="longest that a second round may take (it begins where something may hide the gradients; cut short, it leaves an upper bound); default: no limit",
+        help="longest that a second round may take (it begins where something may hide the gradients; cut short, it "
+        "leaves an upper bound); default: no limit",
     )
     parser.add_argument("--threads", type=int | None, help=THREADS)
     parser.add_argument(

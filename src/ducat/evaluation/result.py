@@ -234,7 +234,7 @@ class Evaluation:
 
     @property
     def at_most(self) -> bool:
-        """Whether robust accuracy is an upper bound only: something may hide the gradients, and attacks may have failed."""
+        """Whether robust accuracy is an upper bound only: something may hide the gradients, attacks may have failed."""
         return bool(self.causes)
 
     @property
