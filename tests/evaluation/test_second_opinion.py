@@ -175,3 +175,24 @@ def test_it_comes_to_what_the_closed_form_allows(
     reached = (logits.argmax(1) != y).float().mean()
     assert reached > 0.3
     assert broken >= reached - (0.05 if norm != "l1" else 0.5)
+
+
+def test_a_pass_that_cuts_nothing_off_leaves_no_graph_behind(templates: Templates) -> None:
+    model, x, y = templates
+
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(0.1 * images.mean())
+            return self.model(images)
+
+    network = Averaging()
+    found = ducat.evaluate(network, x, y, ducat.ThreatModel(eps=0.09), "light", num_classes=4)
+    assert not found.scrutiny.hard_steps
+    assert not network.mean.requires_grad
+    assert network.mean == 0
